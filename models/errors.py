@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ForeserveError(Exception):
     """Base of every error this package raises on purpose."""
 
 
-class InvalidInput(ForeserveError):
+class InvalidInput(ForeserveError, ValueError):
     """The user's file or flag is wrong. One line: what, where, and a hint.
 
     ``file``, ``line`` (1-based) and ``field`` are filled in by whoever knows them, nearest
-    to the user; the command line prints ``str(error)`` and exits with code 2.
+    to the user; the command line prints ``str(error)`` and exits with code 2. A file with
+    several faults raises the first and lists the others in ``also``.
     """
 
     def __init__(
@@ -22,10 +25,12 @@ class InvalidInput(ForeserveError):
         line: int | None = None,
         field: str | None = None,
         hint: str | None = None,
+        also: Sequence[InvalidInput] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
         self.file, self.line, self.field, self.hint = file, line, field, hint
+        self.also = tuple(also)
 
     def __str__(self) -> str:
         where = self.file or ""
@@ -51,6 +56,7 @@ class InvalidInput(ForeserveError):
             line=self.line if self.line is not None else line,
             field=self.field or field,
             hint=self.hint,
+            also=self.also,
         )
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 from foreserve.models.errors import InvalidInput
+from foreserve.models.record import Record
 
 TP_SIZES = (1, 2, 4, 8)
 """Tensor-parallel sizes a plan may use; TP never crosses a node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moe:
+class Moe(Record):
     """Mixture-of-experts feed-forward part of an LLM.
 
     ``dense_layers`` of the first layers keep a dense feed-forward of the LLM's
@@ -35,7 +36,7 @@ class Moe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mla:
+class Mla(Record):
     """Multi-head latent attention: one latent per token instead of K and V per head."""
 
     q_lora_rank: int | None
@@ -46,7 +47,7 @@ class Mla:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(Record):
     """Static facts of one LLM, under the names of a Hugging Face ``config.json``."""
 
     name: str
@@ -144,7 +145,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuType:
+class GpuType(Record):
     """One kind of GPU: what it holds, how fast it is, what it costs."""
 
     name: str
@@ -161,7 +162,7 @@ class GpuType:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slo:
+class Slo(Record):
     """Latency targets of one LLM's requests (99th percentile)."""
 
     ttft_s: float = 2.0
@@ -189,9 +190,20 @@ class GpuId:
             raise InvalidInput(f"GPU {text!r}: expected NODE/INDEX, e.g. n0/3")
         return cls(node=node, index=int(index))
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """In files a GPU is the string ``n0/3`` (pydantic is loaded by the codec only)."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(
+            cls.parse,
+            core_schema.str_schema(),
+            serialization=core_schema.to_string_ser_schema(),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class Node(Record):
     """One server: equal GPUs on one fast fabric, and the host memory behind them."""
 
     name: str
@@ -224,7 +236,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterSpec:
+class ClusterSpec(Record):
     """All nodes of the cluster and the GPU types they are made of."""
 
     nodes: tuple[Node, ...]
@@ -276,7 +288,3 @@ class ClusterSpec:
         for node in self.nodes:
             if node.gpu == gpu_type:
                 yield from node.blocks(tp)
-
-
-State = Literal["ACTIVE", "WARM"]
-"""ACTIVE serves; WARM holds weights only and can become ACTIVE in milliseconds."""

@@ -1,0 +1,73 @@
+"""What a run came to, from its journal; simulated and real runs are comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from foreserve.models.record import Record
+from foreserve.models.specs import GpuId
+
+Phase = Literal["LOADING", "WARM", "ACTIVATING", "ACTIVE", "DRAINING"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency(Record):
+    """One stretch of one replica's life: who was on which GPUs, doing what."""
+
+    llm: str
+    gpus: tuple[GpuId, ...]
+    phase: Phase
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency(Record):
+    """Quantiles of one measure over finished requests; NaN-free: count 0 means none."""
+
+    count: int
+    mean_s: float
+    p50_s: float
+    p90_s: float
+    p95_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service(Record):
+    """What the users of one LLM (or of all) got."""
+
+    requests: int
+    finished: int
+    """Requests answered in full; the others were still waiting or running at the end."""
+    ttft: Latency
+    tpot: Latency
+    e2e: Latency
+    slo_attainment: float
+    """Share of all requests that finished within TTFT and TPOT targets."""
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(Record):
+    """Result of one run of one policy."""
+
+    policy: str
+    start_s: float
+    end_s: float
+    total: Service
+    by_llm: Mapping[str, Service]
+    gpu_hours: Mapping[str, float]
+    """By phase of the most active replica on the GPU, and ``total``: GPUs that hold
+    anything."""
+    cost_usd: float
+    loads: int
+    loaded_bytes: int
+    activations: int
+    warm_starts: int
+    """Activations whose weights were already resident when they were called for."""
+    cold_starts: int
+    """Activations that had to wait for weights."""

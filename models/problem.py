@@ -1,0 +1,196 @@
+"""All that a solver may know: what can run where, and what one plan has to cover.
+
+`Fleet` is static over a plan: cluster, LLMs, and one `ReplicaOption` per (LLM, GPU type,
+TP size) that is possible at all. `Problem` adds demand, scenarios, the placement before,
+and the prices of the objective. Symbols in the docs are those of docs/formulation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from foreserve.models.cost import IterationTime
+from foreserve.models.errors import InvalidInput
+from foreserve.models.placement import Placement, Replica, State
+from foreserve.models.record import Record
+from foreserve.models.specs import ClusterSpec, GpuId, Slo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedLlm(Record):
+    """One LLM as the objective sees it, and the operator's rules for it (C10)."""
+
+    name: str
+    weight: float = 1.0
+    """omega_m: how much a second of this LLM's delay counts."""
+    slo: Slo = field(default_factory=Slo)
+    unserved_s: float = 60.0
+    """Delay booked for each request of the mean demand that no ACTIVE replica serves."""
+    cold_loss_s: float = 0.0
+    """loss_m: waiting-seconds of one missing instance in a burst (O2)."""
+    instance_concurrency: int = 32
+    """B_m: requests in flight that count as one instance when the need is rounded up."""
+    min_active: int = 0
+    max_replicas: int | None = None
+    nodes: tuple[str, ...] | None = None
+    """Nodes it may be placed on; None: any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaOption(Record):
+    """What one replica of ``llm`` on ``tp`` GPUs of ``gpu_type`` takes and gives."""
+
+    llm: str
+    gpu_type: str
+    tp: int
+    resident_bytes: int
+    """w_mk: per GPU while resident: the weight shard and a fixed residue."""
+    kv_bytes: int
+    """Per GPU while ACTIVE: KV for ``concurrency`` requests of mean length (v_mk)."""
+    concurrency: int
+    """B_mk: requests in flight within the SLO."""
+    rate_rps: float
+    """mu_mk times rho_max: the rate a plan may book on it; a multiple of 1e-6."""
+    exec_s: float
+    """e_mk: isolated execution time of a mean request."""
+    load_s: float
+    activate_s: float
+    ttft_s: float
+    """Predicted at full concurrency."""
+    tpot_s: float
+    time: IterationTime
+    """Compact cost model, for the simulator and for reports."""
+
+    def instances(self, unit: int) -> int:
+        """How many instances of ``unit`` concurrency it counts for in a burst."""
+        return max(1, self.concurrency // unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet(Record):
+    """What can run where: the static part of every problem and every plan."""
+
+    cluster: ClusterSpec
+    llms: tuple[ServedLlm, ...]
+    options: tuple[ReplicaOption, ...]
+
+    def __post_init__(self) -> None:
+        names = [llm.name for llm in self.llms]
+        if len(set(names)) < len(names):
+            raise InvalidInput("the same LLM is listed twice")
+        for option in self.options:
+            if option.llm not in names:
+                raise InvalidInput(f"option of unknown LLM {option.llm!r}")
+        for name in names:
+            if not any(option.llm == name for option in self.options):
+                raise InvalidInput(
+                    f"LLM {name!r} fits nowhere: no TP size on any GPU type holds it"
+                )
+
+    @cached_property
+    def llm_by_name(self) -> Mapping[str, ServedLlm]:
+        return {llm.name: llm for llm in self.llms}
+
+    @cached_property
+    def _option_by_key(self) -> Mapping[tuple[str, str, int], ReplicaOption]:
+        return {(o.llm, o.gpu_type, o.tp): o for o in self.options}
+
+    def option_on(self, llm: str, gpus: tuple[GpuId, ...]) -> ReplicaOption | None:
+        """The option a replica of ``llm`` on ``gpus`` uses; None if there is none."""
+        node = self.cluster.node_by_name.get(gpus[0].node)
+        if node is None:
+            return None
+        return self._option_by_key.get((llm, node.gpu, len(gpus)))
+
+    def option_of(self, llm: str, gpus: tuple[GpuId, ...]) -> ReplicaOption:
+        """As `option_on`, for replicas known to be possible."""
+        option = self.option_on(llm, gpus)
+        if option is None:
+            raise InvalidInput(f"{llm!r} cannot run on {len(gpus)} GPUs at {gpus[0]}")
+        return option
+
+    def candidates(self) -> Iterator[tuple[ReplicaOption, tuple[GpuId, ...]]]:
+        """Every (option, aligned block) a plan may use, rules (C10) on nodes applied."""
+        for option in self.options:
+            allowed = self.llm_by_name[option.llm].nodes
+            for block in self.cluster.blocks(option.tp, option.gpu_type):
+                if allowed is None or block[0].node in allowed:
+                    yield option, block
+
+    def reference_s(self, llm: str) -> float:
+        """e_m: the least isolated execution time over all options, fixed once."""
+        return min(option.exec_s for option in self.options if option.llm == llm)
+
+    def bytes_on_gpu(self, replica: Replica) -> int:
+        """Bytes ``replica`` takes on each of its GPUs in its state."""
+        option = self.option_of(replica.llm, replica.gpus)
+        return held_bytes(option, replica.state)
+
+
+def held_bytes(option: ReplicaOption, state: State) -> int:
+    """Bytes per GPU of a replica in ``state``: the one rule of (C1)."""
+    return option.resident_bytes + (option.kv_bytes if state == "ACTIVE" else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices(Record):
+    """Exchange rates of the objective, whose unit is a weighted second of delay."""
+
+    usd_s: float = 10.0
+    """Seconds of delay that one dollar is worth (O5)."""
+    load_s: float = 1.0
+    """Seconds of delay charged per second of loading weights (O4)."""
+    demote_s: float = 1.0
+    """Seconds of delay charged for stopping one ACTIVE replica (O4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(Record):
+    """One solve: epochs ``0..H-1`` of ``epoch_s`` seconds each."""
+
+    fleet: Fleet
+    epoch_s: float
+    demand_rps: tuple[tuple[float, ...], ...]
+    """lambda: [llm][epoch], mean arrivals per second that ACTIVE replicas must cover."""
+    scenario_probability: tuple[float, ...] = ()
+    """pi: [scenario], sums to 1 (or empty: no bursts)."""
+    peak_load: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    """L: [scenario][llm][epoch], peak number of requests in flight."""
+    initial: Placement = field(default_factory=Placement)
+    prices: Prices = field(default_factory=Prices)
+
+    def __post_init__(self) -> None:
+        llms, scenarios = len(self.fleet.llms), len(self.scenario_probability)
+        if not (math.isfinite(self.epoch_s) and self.epoch_s > 0):
+            raise InvalidInput(f"epoch_s={self.epoch_s}: expected a positive number")
+        if len(self.demand_rps) != llms or self.num_epochs < 1:
+            raise InvalidInput("demand_rps: one row per LLM, one column per epoch")
+        if len(self.peak_load) != scenarios or any(
+            len(rows) != llms for rows in self.peak_load
+        ):
+            raise InvalidInput("peak_load: [scenario][llm][epoch] is expected")
+        rows = [*self.demand_rps, *(row for rows in self.peak_load for row in rows)]
+        if any(len(row) != self.num_epochs for row in rows):
+            raise InvalidInput("demand_rps, peak_load: unequal numbers of epochs")
+        values = [v for row in rows for v in row] + list(self.scenario_probability)
+        if not all(math.isfinite(v) and v >= 0 for v in values):
+            raise InvalidInput("demand and loads must be finite and not negative")
+        if scenarios and not math.isclose(sum(self.scenario_probability), 1.0):
+            raise InvalidInput("scenario_probability must sum to 1")
+
+    @property
+    def num_epochs(self) -> int:
+        return len(self.demand_rps[0]) if self.demand_rps else 0
+
+    def need(self, scenario: int, llm: int, epoch: int) -> int:
+        """Instances in all that the peak of ``scenario`` asks for (before ACTIVE ones)."""
+        unit = self.fleet.llms[llm].instance_concurrency
+        return math.ceil(self.peak_load[scenario][llm][epoch] / unit - 1e-9)
+
+
+def round_rate(rate_rps: float) -> float:
+    """Rates in problems are multiples of 1e-6, so integer solvers hold them exactly."""
+    return round(rate_rps * 1e6) / 1e6
