@@ -15,7 +15,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +22,8 @@ from foreserve.models.errors import InvalidInput
 from foreserve.models.plan import SCHEMA_VERSION, Plan
 
 T = TypeVar("T")
+
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def to_json(record: object) -> str:
@@ -66,7 +67,9 @@ def structure(cls: type[T], plain: object, *, text: str, file: str | None) -> T:
     try:
         value: T = _adapter(cls).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
-        faults = [_fault(cls, fault, text, file) for fault in error.errors()]
+        # A misspelt key is also a missing one: name the misspelling first.
+        errors = sorted(error.errors(), key=lambda e: e["type"] not in UNKNOWN_KEY)
+        faults = [_fault(cls, fault, text, file) for fault in errors]
         first, rest = faults[0], faults[1:]
         raise InvalidInput(
             first.message,
@@ -131,11 +134,15 @@ def did_you_mean(wrong: str, allowed: Sequence[str]) -> str:
     return "one of " + ", ".join(sorted(allowed))
 
 
-@cache
-def _adapter(cls: Any) -> Any:
+_ADAPTERS: dict[type, Any] = {}
+
+
+def _adapter(cls: type) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cls)
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,7 +163,7 @@ def _fault(
 ) -> InvalidInput:
     loc: tuple[str | int, ...] = fault["loc"]
     kind, message, hint = fault["type"], fault["msg"], None
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+    if kind in UNKNOWN_KEY:
         message = f"unknown key {str(loc[-1])!r}"
         hint = did_you_mean(str(loc[-1]), _keys_at(cls, loc[:-1]))
     elif kind in ("missing", "missing_argument"):

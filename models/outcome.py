@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from foreserve.models.observed import Phase
 from foreserve.models.record import Record
 from foreserve.models.specs import GpuId
-
-Phase = Literal["LOADING", "WARM", "ACTIVATING", "ACTIVE", "DRAINING"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,3 +72,24 @@ class Outcome(Record):
     """Activations whose weights were already resident when they were called for."""
     cold_starts: int
     """Activations that had to wait for weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Run:
+    """One run in full: its outcome and the series behind it (for pictures and tables)."""
+
+    outcome: Outcome
+    residency: tuple[Residency, ...]
+    llms: tuple[str, ...]
+    llm: NDArray[np.int32]
+    """[request] index into ``llms``; the arrays below run in the same order."""
+    arrival_s: NDArray[np.float64]
+    first_token_s: NDArray[np.float64]
+    """NaN where the run ended before."""
+    finish_s: NDArray[np.float64]
+    """NaN where the run ended before."""
+    load_bin_s: float
+    mean_load: NDArray[np.float64]
+    """[llm, bin] requests in the system (waiting and running), mean over the bin."""
+    peak_load: NDArray[np.float64]
+    """[llm, bin] the same, maximum in the bin."""

@@ -1,0 +1,43 @@
+"""What is true now, as the cluster reports it: the controller never remembers better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from foreserve.models.placement import ReplicaId
+from foreserve.models.specs import GpuId
+
+Phase = Literal["LOADING", "WARM", "ACTIVATING", "ACTIVE", "DRAINING"]
+"""Where a resident replica is in its life. Weights count from LOADING on; the KV reserve
+from ACTIVATING until the end of DRAINING, after which the replica is WARM."""
+
+HOLDS_KV: frozenset[Phase] = frozenset({"ACTIVATING", "ACTIVE", "DRAINING"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedReplica:
+    """One resident replica."""
+
+    llm: str
+    gpus: tuple[GpuId, ...]
+    phase: Phase
+    in_flight: int = 0
+    """Requests it is working on."""
+    idle_since_s: float | None = None
+    """Since when ``in_flight`` is 0; None while it is not."""
+
+    @property
+    def id(self) -> ReplicaId:
+        return ReplicaId(llm=self.llm, gpus=self.gpus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """The cluster at one instant."""
+
+    now_s: float
+    replicas: tuple[ObservedReplica, ...] = ()
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    """Requests per LLM that no replica has taken yet; LLMs without any may be absent."""
