@@ -50,6 +50,8 @@ class ReplicaOption(Record):
     """w_mk: per GPU while resident: the weight shard and a fixed residue."""
     kv_bytes: int
     """Per GPU while ACTIVE: KV for ``concurrency`` requests of mean length (v_mk)."""
+    kv_token_bytes: int
+    """KV bytes per token per GPU (kappa_mk)."""
     concurrency: int
     """B_mk: requests in flight within the SLO."""
     rate_rps: float
