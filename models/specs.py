@@ -39,7 +39,7 @@ class Moe(Record):
 class Mla(Record):
     """Multi-head latent attention: one latent per token instead of K and V per head."""
 
-    q_lora_rank: int | None
+    q_lora_rank: int | None = None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
