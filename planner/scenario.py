@@ -1,0 +1,304 @@
+"""The scenario: what a person writes down before the first solve.
+
+YAML (or JSON) with ``apiVersion: foreserve/v1alpha1``, ``kind: Scenario`` and the keys
+below under ``spec``; a flat file with only the spec keys is accepted too. Quantities take
+units (``80GiB``, ``500ms``, ``5m``); everything is SI once it is a `Scenario`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from foreserve.models import catalog
+from foreserve.models.codec import read_text, structure
+from foreserve.models.errors import InvalidInput
+from foreserve.models.problem import Prices
+from foreserve.models.record import Record
+from foreserve.models.specs import ClusterSpec, GpuType, ModelSpec, Node, Slo
+
+API_VERSION = "foreserve/v1alpha1"
+MAX_BYTES = 1_000_000
+
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_BYTES = {"B": 1} | {
+    prefix + unit: base**power
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+
+
+def parse_seconds(value: object) -> object:
+    """``500ms`` -> 0.5; numbers are seconds; anything else is left to the type check."""
+    return _quantity(value, _SECONDS, "500ms, 2.5s, 5m or 1h")
+
+
+def parse_bytes(value: object) -> object:
+    """``80GiB`` -> 85899345920; numbers are bytes."""
+    number = _quantity(value, _BYTES, "80GiB or 2TB")
+    return round(number) if isinstance(number, float) else number
+
+
+def parse_bytes_per_s(value: object) -> object:
+    """``8GB/s`` -> 8e9; numbers are bytes per second."""
+    return _quantity(value, {f"{u}/s": s for u, s in _BYTES.items()}, "8GB/s")
+
+
+def _quantity(value: object, units: Mapping[str, float], example: str) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z/]+)\s*", value)
+    if match and match[2] in units:
+        try:
+            return float(match[1]) * units[match[2]]
+        except ValueError:
+            pass
+    raise InvalidInput(f"{value!r} is not a quantity", hint=f"write e.g. {example}")
+
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+BytesPerSecond = Annotated[float, BeforeValidator(parse_bytes_per_s)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloSpec(Record):
+    """99th-percentile targets of a request."""
+
+    ttft: Seconds = 2.0
+    tpot: Seconds = 0.1
+
+    def slo(self) -> Slo:
+        return Slo(ttft_s=self.ttft, tpot_s=self.tpot)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSpec(Record):
+    """One server, or ``count`` equal ones named ``name``0, ``name``1, ..."""
+
+    name: str
+    gpu: str
+    gpus: int = 8
+    count: int = 1
+    host_ram: Bytes = 2 * 1024**4
+    storage: BytesPerSecond = 3e9
+    domain: str = "default"
+
+    def nodes(self) -> tuple[Node, ...]:
+        names = [f"{self.name}{i}" for i in range(self.count)]
+        return tuple(
+            Node(
+                name=name,
+                gpu=self.gpu,
+                gpus=self.gpus,
+                host_ram_bytes=self.host_ram,
+                storage_bytes_per_s=self.storage,
+                domain=self.domain,
+            )
+            for name in (names if self.count > 1 else [self.name])
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPart(Record):
+    """Nodes, the GPU types they use, and what a GPU-hour costs here."""
+
+    nodes: tuple[NodeSpec, ...]
+    gpu_types: tuple[GpuType, ...] = ()
+    """Types that are not in the catalogue, or replace one of it by name."""
+    price_usd_per_h: Mapping[str, float] = field(default_factory=dict)
+    """Your price per GPU-hour, by GPU type; the catalogue's list price otherwise."""
+    usable_fraction: float = 0.9
+
+    def cluster(self) -> ClusterSpec:
+        own = {gpu.name: gpu for gpu in self.gpu_types}
+        names = dict.fromkeys(node.gpu for node in self.nodes)
+        types = [own[name] if name in own else catalog.gpu(name) for name in names]
+        priced = tuple(
+            replace(gpu, price_usd_per_h=self.price_usd_per_h[gpu.name])
+            if gpu.name in self.price_usd_per_h
+            else gpu
+            for gpu in types
+        )
+        nodes = tuple(node for spec in self.nodes for node in spec.nodes())
+        return ClusterSpec(
+            nodes=nodes, gpu_types=priced, usable_fraction=self.usable_fraction
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlmPart(Record):
+    """One LLM to serve: its name in requests, what it is, and the rules for it."""
+
+    name: str
+    llm: str | None = None
+    """Catalogue name, where it differs from ``name``."""
+    spec: ModelSpec | None = None
+    """Full description, for an LLM that is not in the catalogue."""
+    tp: tuple[int, ...] | None = None
+    """Allowed TP sizes; one entry fixes it."""
+    weight: float = 1.0
+    slo: SloSpec | None = None
+    min_active: int = 0
+    max_replicas: int | None = None
+    nodes: tuple[str, ...] | None = None
+    input_tokens: float | None = None
+    output_tokens: float | None = None
+    """Mean lengths to plan with; taken from the history or the trace otherwise."""
+
+    def model_spec(self) -> ModelSpec:
+        spec = self.spec or catalog.llm(self.llm or self.name)
+        return replace(spec, tp=self.tp) if self.tp else spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastPart(Record):
+    """How tomorrow is guessed from the past."""
+
+    method: str = "corrective"
+    scenarios: int = 8
+    history: str | None = None
+    """Demand table of the time before the trace (path relative to this file)."""
+    occasional_load: float = 0.5
+    """An LLM with fewer requests in flight on average than this needs no ACTIVE replica
+    of its own: its requests are left to WARM replicas (O2)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverPart(Record):
+    """Which solver, and its limits per epoch."""
+
+    name: Literal["auto", "milp", "cpsat", "greedy"] = "auto"
+    time_limit: Seconds = 2.0
+    gap: float = 0.001
+    seed: int = 0
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimePart(Record):
+    """How replicas are run."""
+
+    max_num_seqs: int = 64
+    """Most requests one replica works on at once."""
+    max_load: float = 0.8
+    """rho_max: share of a replica's rate that a plan may book."""
+    residue: Bytes = 512 * 1024**2
+    """Per GPU and resident replica, beside its weights."""
+    keep_alive: Seconds = 30.0
+    """How long a replica that was started on demand stays ACTIVE without requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectivePart(Record):
+    """Exchange rates of the objective (seconds of delay)."""
+
+    usd_s: float = 10.0
+    load_s: float = 1.0
+    demote_s: float = 1.0
+    unserved: Seconds = 60.0
+
+    def prices(self) -> Prices:
+        return Prices(usd_s=self.usd_s, load_s=self.load_s, demote_s=self.demote_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario(Record):
+    """Everything `plan solve` needs beside the trace."""
+
+    cluster: ClusterPart
+    models: tuple[LlmPart, ...]
+    epoch: Seconds = 300.0
+    slo: SloSpec = field(default_factory=SloSpec)
+    forecast: ForecastPart = field(default_factory=ForecastPart)
+    solver: SolverPart = field(default_factory=SolverPart)
+    runtime: RuntimePart = field(default_factory=RuntimePart)
+    objective: ObjectivePart = field(default_factory=ObjectivePart)
+
+    def __post_init__(self) -> None:
+        names = [llm.name for llm in self.models]
+        if not names:
+            raise InvalidInput("models: at least one LLM is needed")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InvalidInput(f"models: {twice[0]!r} is listed twice")
+        if self.epoch <= 0:
+            raise InvalidInput("epoch: must be positive")
+        # Build both now, so that an unknown GPU or LLM is reported with its file.
+        cluster = self.cluster.cluster()
+        for index, llm in enumerate(self.models):
+            self._check_tp(index, llm, cluster)
+
+    def _check_tp(self, index: int, llm: LlmPart, cluster: ClusterSpec) -> None:
+        try:
+            spec = llm.model_spec()
+        except InvalidInput as error:
+            raise error.at(field=f"models.{index}.llm") from None
+        largest = max(node.gpus for node in cluster.nodes)
+        if min(spec.tp) > largest:
+            raise InvalidInput(
+                f"{llm.name!r}: TP {list(spec.tp)} fits no node, the largest has "
+                f"{largest} GPUs",
+                field=f"models.{index}.tp",
+                hint=f"allow a TP size of at most {largest}",
+            )
+        for name in llm.nodes or ():
+            if name not in cluster.node_by_name:
+                raise InvalidInput(
+                    f"{llm.name!r}: unknown node {name!r}",
+                    field=f"models.{index}.nodes",
+                    hint="one of " + ", ".join(cluster.node_by_name),
+                )
+
+
+def load_scenario(path: str | os.PathLike[str]) -> Scenario:
+    """Read a scenario file; each fault is an `InvalidInput` with line and field."""
+    file, text = os.fspath(path), read_text(path)
+    return parse_scenario(text, file)
+
+
+def parse_scenario(text: str, file: str | None = None) -> Scenario:
+    """Read a scenario from YAML or JSON text."""
+    if len(text) > MAX_BYTES:
+        raise InvalidInput(f"larger than {MAX_BYTES} bytes", file=file)
+    plain = _read_yaml(text, file)
+    if not isinstance(plain, dict):
+        raise InvalidInput(
+            "empty file" if plain is None else "a mapping of keys is expected",
+            file=file,
+            hint="`plan init` writes a commented scenario to start from",
+        )
+    if "spec" in plain:
+        envelope: _Envelope = structure(_Envelope, plain, text=text, file=file)
+        return envelope.spec
+    return structure(Scenario, plain, text=text, file=file)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Envelope(Record):
+    apiVersion: Literal["foreserve/v1alpha1"]
+    kind: Literal["Scenario"]
+    spec: Scenario
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def _read_yaml(text: str, file: str | None) -> Any:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        plain = YAML(typ="safe", pure=True).load(text)
+        return json.loads(json.dumps(plain, allow_nan=False))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = None if mark is None else mark.line + 1
+        what = (error.problem or "not valid YAML").splitlines()[0]
+        raise InvalidInput(f"not valid YAML: {what}", file=file, line=line) from None
+    except (YAMLError, TypeError, ValueError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidInput(f"not valid YAML: {what}", file=file) from None
