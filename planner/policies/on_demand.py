@@ -1,0 +1,238 @@
+"""Start replicas for the requests of this moment, on top of a base placement.
+
+One rule for all policies, so that a comparison shows the plan and nothing else:
+``planned`` starts from the placement of the plan's epoch, ``reactive`` from nothing (each
+LLM is loaded when its first request comes and dropped when it has been idle), and
+``reactive-keep`` also leaves a stopped LLM's weights where they are until the space is
+needed. The scaling thresholds are WarmServe's (scale up above 0.8 of the concurrency).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from foreserve.models.observed import HOLDS_KV, Observed, ObservedReplica
+from foreserve.models.placement import Placement, Replica, ReplicaId
+from foreserve.models.plan import Plan
+from foreserve.models.problem import Fleet, ReplicaOption, held_bytes
+from foreserve.models.specs import GpuId
+
+SCALE_UP = 0.8
+REVIEW_S = 5.0
+
+
+def planned(plan: Plan, keep_alive_s: float) -> OnDemand:
+    """Follow the plan; promote its WARM replicas, or load, when requests ask for it."""
+    return OnDemand(
+        name="planned", fleet=plan.fleet, keep_alive_s=keep_alive_s, plan=plan
+    )
+
+
+def reactive(plan: Plan, keep_alive_s: float) -> OnDemand:
+    """Load on the first request, drop after ``keep_alive_s`` without one."""
+    return OnDemand(name="reactive", fleet=plan.fleet, keep_alive_s=keep_alive_s)
+
+
+def reactive_keep(plan: Plan, keep_alive_s: float) -> OnDemand:
+    """As `reactive`, but stopped weights stay until their space is needed."""
+    return OnDemand(
+        name="reactive-keep",
+        fleet=plan.fleet,
+        keep_alive_s=keep_alive_s,
+        keep_weights=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDemand:
+    """Base placement plus what the observed requests need. Holds no state of its own:
+    replicas it started earlier are recognised because the cluster reports them."""
+
+    name: str
+    fleet: Fleet
+    keep_alive_s: float
+    plan: Plan | None = None
+    keep_weights: bool = False
+    nothing: Placement = field(default_factory=Placement)
+
+    def next_review_s(self, now_s: float) -> float:
+        review_s = now_s + REVIEW_S
+        if self.plan is None:
+            return review_s
+        end_s = self.plan.at(now_s).end_s
+        return min(review_s, end_s) if end_s > now_s else review_s
+
+    def decide(self, now_s: float, observed: Observed) -> Placement:
+        base = self.plan.at(now_s).placement if self.plan else self.nothing
+        draft = _Draft(self, base, observed)
+        draft.keep_busy()
+        draft.start_missing()
+        return draft.placement()
+
+    @cached_property
+    def blocks(self) -> dict[str, tuple[tuple[ReplicaOption, ReplicaId], ...]]:
+        """Candidate replicas per LLM, smallest TP first."""
+        found: dict[str, list[tuple[ReplicaOption, ReplicaId]]] = {}
+        for option, gpus in self.fleet.candidates():
+            replica = ReplicaId(llm=option.llm, gpus=gpus)
+            found.setdefault(option.llm, []).append((option, replica))
+        return {
+            llm: tuple(sorted(pairs, key=lambda pair: pair[0].tp))
+            for llm, pairs in found.items()
+        }
+
+
+class _Draft:
+    """The placement of one decision in the making."""
+
+    def __init__(self, rule: OnDemand, base: Placement, observed: Observed) -> None:
+        self.rule, self.base, self.observed = rule, base, observed
+        self.seen = {replica.id: replica for replica in observed.replicas}
+        self.serving = {r.id for r in base.replicas if r.state == "ACTIVE"}
+        self.in_system = Counter(observed.waiting)
+        for replica in observed.replicas:
+            self.in_system[replica.llm] += replica.in_flight
+        self.changed = False
+
+    def keep_busy(self) -> None:
+        """Replicas started on demand stay while they work, and a while longer."""
+        for replica in self.observed.replicas:
+            if replica.phase not in ("ACTIVATING", "ACTIVE"):
+                continue
+            if replica.id in self.serving or not self._is_free(replica.gpus):
+                continue
+            idle = replica.idle_since_s
+            idle_s = 0.0 if idle is None else self.observed.now_s - idle
+            if idle_s < self.rule.keep_alive_s:
+                self._start(replica.id)
+
+    def start_missing(self) -> None:
+        """One more replica for each LLM that has more requests than room."""
+        # Longest queues choose first; names break ties so that runs repeat.
+        for llm, in_system in sorted(
+            self.in_system.items(), key=lambda item: (-item[1], item[0])
+        ):
+            while in_system > SCALE_UP * self._room(llm):
+                chosen = self._choose(llm)
+                if chosen is None:
+                    break
+                self._start(chosen)
+
+    def placement(self) -> Placement:
+        """ACTIVE as drafted; WARM as in the base (or as found) where it still fits."""
+        if not self.changed and not self.rule.keep_weights:
+            return self.base
+        shares = {r.id: r.traffic_share for r in self.base.replicas}
+        replicas = [
+            Replica(
+                llm=key.llm,
+                gpus=key.gpus,
+                state="ACTIVE",
+                traffic_share=shares.get(key, 0.0),
+            )
+            for key in sorted(self.serving)
+        ]
+        free = self._free_bytes(replicas)
+        present = {(r.llm, gpu) for r in replicas for gpu in r.gpus}
+        for key in self._warm_wishes():
+            option = self.rule.fleet.option_of(key.llm, key.gpus)
+            held = held_bytes(option, "WARM")
+            fits = all(free[gpu] >= held for gpu in key.gpus)
+            if fits and present.isdisjoint((key.llm, gpu) for gpu in key.gpus):
+                replicas.append(Replica(llm=key.llm, gpus=key.gpus, state="WARM"))
+                present.update((key.llm, gpu) for gpu in key.gpus)
+                for gpu in key.gpus:
+                    free[gpu] -= held
+        return Placement(replicas=tuple(replicas))
+
+    def _start(self, replica: ReplicaId) -> None:
+        self.serving.add(replica)
+        self.changed = True
+
+    def _room(self, llm: str) -> int:
+        return sum(
+            self.rule.fleet.option_of(key.llm, key.gpus).concurrency
+            for key in self.serving
+            if key.llm == llm
+        )
+
+    def _is_free(self, gpus: Iterable[GpuId]) -> bool:
+        taken = {gpu for key in self.serving for gpu in key.gpus}
+        return taken.isdisjoint(gpus)
+
+    def _choose(self, llm: str) -> ReplicaId | None:
+        """Resident weights first, then the block whose loss hurts least."""
+        options = [
+            (option, key)
+            for option, key in self.rule.blocks[llm]
+            if key not in self.serving
+        ]
+        free = [(option, key) for option, key in options if self._is_free(key.gpus)]
+        if not free:
+            free = self._make_room(options)
+        if not free:
+            return None
+        return min(free, key=lambda pair: self._rank(*pair))[1]
+
+    def _rank(self, option: ReplicaOption, key: ReplicaId) -> tuple[object, ...]:
+        replica = self.seen.get(key)
+        readiness = 2 if replica is None else 1 if replica.phase == "LOADING" else 0
+        others = [
+            other
+            for other in self.observed.replicas
+            if other.id != key and not set(other.gpus).isdisjoint(key.gpus)
+        ]
+        draining = any(other.phase in HOLDS_KV for other in others)
+        llms = self.rule.fleet.llm_by_name
+        at_risk = sum(llms[o.llm].weight * llms[o.llm].cold_loss_s for o in others)
+        return (readiness, draining, option.tp, at_risk, key.gpus)
+
+    def _make_room(
+        self, options: list[tuple[ReplicaOption, ReplicaId]]
+    ) -> list[tuple[ReplicaOption, ReplicaId]]:
+        """Give up one idle ACTIVE replica of another LLM, longest idle first."""
+        idle = sorted(
+            (r for r in self.observed.replicas if r.id in self.serving and _is_idle(r)),
+            key=lambda r: (r.idle_since_s or 0.0, r.id),
+        )
+        for victim in idle:
+            if self.in_system[victim.llm]:
+                continue
+            self.serving.remove(victim.id)
+            free = [pair for pair in options if self._is_free(pair[1].gpus)]
+            if free:
+                self.changed = True
+                return free
+            self.serving.add(victim.id)
+        return []
+
+    def _warm_wishes(self) -> list[ReplicaId]:
+        """Replicas to keep WARM, most valuable LLMs first."""
+        wishes = [r.id for r in self.base.replicas]
+        if self.rule.keep_weights:
+            wishes += [r.id for r in self.observed.replicas]
+        llms = self.rule.fleet.llm_by_name
+        return sorted(
+            {key for key in wishes if key not in self.serving},
+            key=lambda key: (
+                key not in self.seen,
+                -llms[key.llm].weight * llms[key.llm].cold_loss_s,
+                key,
+            ),
+        )
+
+    def _free_bytes(self, replicas: list[Replica]) -> dict[GpuId, int]:
+        cluster = self.rule.fleet.cluster
+        free = {gpu: cluster.usable_bytes(gpu) for gpu in cluster.gpus}
+        for replica in replicas:
+            held = self.rule.fleet.bytes_on_gpu(replica)
+            for gpu in replica.gpus:
+                free[gpu] -= held
+        return free
+
+
+def _is_idle(replica: ObservedReplica) -> bool:
+    return replica.phase == "ACTIVE" and replica.in_flight == 0

@@ -1,0 +1,99 @@
+"""The command line: `plan <verb>`. Composition root; everything else is imported lazily,
+so that `plan --help` answers at once and loads no solver."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from foreserve import __version__
+from foreserve.models.errors import ForeserveError, InvalidInput
+
+VERBS = {
+    "demo": "foreserve.cli.demo:demo",
+    "init": "foreserve.cli.inspect:init",
+    "validate": "foreserve.cli.inspect:validate",
+    "catalog": "foreserve.cli.inspect:catalog",
+    "trace": "foreserve.cli.inspect:trace",
+    "solve": "foreserve.cli.solve:solve",
+    "simulate": "foreserve.cli.simulate:simulate",
+    "compare": "foreserve.cli.compare:compare",
+}
+
+EXIT_FAILED, EXIT_INPUT, EXIT_NO_PLAN, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+class Verbs(click.Group):
+    """Sub-commands by dotted name, imported when used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module, _, attribute = VERBS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from foreserve.models.codec import did_you_mean
+
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if args and args[0] not in VERBS and not args[0].startswith("-"):
+                error.message += f" {did_you_mean(args[0], list(VERBS)).capitalize()}"
+            raise
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: plan demo --output out",
+)
+@click.version_option(__version__, prog_name="foreserve")
+def cli() -> None:
+    """Plan and run many LLMs on one shared GPU cluster."""
+
+
+def main() -> None:
+    """Run the command line and exit with the documented code."""
+    as_json = "--json" in sys.argv
+    try:
+        # A command returns its exit code where 0 is not the whole story.
+        code = cli.main(prog_name="plan", standalone_mode=False)
+    except InvalidInput as error:
+        _report([str(error), *map(str, error.also)], as_json)
+        code = EXIT_INPUT
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "plan"
+        _report([f"{error.format_message()} (see `{verb} --help`)"], as_json)
+        code = EXIT_INPUT
+    except click.ClickException as error:
+        _report([error.format_message()], as_json)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _report(["interrupted"], as_json)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`plan ... | head`): end quietly, also at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    except (ForeserveError, OSError) as error:
+        _report([str(error)], as_json)
+        code = EXIT_FAILED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(lines: list[str], as_json: bool) -> None:
+    for line in lines:
+        click.echo(f"error: {line}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": {"message": lines[0], "all": lines}}))

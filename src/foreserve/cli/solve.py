@@ -1,0 +1,182 @@
+"""`plan solve`: from a trace and a scenario to a plan with a certificate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from foreserve.cli.common import (
+    check_parent,
+    consoles,
+    echo_json,
+    json_option,
+    progress_bar,
+    quiet_option,
+    read_history,
+    read_scenario,
+    read_traces,
+    solver_options,
+)
+
+if TYPE_CHECKING:
+    from foreserve.planner.pipeline import Planned
+    from foreserve.planner.scenario import Scenario
+    from foreserve.traces.trace import Trace
+
+
+@click.command(
+    epilog="Example: plan solve --trace sample:azure-2023 --scenario sample:azure-2023 "
+    "--solver milp -o plan.json --report report.html"
+)
+@click.option(
+    "--trace",
+    "traces",
+    multiple=True,
+    required=True,
+    help="Requests: CSV, JSONL (.gz) or sample:NAME; repeat to merge several.",
+)
+@click.option("--scenario", required=True, help="Scenario YAML, or sample:NAME.")
+@click.option(
+    "--solver",
+    type=click.Choice(["auto", "milp", "cpsat", "greedy"]),
+    help="Default: the scenario's.",
+)
+@solver_options
+@click.option(
+    "-o", "--plan", "plan_path", type=click.Path(), help="Write the plan here."
+)
+@click.option("--report", type=click.Path(), help="Write an HTML report here.")
+@quiet_option
+@json_option
+def solve(
+    traces: tuple[str, ...],
+    scenario: str,
+    solver: str | None,
+    forecast: str | None,
+    time_limit: float | None,
+    gap: float | None,
+    seed: int | None,
+    threads: int | None,
+    plan_path: str | None,
+    report: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Plan every epoch of a trace: what goes where, how good it is, what it costs.
+
+    Each epoch is planned from what was known before it began. Exit code 3: no plan.
+    """
+    from foreserve.cli import EXIT_NO_PLAN
+    from foreserve.models.codec import to_json, write_text
+    from foreserve.planner.pipeline import NoPlan
+    from foreserve.planner.report import write_report
+    from foreserve.planner.summary import summary
+
+    check_parent(plan_path, report)
+    wanted = read_scenario(
+        scenario,
+        name=solver,
+        time_limit=time_limit,
+        gap=gap,
+        seed=seed,
+        threads=threads,
+        method=forecast,
+    )
+    inputs: dict[str, str] = {}
+    trace = read_traces(traces, inputs)
+    try:
+        planned = run_solve(wanted, trace, inputs, quiet or as_json)
+    except NoPlan as failure:
+        click.echo(f"no plan: {failure}", err=True)
+        if as_json:
+            status = str(failure.report.status)
+            echo_json(
+                {"status": status, "epoch": failure.epoch, "message": str(failure)}
+            )
+        return EXIT_NO_PLAN
+    if plan_path:
+        write_text(plan_path, to_json(planned.plan))
+    if report:
+        write_report(
+            report,
+            plan=planned.plan,
+            solves=planned.solves,
+            runs=(),
+            title=f"Plan for {scenario.removeprefix('sample:')}",
+            command=command_line(),
+        )
+    if as_json:
+        echo_json({**facts(planned), "plan": plan_path, "report": report})
+        return 0
+    out, _ = consoles(quiet)
+    for part in summary(planned.plan, planned.solves, ()):
+        out.print(part)
+    for label, path in (("plan", plan_path), ("report", report)):
+        if path:
+            out.print(f"{label}: {path}")
+    return 0
+
+
+def run_solve(
+    scenario: Scenario, trace: Trace, inputs: dict[str, str], quiet: bool
+) -> Planned:
+    """Plan ``trace`` with a progress bar."""
+    from foreserve.planner.pipeline import plan_trace
+
+    history = read_history(scenario, inputs)
+    with progress_bar("solving epochs", quiet) as update:
+        return plan_trace(
+            scenario, trace, history=history, inputs=inputs, progress=update
+        )
+
+
+def facts(planned: Planned) -> Mapping[str, Any]:
+    """What every solve states, for ``--json``."""
+    from foreserve.models.codec import digest
+    from foreserve.models.plan import Status, relative_gap
+    from foreserve.planner.fleet import gpu_hours, perfect_system_gpus
+
+    plan, solves = planned.plan, planned.solves
+    certificates = [e.certificate for e in plan.epochs if e.certificate]
+    terms: dict[str, float] = {}
+    for certificate in certificates:
+        for label, value in certificate.terms.items():
+            terms[label] = terms.get(label, 0.0) + value
+    at_stake = sum(c.without_warm for c in certificates) - plan.bound
+    distance = plan.objective - plan.bound
+    hours, usd = gpu_hours(plan)
+    peak_gpus, mean_gpus = perfect_system_gpus(plan)
+    optimal = all(c.status is Status.OPTIMAL for c in certificates)
+    firsts = [s.time_to_first_s for s in solves if s.time_to_first_s is not None]
+    return {
+        "status": str(Status.OPTIMAL if optimal else Status.FEASIBLE),
+        "objective": plan.objective,
+        "objective_terms": terms,
+        "bound": plan.bound,
+        "gap": relative_gap(plan.objective, plan.bound),
+        "gap_at_stake": 0.0 if distance <= 1e-9 else distance / max(at_stake, distance),
+        "epochs": len(plan.epochs),
+        "epochs_optimal": sum(c.status is Status.OPTIMAL for c in certificates),
+        "plan_sha256": digest(plan),
+        "solver": plan.solver.name,
+        "solver_version": plan.solver.version,
+        "seed": plan.solver.seed,
+        "threads": plan.solver.threads,
+        "time_limit_s": plan.solver.time_limit_s,
+        "wall_s": round(sum(s.wall_s for s in solves), 3),
+        "slowest_epoch_s": round(max(s.wall_s for s in solves), 3),
+        "time_to_first_plan_s": round(max(firsts), 3) if firsts else None,
+        "gpus": len(plan.fleet.cluster.gpus),
+        "gpu_hours": hours,
+        "cost_usd": usd,
+        "perfect_system_gpus_peak": peak_gpus,
+        "perfect_system_gpus_mean": mean_gpus,
+    }
+
+
+def command_line() -> str:
+    """The command as typed, for the report's provenance."""
+    return " ".join(["plan", *sys.argv[1:]])
