@@ -145,7 +145,7 @@ def shorten(text: str, length: int) -> str:
     """``text`` in at most ``length`` characters, cut in the middle."""
     if len(text) <= length:
         return text
-    head = (length - 1 + 1) // 2
+    head = length // 2
     tail = length - 1 - head
     return text[:head] + "…" + (text[-tail:] if tail else "")
 
@@ -157,7 +157,9 @@ def is_dark(color: str) -> bool:
 
 def _luminance(color: str) -> float:
     parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    linear = [
+        p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
