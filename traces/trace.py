@@ -1,0 +1,215 @@
+"""Observed arrivals, and what a forecaster sees of them.
+
+A `Trace` is single requests in columns; a `Demand` is the same past per LLM and epoch:
+rates, and requests in flight (mean and peak). Both are immutable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreserve.models.errors import InvalidInput
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """Requests in order of arrival; all columns have one entry per request."""
+
+    arrival_s: Floats
+    """Seconds since the start of the trace, not decreasing, not negative."""
+    llm: Ints
+    """Index into ``llms``."""
+    llms: tuple[str, ...]
+    input_tokens: Ints
+    output_tokens: Ints
+    dropped: int = 0
+    """Rows left out when the file was read: failed requests (no output tokens)."""
+
+    def __post_init__(self) -> None:
+        columns = (self.arrival_s, self.llm, self.input_tokens, self.output_tokens)
+        if len({len(column) for column in columns}) != 1:
+            raise InvalidInput("trace: columns of unequal length")
+        if len(self.arrival_s):
+            if not np.isfinite(self.arrival_s).all() or self.arrival_s[0] < 0:
+                raise InvalidInput("trace: arrival_s must be finite and not negative")
+            if (np.diff(self.arrival_s) < 0).any():
+                raise InvalidInput("trace: arrival_s must not decrease")
+            if min(self.input_tokens.min(), self.output_tokens.min()) < 1:
+                raise InvalidInput("trace: token counts must be at least 1")
+        for column in columns:
+            column.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def span_s(self) -> float:
+        """Time of the last arrival; 0 for an empty trace."""
+        return float(self.arrival_s[-1]) if len(self) else 0.0
+
+    def between(self, start_s: float, end_s: float) -> Trace:
+        """The requests with ``start_s <= arrival_s < end_s``, times unchanged."""
+        low, high = np.searchsorted(self.arrival_s, (start_s, end_s), side="left")
+        return replace(
+            self,
+            arrival_s=self.arrival_s[low:high],
+            llm=self.llm[low:high],
+            input_tokens=self.input_tokens[low:high],
+            output_tokens=self.output_tokens[low:high],
+        )
+
+
+def merge(traces: Sequence[Trace]) -> Trace:
+    """One trace from several on the same clock; ties keep the order of ``traces``."""
+    llms = tuple(dict.fromkeys(name for trace in traces for name in trace.llms))
+    index = {name: i for i, name in enumerate(llms)}
+    codes = [
+        np.array([index[name] for name in trace.llms], dtype=np.int32)[trace.llm]
+        for trace in traces
+    ]
+    arrival_s = np.concatenate([trace.arrival_s for trace in traces])
+    order = np.argsort(arrival_s, kind="stable")
+    return Trace(
+        arrival_s=arrival_s[order],
+        llm=np.concatenate(codes)[order],
+        llms=llms,
+        input_tokens=np.concatenate([t.input_tokens for t in traces])[order],
+        output_tokens=np.concatenate([t.output_tokens for t in traces])[order],
+        dropped=sum(trace.dropped for trace in traces),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Demand:
+    """The past per LLM and epoch; every array is [llm, epoch], read-only."""
+
+    epoch_s: float
+    start_s: float
+    """Start of the first epoch; days are counted from 0 on this clock."""
+    llms: tuple[str, ...]
+    rate_rps: Floats
+    mean_load: Floats
+    """Requests in flight, time-weighted mean."""
+    peak_load: Floats
+    """Requests in flight, maximum; includes those carried over from before."""
+    input_tokens: Floats
+    """Mean per request; 0 where there was none."""
+    output_tokens: Floats
+
+    def __post_init__(self) -> None:
+        for column in self._columns():
+            if column.shape != self.rate_rps.shape or column.ndim != 2:
+                raise InvalidInput("demand: arrays must all be [llm, epoch]")
+            if not np.isfinite(column).all() or (column < 0).any():
+                raise InvalidInput("demand: values must be finite and not negative")
+            column.setflags(write=False)
+
+    def _columns(self) -> tuple[Floats, ...]:
+        return (
+            self.rate_rps,
+            self.mean_load,
+            self.peak_load,
+            self.input_tokens,
+            self.output_tokens,
+        )
+
+    @property
+    def num_epochs(self) -> int:
+        return int(self.rate_rps.shape[1])
+
+    def upto(self, epoch: int) -> Demand:
+        """Only the epochs before ``epoch``: all that may be known when it starts."""
+        return self._of([column[:, :epoch] for column in self._columns()])
+
+    def select(self, llms: Sequence[str]) -> Demand:
+        """The rows of ``llms`` in that order; zeros for one that is not there."""
+        rows = [self.llms.index(n) if n in self.llms else len(self.llms) for n in llms]
+        padded = [
+            np.vstack([column, np.zeros((1, self.num_epochs))])[rows]
+            for column in self._columns()
+        ]
+        return replace(self._of(padded), llms=tuple(llms))
+
+    def then(self, later: Demand) -> Demand:
+        """This past followed by ``later`` (same LLMs and epochs, its clock goes on)."""
+        if later.llms != self.llms or later.epoch_s != self.epoch_s:
+            raise InvalidInput("demand: LLMs and epochs must be equal to be joined")
+        pairs = zip(self._columns(), later._columns(), strict=True)
+        return self._of([np.hstack(pair) for pair in pairs])
+
+    def _of(self, columns: Sequence[Floats]) -> Demand:
+        rate, mean, peak, inputs, outputs = columns
+        return replace(
+            self,
+            rate_rps=rate,
+            mean_load=mean,
+            peak_load=peak,
+            input_tokens=inputs,
+            output_tokens=outputs,
+        )
+
+
+def bin_demand(
+    trace: Trace, *, epoch_s: float, busy_s: Floats, end_s: float | None = None
+) -> Demand:
+    """Count a trace into epochs of ``epoch_s`` seconds, from 0 to ``end_s``.
+
+    ``busy_s`` ([request]) is how long each request is in flight, as a cost model
+    estimates it. The last epoch may be partial: its means are over its elapsed time.
+    Exact, by +1/-1 events; O(n log n) per LLM.
+    """
+    end_s = trace.span_s if end_s is None else end_s
+    count = max(1, int(np.ceil(round(end_s / epoch_s, 9))))
+    edges = np.minimum(np.arange(count + 1) * epoch_s, max(end_s, 1e-9))
+    width = np.diff(edges)
+    width[-1] = max(width[-1], 1e-9)
+    shape = (len(trace.llms), count)
+    rate, mean, peak, inputs, outputs = (np.zeros(shape) for _ in range(5))
+    for row in range(len(trace.llms)):
+        mask = trace.llm == row
+        arrival = trace.arrival_s[mask]
+        epoch = np.minimum((arrival / epoch_s).astype(np.int64), count - 1)
+        number = np.bincount(epoch, minlength=count)
+        for column, tokens in (
+            (inputs, trace.input_tokens),
+            (outputs, trace.output_tokens),
+        ):
+            total = np.bincount(epoch, weights=tokens[mask], minlength=count)
+            column[row] = total / np.maximum(number, 1)
+        rate[row] = number / width
+        mean[row], peak[row] = _in_flight(arrival, busy_s[mask], edges)
+    return Demand(
+        epoch_s=epoch_s,
+        start_s=0.0,
+        llms=trace.llms,
+        rate_rps=rate,
+        mean_load=mean,
+        peak_load=peak,
+        input_tokens=inputs,
+        output_tokens=outputs,
+    )
+
+
+def _in_flight(arrival: Floats, busy_s: Floats, edges: Floats) -> tuple[Floats, Floats]:
+    """Time-weighted mean and maximum number in flight between consecutive edges."""
+    # Marks at the edges change nothing; they make each epoch start with a known level.
+    times = np.concatenate([edges, arrival + busy_s, arrival])
+    steps = np.concatenate(
+        [np.zeros(len(edges)), -np.ones(len(arrival)), np.ones(len(arrival))]
+    )
+    # At equal times an edge comes first, then ends, then starts.
+    order = np.argsort(times, kind="stable")
+    times, steps = times[order], steps[order]
+    level = np.cumsum(steps)
+    held = np.diff(times, append=times[-1]) * level
+    at = np.searchsorted(times, edges, side="left")
+    mean = np.add.reduceat(held, at)[:-1] / np.maximum(np.diff(edges), 1e-9)
+    peak = np.maximum.reduceat(level, at)[:-1]
+    return mean, peak
