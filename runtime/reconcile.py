@@ -1,0 +1,236 @@
+"""From what is wanted and what is true to the steps that are safe now.
+
+Pure and level-triggered: no plan of steps is kept. Each call looks at the phases and
+emits what is safe at this moment; the next call, after something has changed, emits the
+rest. What holds for every call:
+
+1. *Memory.* The actions fit beside everything resident, LOADING and DRAINING included,
+   all together and in any order: room that this call's own drops and demotes will free
+   counts only once it is observed to be free.
+2. *Dedicated GPUs.* A replica is activated only where no other one holds KV on any of
+   its GPUs, unless both are wanted ACTIVE on the same set.
+3. *Make before break.* A replica is not demoted while the LLM's serving concurrency would
+   fall below what is desired, as long as a desired ACTIVE replica of the LLM can become
+   ACTIVE, or at least be loaded, beside all that still serves. In particular an LLM with
+   a desired ACTIVE replica that fits beside everything resident and everything desired,
+   on GPUs where nothing else holds KV, is never without a serving replica (crashes
+   apart). Where moves wait for each other in a circle, one replica is demoted, the one
+   that is missed least, and the circle is looked at again.
+4. *Convergence.* With `desired` within (C1)-(C4) and every phase of finite length,
+   repeated calls reach exactly `desired`, from any start, in at most one demote, drop,
+   load and activate per replica and crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from foreserve.models.observed import HOLDS_KV, Observed, ObservedReplica, Phase
+from foreserve.models.placement import Action, Kind, Placement, ReplicaId
+from foreserve.models.problem import Fleet
+from foreserve.runtime.ledger import Ledger, phase_bytes
+
+
+def reconcile(
+    desired: Placement, observed: Observed, fleet: Fleet
+) -> tuple[Action, ...]:
+    """What may be done now to come closer to ``desired``; () where that is nothing.
+
+    Demotes, drops, loads, activates, in this order; loads by urgency, as they share
+    links.
+    """
+    present = {replica.id: replica for replica in observed.replicas}
+    steps: dict[Kind, list[ReplicaId]] = {
+        "demote": [],
+        "drop": [],
+        "load": [],
+        "activate": [],
+    }
+    for key, replica in present.items():
+        if replica.phase in ("WARM", "LOADING") and key not in desired.by_id:
+            steps["drop"].append(key)
+    ahead = _Ahead(desired, observed, fleet)
+    ahead.play()
+    steps["demote"] += ahead.demotes
+    ledger = Ledger.of(fleet, observed)
+    for key, goal_bytes in _by_urgency(desired, fleet, ahead.reserved):
+        now = present.get(key)
+        phase = now.phase if now else None
+        option = fleet.option_of(key.llm, key.gpus)
+        held = phase_bytes(option, phase)
+        if phase is None:
+            if ledger.can_hold(key.gpus, option.resident_bytes):
+                steps["load"].append(key)
+        elif phase == "WARM" and desired.by_id[key].state == "ACTIVE":
+            peak = phase_bytes(option, "ACTIVE")
+            if ledger.can_hold(key.gpus, peak - held) and not any(
+                other.phase in HOLDS_KV and _clash(key, other, desired)
+                for other in observed.replicas
+            ):
+                steps["activate"].append(key)
+        # Whether it could step or not: less urgent ones must not take its room.
+        ledger.book(key.gpus, max(0, goal_bytes - held))
+    return tuple(
+        Action(kind=kind, llm=key.llm, gpus=key.gpus)
+        for kind, keys in steps.items()
+        for key in keys
+    )
+
+
+def _by_urgency(
+    desired: Placement, fleet: Fleet, reserved: dict[ReplicaId, int]
+) -> Iterable[tuple[ReplicaId, int]]:
+    """Desired replicas and the bytes per GPU to keep for them: replacements that a
+    serving replica waits for, then other ACTIVE ones, then WARM ones."""
+    yield from reserved.items()
+    for state in ("ACTIVE", "WARM"):
+        for key, replica in desired.by_id.items():
+            if replica.state == state and key not in reserved:
+                yield key, fleet.bytes_on_gpu(replica)
+
+
+def _clash(key: ReplicaId, other: ObservedReplica, desired: Placement) -> bool:
+    """Whether ``key`` may not be ACTIVE while ``other`` holds KV."""
+    if other.id == key or set(key.gpus).isdisjoint(other.gpus):
+        return False
+    wanted = desired.by_id.get(other.id)
+    together = wanted is not None and wanted.state == "ACTIVE"
+    return not (together and set(other.gpus) == set(key.gpus))
+
+
+class _Ahead:
+    """Plays the moves ahead: which unwanted ACTIVE replicas go now, which later.
+
+    Works on a ledger where all that is leaving has left. A replacement that fits there
+    becomes ACTIVE sooner or later and relieves older replicas of its LLM, which makes
+    room for the next one. Only what must go for that to move on is demoted now.
+    """
+
+    def __init__(self, desired: Placement, observed: Observed, fleet: Fleet) -> None:
+        self.desired, self.fleet = desired, fleet
+        self.demotes: list[ReplicaId] = []
+        self.reserved: dict[ReplicaId, int] = {}
+        """Replacements that something waits for, by urgency, with bytes per GPU to keep
+        for them."""
+        self.phases = {replica.id: replica.phase for replica in observed.replicas}
+        goal = [r.id for r in desired.replicas if r.state == "ACTIVE"]
+        old = [
+            r
+            for r in observed.replicas
+            if r.phase == "ACTIVE"
+            and not (r.id in desired.by_id and desired.by_id[r.id].state == "ACTIVE")
+        ]
+        llms = {replica.llm for replica in old}
+        missing = [k for k in goal if k.llm in llms and self.phases.get(k) != "ACTIVE"]
+        self.missing = sorted(missing, key=self._distance)
+        wanted_gpus = {gpu for key in self.missing for gpu in key.gpus}
+        # First goes what is in the way, then what is missed least.
+        self.old = sorted(
+            old,
+            key=lambda r: (
+                wanted_gpus.isdisjoint(r.gpus),
+                r.in_flight + observed.waiting.get(r.llm, 0) > 0,
+                r.in_flight,
+                r.id,
+            ),
+        )
+        self.goal = dict.fromkeys(llms, 0)
+        self.serving = dict.fromkeys(llms, 0)
+        for key in goal:
+            if key.llm in llms:
+                self.goal[key.llm] += self._concurrency(key)
+        for key, phase in self.phases.items():
+            if phase == "ACTIVE" and key.llm in llms:
+                self.serving[key.llm] += self._concurrency(key)
+        self.ledger = Ledger(fleet)
+        self.held = dict.fromkeys(self.missing, 0)
+        staying = {replica.id for replica in old}
+        for key, phase in self.phases.items():
+            wanted = desired.by_id.get(key)
+            later: Phase | None = phase
+            if key in staying:
+                later = "ACTIVE"
+            elif wanted is None:
+                later = None
+            elif wanted.state == "WARM":
+                later = "WARM"
+            num_bytes = self._bytes(key, later)
+            self.ledger.book(key.gpus, num_bytes)
+            if key in self.held:
+                self.held[key] = num_bytes
+
+    def play(self) -> None:
+        """Fill ``demotes`` and ``reserved``."""
+        while True:
+            self._relieve()
+            if not self.old:
+                return
+            if self._replace():
+                continue
+            self._load_beside()
+            # An LLM whose next replacement is on its way loses less by waiting for it.
+            helped = {key.llm for key in self.reserved}
+            stuck = [key for key in self.missing if key.llm not in helped]
+            in_the_way = {gpu for key in stuck for gpu in key.gpus}
+            for replica in self.old:
+                if replica.llm not in helped and in_the_way & set(replica.gpus):
+                    self.demotes.append(replica.id)
+                    self._leave(replica)
+                    break
+            else:
+                return
+
+    def _relieve(self) -> None:
+        """Let go what is not needed to serve as much as desired."""
+        for replica in list(self.old):
+            rest = self.serving[replica.llm] - self._concurrency(replica.id)
+            if rest >= self.goal[replica.llm]:
+                if not self.reserved:  # nothing has to happen before
+                    self.demotes.append(replica.id)
+                self._leave(replica)
+
+    def _leave(self, replica: ObservedReplica) -> None:
+        self.old.remove(replica)
+        self.serving[replica.llm] -= self._concurrency(replica.id)
+        after: Phase | None = "WARM" if replica.id in self.desired.by_id else None
+        freed = self._bytes(replica.id, "ACTIVE") - self._bytes(replica.id, after)
+        self.ledger.book(replica.gpus, -freed)
+
+    def _replace(self) -> bool:
+        """Make the first replacement ACTIVE that can be, beside all that serves."""
+        for key in self.missing:
+            free = self.phases.get(key) == "ACTIVATING" or not any(
+                _clash(key, replica, self.desired) for replica in self.old
+            )
+            if free and self._can_keep(key, "ACTIVE"):
+                self._keep(key, "ACTIVE")
+                self.missing.remove(key)
+                self.serving[key.llm] += self._concurrency(key)
+                return True
+        return False
+
+    def _load_beside(self) -> None:
+        """Where a replacement cannot be ACTIVE yet, its weights may come at least."""
+        for key in self.missing:
+            absent = self.phases.get(key) in (None, "LOADING")
+            if absent and self._can_keep(key, "WARM"):
+                self._keep(key, "WARM")
+
+    def _can_keep(self, key: ReplicaId, phase: Phase) -> bool:
+        return self.ledger.can_hold(key.gpus, self._bytes(key, phase) - self.held[key])
+
+    def _keep(self, key: ReplicaId, phase: Phase) -> None:
+        num_bytes = self._bytes(key, phase)
+        self.ledger.book(key.gpus, num_bytes - self.held[key])
+        self.held[key] = self.reserved[key] = num_bytes
+
+    def _distance(self, key: ReplicaId) -> int:
+        """How far from ACTIVE: the nearest replacement comes first."""
+        order = ("ACTIVATING", "WARM", "DRAINING", "LOADING", None)
+        return order.index(self.phases.get(key))
+
+    def _concurrency(self, key: ReplicaId) -> int:
+        return self.fleet.option_of(key.llm, key.gpus).concurrency
+
+    def _bytes(self, key: ReplicaId, phase: Phase | None) -> int:
+        return phase_bytes(self.fleet.option_of(key.llm, key.gpus), phase)
