@@ -28,18 +28,18 @@ SAMPLE_DAY, HISTORY_DAYS, SEED, MAX_CV = 8, 7, 20_230_811, 8.0
 
 # LLM: the client that plays it, and how many requests it gets on the sample day.
 FLEET = {
-    "llama-3.1-8b": ("m-small", 17, 26_000),
-    "qwen2.5-7b": ("m-small", 14, 22_000),
-    "mistral-7b-v0.3": ("m-small", 26, 16_000),
-    "qwen3-8b": ("m-small", 29, 14_000),
-    "llama-2-13b": ("m-large", 143, 12_000),
-    "qwen2.5-14b": ("m-large", 147, 10_000),
-    "deepseek-v2-lite": ("m-small", 35, 10_000),
-    "qwen2.5-32b": ("m-large", 34, 8_000),
-    "llama-2-7b": ("m-small", 13, 8_000),
-    "mixtral-8x7b": ("m-large", 104, 5_000),
-    "qwen3-32b": ("m-large", 61, 5_000),
-    "llama-3.1-70b": ("m-large", 56, 4_000),
+    "llama-3.1-8b": ("m-small", 36, 26_000),
+    "qwen2.5-7b": ("m-small", 41, 20_000),
+    "qwen3-8b": ("m-large", 137, 14_000),
+    "llama-2-13b": ("m-large", 91, 12_000),
+    "qwen2.5-14b": ("m-large", 147, 12_000),
+    "mistral-7b-v0.3": ("m-large", 113, 10_000),
+    "deepseek-v2-lite": ("m-large", 0, 10_000),
+    "llama-2-7b": ("m-large", 95, 8_000),
+    "qwen3-32b": ("m-large", 61, 7_000),
+    "qwen2.5-32b": ("m-large", 12, 6_000),
+    "mixtral-8x7b": ("m-large", 17, 6_000),
+    "llama-3.1-70b": ("m-large", 47, 6_000),
 }
 QUANTILES = ["min", "p1", "p5", *(f"p{q}" for q in range(10, 100, 10)), "p95", "p99"]
 QUANTILES += ["p99_9", "max"]
