@@ -28,8 +28,12 @@ UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 def to_json(record: object) -> str:
     """Canonical JSON text of a record, ending in a newline."""
-    plain = _adapter(type(record)).dump_python(record, mode="json")
-    return dump_json(plain)
+    return dump_json(to_plain(record))
+
+
+def to_plain(record: object) -> Any:
+    """A record as plain data (dicts, lists, strings, numbers), as in its file."""
+    return _adapter(type(record)).dump_python(record, mode="json")
 
 
 def dump_json(plain: object) -> str:
@@ -52,7 +56,8 @@ def from_json(cls: type[T], text: str, file: str | None = None) -> T:
             text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )
     except json.JSONDecodeError as error:
-        hint = "is the file cut off?" if error.pos >= len(text.rstrip()) else None
+        whole = text.rstrip().endswith(("}", "]"))
+        hint = None if whole or not text.strip() else "is the file cut off?"
         what = "empty file" if not text.strip() else f"not valid JSON: {error.msg}"
         raise InvalidInput(what, file=file, line=error.lineno, hint=hint) from None
     except InvalidInput as error:

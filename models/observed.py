@@ -26,7 +26,7 @@ class ObservedReplica:
     in_flight: int = 0
     """Requests it is working on."""
     idle_since_s: float | None = None
-    """Since when ``in_flight`` is 0; None while it is not."""
+    """Since when it is ACTIVE without a request; None while it works or does not serve."""
 
     @property
     def id(self) -> ReplicaId:

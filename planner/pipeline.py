@@ -22,7 +22,8 @@ from foreserve.models.plan import Certificate, Epoch, LlmDemand, Plan, SolverInf
 from foreserve.models.problem import Fleet, Problem, round_rate
 from foreserve.planner.fleet import align, build_fleet, busy_s, mean_lengths
 from foreserve.planner.scenario import Scenario
-from foreserve.solvers.base import SolveOptions, SolveReport, SolverPool
+from foreserve.solvers.base import SolveOptions, SolveReport
+from foreserve.solvers.pool import SolverPool
 from foreserve.traces.forecast import Forecast, get_forecaster
 from foreserve.traces.scenarios import independent_scenarios
 from foreserve.traces.trace import Demand, Trace, bin_demand
@@ -98,22 +99,22 @@ def plan_trace(
         history = history.select(demand.llms)
         _check_history(history, scenario)
         past_epochs = history.num_epochs
-        demand = history.concat(demand)
+        demand = history.then(demand)
     perfect = scenario.forecast.method == "perfect"
     forecaster = None if perfect else get_forecaster(scenario.forecast.method)
     rng = np.random.default_rng(options.seed)
     epochs: list[Epoch] = []
     solves: list[SolveReport] = []
     before, total = Placement(), demand.num_epochs - past_epochs
-    with SolverPool(solver, options) as pool:
+    with SolverPool() as pool:
         for index in range(total):
             now = past_epochs + index
             if forecaster is None:
-                forecast = Forecast.of(demand, now)
+                forecast = Forecast.perfect(demand, now)
             else:
                 forecast = forecaster(demand.upto(now), 1)
             problem = build_problem(scenario, fleet, forecast, before, rng)
-            solved = pool.solve(problem)
+            solved = pool.solve(problem, solver, options, start=(before,))
             if solved.schedule is None:
                 raise NoPlan(index, solved.report)
             before = solved.schedule[0]

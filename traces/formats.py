@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -219,9 +220,10 @@ def _read_csv(file: str) -> Iterator[tuple[list[str], int, pd.DataFrame]]:
                 keep_default_na=False,
                 skip_blank_lines=False,
                 skipinitialspace=True,
+                index_col=False,
                 chunksize=CHUNK_ROWS,
             )
-            for frame in reader:
+            for frame in _strict(reader):
                 frame.columns = [str(column).strip() for column in frame.columns]
                 # A blank line at the end is no row.
                 while len(frame) and not any(frame.iloc[-1].astype(str)):
@@ -230,9 +232,22 @@ def _read_csv(file: str) -> Iterator[tuple[list[str], int, pd.DataFrame]]:
                 line += len(frame)
         except pd.errors.EmptyDataError:
             raise InvalidInput("empty file", file=file) from None
-        except pd.errors.ParserError as error:
+        except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
             what = str(error).strip().splitlines()[-1]
             raise InvalidInput(f"not a CSV table: {what}", file=file) from None
+
+
+def _strict(reader: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    """Chunks of a reader; rows longer than the header are an error, not a warning."""
+    import pandas as pd
+
+    while True:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = next(reader, None)
+        if frame is None:
+            return
+        yield frame
 
 
 def _read_jsonl(file: str) -> Iterator[tuple[pd.DataFrame, int]]:

@@ -90,7 +90,7 @@ def read_traces(names: Sequence[str], inputs: dict[str, str]) -> Trace:
 
 def read_history(scenario: Scenario, inputs: dict[str, str]) -> Demand | None:
     """The scenario's demand table of the time before the trace, if it names one."""
-    from foreserve.traces.trace import read_demand
+    from foreserve.traces.formats import read_demand
 
     if scenario.forecast.history is None:
         return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +22,10 @@ from foreserve.cli.common import (
     solver_options,
 )
 from foreserve.models.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from foreserve.models.problem import Problem
+    from foreserve.solvers.base import Solved
 
 FORMATS = ("md", "csv", "json")
 
@@ -123,9 +129,9 @@ def _problem_rows(
 ) -> list[Mapping[str, object]]:
     from foreserve.models.codec import from_json, read_text
     from foreserve.models.problem import Problem
-    from foreserve.planner.pipeline import certify
     from foreserve.planner.scenario import SolverPart
-    from foreserve.solvers.base import SolveOptions, SolverPool
+    from foreserve.solvers.base import SolveOptions
+    from foreserve.solvers.pool import SolverPool
 
     given = {key: value for key, value in limits.items() if value is not None}
     part = SolverPart(**given)  # type: ignore[arg-type]
@@ -135,41 +141,40 @@ def _problem_rows(
     problems = [(file, from_json(Problem, read_text(file), file)) for file in files]
     rows: list[Mapping[str, object]] = []
     with progress_bar("solving", quiet) as update:
-        for name in solvers:
-            with SolverPool(name, options) as pool:
-                for file, problem in problems:
-                    solved = pool.solve(problem)
-                    report = solved.report
-                    row: dict[str, object] = {
-                        "instance": Path(file).stem,
-                        "solver": name,
-                        "status": str(report.status),
-                        "objective": None,
-                        "bound": None,
-                        "gap": None,
-                        "gap_at_stake": None,
-                    }
-                    if solved.schedule is not None:
-                        certificate = certify(problem, solved.schedule, report)
-                        row |= {
-                            "objective": certificate.objective,
-                            "bound": certificate.bound,
-                            "gap": certificate.gap,
-                            "gap_at_stake": certificate.gap_at_stake,
-                        }
-                    rows.append(row | _effort(report))
-                    update(len(rows), len(solvers) * len(problems))
-    return sorted(rows, key=lambda row: str(row["instance"]))
+        for (file, problem), name in product(problems, solvers):
+            # A process of its own for each: nobody pays or gains from another's start.
+            with SolverPool() as pool:
+                solved = pool.solve(problem, name, options)
+            rows.append(_row(Path(file).stem, name, problem, solved))
+            update(len(rows), len(solvers) * len(problems))
+    return rows
 
 
-def _effort(report: object) -> dict[str, object]:
+def _row(
+    instance: str, name: str, problem: Problem, solved: Solved
+) -> Mapping[str, object]:
+    from foreserve.planner.pipeline import certify
+
+    report, schedule = solved.report, solved.schedule
+    found = None if schedule is None else certify(problem, schedule, report)
     return {
-        "first_plan_s": getattr(report, "time_to_first_s", None),
-        "wall_s": round(float(getattr(report, "wall_s", 0.0)), 3),
-        "version": getattr(report, "version", ""),
-        "seed": getattr(report, "seed", 0),
-        "threads": getattr(report, "threads", 1),
+        "instance": instance,
+        "solver": name,
+        "status": str(report.status),
+        "objective": found and found.objective,
+        "bound": report.bound,
+        "gap": found and found.gap,
+        "gap_at_stake": found and found.gap_at_stake,
+        "first_plan_s": _rounded(report.time_to_first_s),
+        "wall_s": _rounded(report.wall_s),
+        "version": report.version,
+        "seed": report.seed,
+        "threads": report.threads,
     }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
 
 
 def _trace_rows(

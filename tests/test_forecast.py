@@ -1,0 +1,118 @@
+"""Forecasts: the published test vector, no look-ahead, safe on short series."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from foreserve.models.errors import InvalidInput
+from foreserve.traces.forecast import FORECASTERS, Forecast, get_forecaster
+from foreserve.traces.scenarios import independent_scenarios
+from foreserve.traces.trace import Demand
+
+
+def demand(series, epoch_s=21_600.0):
+    """One LLM (or several rows); four epochs a day by default."""
+    rows = np.atleast_2d(np.array(series, dtype=np.float64))
+    return Demand(
+        epoch_s=epoch_s,
+        start_s=0.0,
+        llms=tuple(f"llm{i}" for i in range(len(rows))),
+        rate_rps=rows.copy(),
+        mean_load=rows.copy(),
+        peak_load=rows.copy(),
+        input_tokens=np.full(rows.shape, 10.0),
+        output_tokens=np.full(rows.shape, 5.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("observed", "expected"), [([12], 14.0), ([12, 11], 14.0), ([12, 11, 17], 17.714)]
+)
+def test_corrective_seasonal_vector(observed, expected):
+    """Base 10, 12, 14, 16; observed 12, 11, 17: 14.000, 14.000, 17.714 (WarmServe, sec 3);
+    the oldest-heavy weights would give 15.000 and 17.286 for the last two."""
+    past = demand([10, 12, 14, 16, *observed])
+    forecast = get_forecaster("corrective")(past, 1)
+    assert forecast.peak_load[0, 0] == pytest.approx(expected, abs=5e-4)
+
+
+def test_seasonal_is_the_mean_of_the_same_epoch():
+    """Days (1,2,3,4) and (3,4,5,6): the next day starts at 2, then 3."""
+    forecast = get_forecaster("seasonal")(demand([1, 2, 3, 4, 3, 4, 5, 6]), 2)
+    assert forecast.mean_load.tolist() == [[2, 3]]
+
+
+def test_corrections_never_go_below_zero():
+    """A quiet day after a loud one: at least 0."""
+    forecast = get_forecaster("corrective")(demand([9, 9, 1, 1, 0, 0]), 1)
+    assert forecast.peak_load[0, 0] == 0.0
+
+
+@pytest.mark.parametrize("name", FORECASTERS)
+def test_no_past_and_short_past(name):
+    """Before anything is known: no rate, one request at a time; then the last value."""
+    forecaster = get_forecaster(name)
+    blank = forecaster(demand([[5.0, 5.0]]).upto(0), 1)
+    assert blank.rate_rps.tolist() == [[0.0]]
+    assert blank.peak_load.tolist() == [[1.0]]
+    assert forecaster(demand([3, 7]), 1).mean_load.tolist() == [[7.0]]
+
+
+@pytest.mark.parametrize("name", FORECASTERS)
+def test_no_look_ahead(name):
+    """Whatever comes later, the forecast made before is the same."""
+    rng = np.random.default_rng(1)
+    series = rng.poisson(5, 40).astype(float)
+    betrayed = np.concatenate([series[:20], 1000 + series[20:]])
+    forecaster = get_forecaster(name)
+    one = forecaster(demand(series).upto(20), 3)
+    other = forecaster(demand(betrayed).upto(20), 3)
+    for column in ("rate_rps", "mean_load", "peak_load", "peak_std", "input_tokens"):
+        assert (getattr(one, column) == getattr(other, column)).all()
+
+
+def test_error_of_the_peak_is_learnt():
+    """A series that alternates 0 and 20 surprises `last` by 20 each time."""
+    forecast = get_forecaster("last")(demand([0, 20] * 15), 1)
+    assert forecast.peak_std[0, 0] == pytest.approx(20.0)
+
+
+def test_unknown_method():
+    """The hint names the closest one."""
+    with pytest.raises(InvalidInput, match="corrective"):
+        get_forecaster("correctiv")
+
+
+def test_scenarios_have_exact_margins_and_no_common_order():
+    """Each LLM's levels are the mid-quantiles of its normal, in an order of its own."""
+    two = np.array([[10.0], [10.0]])
+    forecast = Forecast(
+        rate_rps=two,
+        mean_load=np.zeros((2, 1)),
+        peak_load=two,
+        peak_std=np.full((2, 1), 2.0),
+        input_tokens=two,
+        output_tokens=two,
+    )
+    levels = independent_scenarios(forecast, 100, np.random.default_rng(3))
+    assert levels.shape == (100, 2, 1)
+    assert np.sort(levels[:, 0, 0]) == pytest.approx(np.sort(levels[:, 1, 0]))
+    assert levels[:, 0, 0].mean() == pytest.approx(10.0)
+    assert levels[:, 0, 0].std() == pytest.approx(2.0, rel=0.02)
+    correlation = np.corrcoef(levels[:, 0, 0], levels[:, 1, 0])[0, 1]
+    assert abs(correlation) < 0.3
+
+
+def test_scenarios_never_fall_below_the_mean_load():
+    """A peak is at least the mean, however wide its error."""
+    one = np.array([[1.0]])
+    forecast = Forecast(
+        rate_rps=one,
+        mean_load=one,
+        peak_load=one,
+        peak_std=10 * one,
+        input_tokens=one,
+        output_tokens=one,
+    )
+    assert independent_scenarios(forecast, 9, np.random.default_rng(0)).min() == 1.0

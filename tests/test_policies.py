@@ -1,0 +1,109 @@
+"""The on-demand rule: what is wanted now, from the plan's base and what is observed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from foreserve.models.observed import Observed, ObservedReplica
+from foreserve.models.placement import Placement, Replica, ReplicaId
+from foreserve.models.referee import fleet_violations
+from foreserve.planner.policies import get_policy
+from tests.build import cluster, fleet, gpu, option, small_plan
+
+
+def plan_with(*replicas: Replica, options=(), on=None):
+    base = small_plan()
+    epoch = replace(base.epochs[0], placement=Placement(replicas=replicas))
+    wide = fleet(*(options or (option("a"), option("b"))), on=on)
+    return replace(base, fleet=wide, epochs=(epoch,))
+
+
+def active(llm, *gpus):
+    return Replica(llm=llm, gpus=gpus, state="ACTIVE")
+
+
+def warm(llm, *gpus):
+    return Replica(llm=llm, gpus=gpus, state="WARM")
+
+
+def test_planned_follows_the_plan_while_nothing_waits():
+    """No requests: exactly the placement of the epoch."""
+    plan = plan_with(active("a", gpu(0)), warm("b", gpu(1)))
+    wanted = get_policy("planned", plan, 30.0).decide(0.0, Observed(now_s=0.0))
+    assert wanted == plan.epochs[0].placement
+
+
+def test_a_waiting_request_promotes_the_warm_replica():
+    """b waits and is WARM on n0/1: that replica becomes ACTIVE, nothing is loaded."""
+    plan = plan_with(active("a", gpu(0)), warm("b", gpu(1)))
+    observed = Observed(
+        now_s=1.0,
+        replicas=(
+            ObservedReplica(llm="a", gpus=(gpu(0),), phase="ACTIVE", in_flight=3),
+            ObservedReplica(llm="b", gpus=(gpu(1),), phase="WARM"),
+        ),
+        waiting={"b": 1},
+    )
+    wanted = get_policy("planned", plan, 30.0).decide(1.0, observed)
+    assert wanted.by_id[ReplicaId(llm="b", gpus=(gpu(1),))].state == "ACTIVE"
+    assert len(wanted.replicas) == 2
+
+
+def test_a_promoted_replica_stays_for_its_keep_alive():
+    """Idle for 10 s of 30: stays ACTIVE; idle for 31 s: WARM again, as planned."""
+    plan = plan_with(warm("b", gpu(1)))
+    policy = get_policy("planned", plan, 30.0)
+    for idle_s, state in ((10.0, "ACTIVE"), (31.0, "WARM")):
+        seen = ObservedReplica(
+            llm="b", gpus=(gpu(1),), phase="ACTIVE", idle_since_s=100.0 - idle_s
+        )
+        wanted = policy.decide(100.0, Observed(now_s=100.0, replicas=(seen,)))
+        assert wanted.replicas[0].state == state
+
+
+def test_reactive_loads_on_the_first_request_and_drops_when_idle():
+    """Nothing in advance; the smallest TP; nothing left after the keep-alive."""
+    plan = plan_with(warm("b", gpu(1)))
+    policy = get_policy("reactive", plan, 30.0)
+    assert policy.decide(0.0, Observed(now_s=0.0)).replicas == ()
+    wanted = policy.decide(0.0, Observed(now_s=0.0, waiting={"b": 1}))
+    assert [(r.llm, r.state) for r in wanted.replicas] == [("b", "ACTIVE")]
+    idle = ObservedReplica(llm="b", gpus=(gpu(0),), phase="ACTIVE", idle_since_s=0.0)
+    assert policy.decide(31.0, Observed(now_s=31.0, replicas=(idle,))).replicas == ()
+    kept = get_policy("reactive-keep", plan, 30.0).decide(
+        31.0, Observed(now_s=31.0, replicas=(idle,))
+    )
+    assert [(r.llm, r.state) for r in kept.replicas] == [("b", "WARM")]
+
+
+def test_an_idle_replica_gives_way_to_a_waiting_request():
+    """One GPU: a idles on it, b waits; b is wanted there. If a is busy, b must wait."""
+    one = cluster(gpus=1)
+    plan = plan_with(active("a", gpu(0)), on=one)
+    policy = get_policy("planned", plan, 30.0)
+    for in_flight, expected in ((0, "b"), (1, "a")):
+        seen = ObservedReplica(
+            llm="a",
+            gpus=(gpu(0),),
+            phase="ACTIVE",
+            in_flight=in_flight,
+            idle_since_s=None if in_flight else 0.0,
+        )
+        wanted = policy.decide(
+            5.0, Observed(now_s=5.0, replicas=(seen,), waiting={"b": 2})
+        )
+        assert [r.llm for r in wanted.replicas if r.state == "ACTIVE"] == [expected]
+
+
+def test_what_is_wanted_always_fits():
+    """KV of a promoted replica takes space: a WARM neighbour that no longer fits goes."""
+    # 100 bytes: b ACTIVE takes 50, so of the WARM a and c (30 each) one has to go.
+    options = (option("a"), option("b"), option("c"))
+    plan = plan_with(
+        warm("a", gpu(0)), warm("b", gpu(0)), warm("c", gpu(0)), options=options
+    )
+    observed = Observed(now_s=0.0, waiting={"b": 1})
+    wanted = get_policy("planned", plan, 30.0).decide(0.0, observed)
+    assert list(fleet_violations(plan.fleet, wanted)) == []
+    assert [r.state for r in wanted.of("b")] == ["ACTIVE"]
+    assert len(wanted.replicas) == 2
