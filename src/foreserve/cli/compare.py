@@ -218,7 +218,7 @@ def _trace_rows(
                         "time_to_first_plan_s",
                         "wall_s",
                         "gpu_hours",
-                        "solver_version",
+                        "version",
                         "seed",
                         "threads",
                     )

@@ -135,45 +135,24 @@ def run_solve(
 
 def facts(planned: Planned) -> Mapping[str, Any]:
     """What every solve states, for ``--json``."""
+    from dataclasses import asdict
+
     from foreserve.models.codec import digest
-    from foreserve.models.plan import Status, relative_gap
-    from foreserve.planner.fleet import gpu_hours, perfect_system_gpus
+    from foreserve.planner.facts import plan_facts
 
     plan, solves = planned.plan, planned.solves
-    certificates = [e.certificate for e in plan.epochs if e.certificate]
-    terms: dict[str, float] = {}
-    for certificate in certificates:
-        for label, value in certificate.terms.items():
-            terms[label] = terms.get(label, 0.0) + value
-    at_stake = sum(c.without_warm for c in certificates) - plan.bound
-    distance = plan.objective - plan.bound
-    hours, usd = gpu_hours(plan)
-    peak_gpus, mean_gpus = perfect_system_gpus(plan)
-    optimal = all(c.status is Status.OPTIMAL for c in certificates)
     firsts = [s.time_to_first_s for s in solves if s.time_to_first_s is not None]
-    return {
-        "status": str(Status.OPTIMAL if optimal else Status.FEASIBLE),
-        "objective": plan.objective,
-        "objective_terms": terms,
-        "bound": plan.bound,
-        "gap": relative_gap(plan.objective, plan.bound),
-        "gap_at_stake": 0.0 if distance <= 1e-9 else distance / max(at_stake, distance),
-        "epochs": len(plan.epochs),
-        "epochs_optimal": sum(c.status is Status.OPTIMAL for c in certificates),
-        "plan_sha256": digest(plan),
+    stated = asdict(plan_facts(plan)) | asdict(plan.solver)
+    return {key: value for key, value in stated.items() if key != "gap"} | {
+        "status": str(stated["status"]),
+        "gap": plan_facts(plan).gap,
+        "gap_asked": plan.solver.gap,
         "solver": plan.solver.name,
-        "solver_version": plan.solver.version,
-        "seed": plan.solver.seed,
-        "threads": plan.solver.threads,
-        "time_limit_s": plan.solver.time_limit_s,
+        "epochs": len(plan.epochs),
+        "plan_sha256": digest(plan),
         "wall_s": round(sum(s.wall_s for s in solves), 3),
         "slowest_epoch_s": round(max(s.wall_s for s in solves), 3),
         "time_to_first_plan_s": round(max(firsts), 3) if firsts else None,
-        "gpus": len(plan.fleet.cluster.gpus),
-        "gpu_hours": hours,
-        "cost_usd": usd,
-        "perfect_system_gpus_peak": peak_gpus,
-        "perfect_system_gpus_mean": mean_gpus,
     }
 
 
