@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -151,8 +152,19 @@ class Predicted:
     relative_error: float
 
 
-def predicted(plan: Plan, llm: str | None = None) -> Predicted | None:
-    """Prediction for one LLM, or for all; None where nothing is planned to serve."""
+NOTHING = Predicted(
+    ttft_s=math.nan,
+    worst_ttft_s=math.nan,
+    tpot_s=math.nan,
+    worst_tpot_s=math.nan,
+    served=math.nan,
+    relative_error=math.nan,
+)
+"""Where no replica is planned to serve."""
+
+
+def predicted(plan: Plan, llm: str | None = None) -> Predicted:
+    """Prediction for one LLM, or for all; `NOTHING` where none is planned to serve."""
     used: list[tuple[float, ReplicaOption]] = []
     asked = 0.0
     for epoch in plan.epochs:
@@ -168,7 +180,7 @@ def predicted(plan: Plan, llm: str | None = None) -> Predicted | None:
                 used.append((requests * replica.traffic_share, option))
     served = sum(requests for requests, _ in used)
     if served <= 0:
-        return None
+        return NOTHING
     return Predicted(
         ttft_s=sum(n * option.ttft_s for n, option in used) / served,
         worst_ttft_s=max(option.ttft_s for _, option in used),
