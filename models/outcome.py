@@ -26,7 +26,12 @@ class Residency(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency(Record):
-    """Quantiles of one measure over finished requests; NaN-free: count 0 means none."""
+    """Mean and quantiles of one measure; all 0 where ``count`` is 0.
+
+    TTFT and E2E are over all requests: one that got no first token, or no end, counts with
+    the time from its arrival to the end of the run, so that a policy cannot look better by
+    never serving. TPOT is over finished requests of at least two tokens.
+    """
 
     count: int
     mean_s: float
@@ -42,13 +47,15 @@ class Service(Record):
 
     requests: int
     finished: int
-    """Requests answered in full; the others were still waiting or running at the end."""
+    """Requests answered in full; the others were waiting or running at the end of the run,
+    or failed because no replica has a KV cache of their size."""
     ttft: Latency
     tpot: Latency
     e2e: Latency
     slo_attainment: float
-    """Share of all requests that finished within TTFT and TPOT targets."""
+    """Share of all requests that finished within TTFT and TPOT targets; 1 if none came."""
     input_tokens: int
+    """Of the finished requests, like ``output_tokens``."""
     output_tokens: int
 
 
@@ -59,6 +66,8 @@ class Outcome(Record):
     policy: str
     start_s: float
     end_s: float
+    """Requests arrive and GPU time is counted from ``start_s`` until ``end_s``; the run
+    goes on for a while so that the last requests can end."""
     total: Service
     by_llm: Mapping[str, Service]
     gpu_hours: Mapping[str, float]
