@@ -1,0 +1,86 @@
+"""Time as an argument: a clock that jumps from event to event, and the real one."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """What the controller knows of time."""
+
+    def now_s(self) -> float: ...
+
+    def wait(self, until_s: float) -> None:
+        """Return at ``until_s``, or earlier if woken (also if woken before the call)."""
+        ...
+
+    def wake(self) -> None:
+        """End the current wait, or the next one."""
+        ...
+
+
+class VirtualClock:
+    """Time that passes only in `wait`, from one scheduled event to the next.
+
+    Events of one instant run in the order in which they were scheduled, all of them
+    before a woken wait returns: whoever waits sees the instant as a whole.
+    """
+
+    def __init__(self, start_s: float = 0.0) -> None:
+        self._now_s = start_s
+        self._woken = False
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._scheduled = 0
+
+    def now_s(self) -> float:
+        return self._now_s
+
+    def schedule(self, at_s: float, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called at ``at_s``, which must not lie in the past."""
+        if not at_s >= self._now_s:
+            raise ValueError(f"event at {at_s} s, but it is {self._now_s} s already")
+        heapq.heappush(self._events, (at_s, self._scheduled, callback))
+        self._scheduled += 1
+
+    def wake(self) -> None:
+        self._woken = True
+
+    def wait(self, until_s: float) -> None:
+        events = self._events
+        while True:
+            limit_s = self._now_s if self._woken else until_s
+            if not events or events[0][0] > limit_s:
+                break
+            at_s, _, callback = heapq.heappop(events)
+            self._now_s = at_s
+            callback()
+        if not self._woken:
+            if math.isinf(until_s):
+                raise ValueError("waiting for ever: no event is scheduled")
+            self._now_s = max(self._now_s, until_s)
+        self._woken = False
+
+
+class SystemClock:
+    """Seconds since it was made; `wake` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._start_s = time.monotonic()
+        self._woken = threading.Event()
+
+    def now_s(self) -> float:
+        return time.monotonic() - self._start_s
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def wait(self, until_s: float) -> None:
+        left_s = max(0.0, until_s - self.now_s())
+        # Longer waits overflow the lock's timeout; returning early is always allowed.
+        self._woken.wait(min(left_s, threading.TIMEOUT_MAX))
+        self._woken.clear()

@@ -1,0 +1,212 @@
+"""What happened, as one JSON object a line: same run, same bytes.
+
+A journal is enough to compute the run's outcome again, and its ``request`` lines are a
+trace: ``arrival_s``, ``llm``, ``input_tokens``, ``output_tokens`` of every request that
+came, in order of their ends. Times are those of the run's clock, never the wall's.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal, Protocol, Self
+
+from foreserve.models.codec import structure, to_plain
+from foreserve.models.errors import InvalidInput
+from foreserve.models.observed import Phase
+from foreserve.models.placement import Action, Placement
+from foreserve.models.record import Record
+from foreserve.models.specs import GpuId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Record):
+    """First line: whose run this is. Requests arrive from ``start_s`` until ``end_s``."""
+
+    at_s: float
+    policy: str
+    start_s: float
+    end_s: float
+    seed: int | None = None
+    initial: Placement = field(default_factory=Placement)
+    """What was in place already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision(Record):
+    """Something new was wanted, or something was done."""
+
+    at_s: float
+    desired: Placement | None = None
+    """None: as before."""
+    actions: tuple[Action, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal(Record):
+    """A policy wanted what cannot be; the placement before stays desired."""
+
+    at_s: float
+    desired: Placement
+    violations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseChange(Record):
+    """A replica entered ``phase``; None: it is gone."""
+
+    at_s: float
+    llm: str
+    gpus: tuple[GpuId, ...]
+    phase: Phase | None
+    lost: bool = False
+    """Gone without having been asked to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEnd(Record):
+    """All about one request, written once: when it ends, or when the run does."""
+
+    at_s: float
+    request: int
+    """Its row in the trace."""
+    llm: str
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    result: Literal["finished", "failed", "unfinished"]
+    first_token_s: float | None = None
+    gpus: tuple[GpuId, ...] | None = None
+    """Where it was worked on last; None: nowhere."""
+    reason: str | None = None
+    """Why it failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended(Record):
+    """Last line: nothing is known of what came after."""
+
+    at_s: float
+
+
+Event = Started | Decision | Refusal | PhaseChange | RequestEnd | Ended
+
+EVENTS: Mapping[str, type[Event]] = {
+    "started": Started,
+    "decision": Decision,
+    "refusal": Refusal,
+    "phase": PhaseChange,
+    "request": RequestEnd,
+    "ended": Ended,
+}
+_NAMES = {cls: name for name, cls in EVENTS.items()}
+
+
+class Recorder(Protocol):
+    """Whoever wants to know what happens."""
+
+    def record(self, event: Event) -> None: ...
+
+
+class Journal:
+    """Writes events as JSON lines: to ``path``, or to ``lines`` where there is none.
+
+    A file (``.gz``: compressed) appears under its name when the journal is closed, whole;
+    if the ``with`` block ends in an error it does not appear.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.lines: list[str] = []
+        self._path = Path(path) if path is not None else None
+        self._raw: IO[bytes] | None = None
+        self._out: IO[bytes] | gzip.GzipFile | None = None
+        if self._path is not None:
+            name = f".{self._path.name}.{os.getpid()}.tmp"
+            self._temporary = self._path.with_name(name)
+            self._raw = self._out = self._temporary.open("wb")
+            if self._path.suffix == ".gz":
+                # No file name and no time in the header: same events, same bytes.
+                self._out = gzip.GzipFile(
+                    filename="", mode="wb", fileobj=self._raw, mtime=0
+                )
+
+    def record(self, event: Event) -> None:
+        plain = {"event": _NAMES[type(event)], **to_plain(event)}
+        line = json.dumps(
+            plain,
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        if self._path is None:
+            self.lines.append(line)
+        elif self._out is None:
+            raise ValueError(f"{self._path}: the journal is closed")
+        else:
+            self._out.write(line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        if self._path is not None and self._finish():
+            self._temporary.replace(self._path)
+
+    def _finish(self) -> bool:
+        if self._raw is None or self._out is None:
+            return False
+        self._out.close()
+        self._raw.close()
+        self._raw = self._out = None
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._finish():
+            self._temporary.unlink()
+
+
+def read_journal(path: str | os.PathLike[str]) -> Iterator[Event]:
+    """Events of a journal file, one by one; `InvalidInput` where a line is none."""
+    file = os.fspath(path)
+    opened = gzip.open if file.endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            yield from parse(lines, file)
+    except FileNotFoundError:
+        raise InvalidInput("no such file", file=file) from None
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError):
+        raise InvalidInput("not a whole journal", file=file) from None
+
+
+def parse(lines: Iterable[str], file: str | None = None) -> Iterator[Event]:
+    """Events of journal lines."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            plain = json.loads(line)
+            cls = EVENTS[plain.pop("event")]
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise InvalidInput("not a journal line", file=file, line=number) from None
+        try:
+            yield structure(cls, plain, text=line, file=file)
+        except InvalidInput as error:
+            raise InvalidInput(
+                error.message,
+                file=file,
+                line=number,
+                field=error.field,
+                hint=error.hint,
+            ) from None
