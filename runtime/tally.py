@@ -12,7 +12,7 @@ from foreserve.models.observed import Phase
 from foreserve.models.outcome import Latency, Outcome, Residency, Run, Service
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet
-from foreserve.models.specs import GpuId, Slo
+from foreserve.models.specs import GpuId
 from foreserve.runtime.journal import (
     Decision,
     Ended,
@@ -37,7 +37,7 @@ class Tally:
     def __init__(self, fleet: Fleet, journal: Recorder | None = None) -> None:
         self.fleet, self.journal = fleet, journal
         self._started: Started | None = None
-        self._ended_s = 0.0
+        self._ended_s: float | None = None
         self._phases: dict[ReplicaId, tuple[Phase, float]] = {}
         self._wanted: frozenset[ReplicaId] = frozenset()
         self._cold: set[ReplicaId] = set()
@@ -101,7 +101,7 @@ class Tally:
     def run(self, load_bin_s: float = 300.0) -> Run:
         """The run, once its last event has been recorded."""
         started = self._started
-        if started is None or not self._ended_s:
+        if started is None or self._ended_s is None:
             raise InvalidInput(
                 "journal: no whole run, its first or last line is missing"
             )
@@ -121,14 +121,8 @@ class Tally:
             [(r.input_tokens, r.output_tokens) for r in requests], dtype=np.int64
         ).reshape(-1, 2)
         delays = _delays(arrival_s, first_s, finish_s, tokens[:, 1], self._ended_s)
-        kept = np.array(
-            [
-                _within(self.fleet.llms[i].slo, ttft_s, tpot_s)
-                for i, ttft_s, tpot_s in zip(llm, delays[0], delays[1], strict=True)
-            ],
-            dtype=bool,
-        )
-        kept &= finished
+        slo = np.array([(x.slo.ttft_s, x.slo.tpot_s) for x in self.fleet.llms])[llm]
+        kept = finished & (delays[0] <= slo[:, 0]) & ~(delays[1] > slo[:, 1])
 
         def service(which: NDArray[np.bool_]) -> Service:
             ttft, tpot, e2e = (_latency(row[which]) for row in delays)
@@ -148,7 +142,7 @@ class Tally:
             sorted(self._residency, key=lambda r: (r.gpus, r.start_s, r.llm))
         )
         seconds = gpu_seconds(residency, start_s, end_s)
-        hours = {
+        hours: dict[str, float] = {
             phase: sum(row[phase] for row in seconds.values()) / 3600
             for phase in BY_ACTIVITY
         }
@@ -205,10 +199,6 @@ def _delays(
     e2e_s = np.where(np.isnan(finish_s), waited_s, finish_s - arrival_s)
     gaps = np.where(output_tokens > 1, output_tokens - 1, np.nan)
     return ttft_s, (finish_s - first_token_s) / gaps, e2e_s
-
-
-def _within(slo: Slo, ttft_s: float, tpot_s: float) -> bool:
-    return ttft_s <= slo.ttft_s and not tpot_s > slo.tpot_s
 
 
 def _latency(delay_s: Floats) -> Latency:
