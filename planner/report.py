@@ -1,0 +1,338 @@
+"""The HTML report: one file that shows a plan, how good it is, and what came of it.
+
+It fetches nothing, runs no script, prints, and follows the reader's light or dark scheme.
+The same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from foreserve.models.codec import digest, write_text
+from foreserve.models.outcome import Run
+from foreserve.models.plan import Plan
+from foreserve.planner import charts
+from foreserve.planner.contents import (
+    comparison,
+    drivers,
+    llm_table,
+    load_errors,
+    option_table,
+    service,
+)
+from foreserve.planner.display import (
+    LLM_COLORS,
+    NONE,
+    POLICY_COLORS,
+    TERMS,
+    clock,
+    mix,
+    number,
+    percent,
+    plural,
+    seconds,
+    span,
+    term_name,
+    usd,
+)
+from foreserve.planner.facts import (
+    LoadFit,
+    PlanFacts,
+    Solve,
+    busiest,
+    first_token_delay_s,
+    load_fits,
+    plan_facts,
+)
+from foreserve.planner.picture import Picture, colours, ledger_bars
+from foreserve.planner.residency import planned_residency, residency_map
+
+MAX_TIPS = 9000
+"""Boxes with a tip, over all maps: keeps the largest reports below 5 MB."""
+MAX_MAPS = 3
+"""Simulated maps that are shown."""
+MAX_PANELS = 16
+"""LLMs whose load is drawn; the table lists all."""
+DASHES = ("solid", "dashed", "dashdot", "dotted")
+WHITE, NIGHT = "#ffffff", "#171c22"
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    plan: Plan,
+    solves: Sequence[Solve],
+    runs: Sequence[Run],
+    title: str,
+    command: str | None,
+) -> None:
+    """Write the report of ``plan`` to ``path``, whole or not at all.
+
+    ``solves`` holds one report per epoch, in order, and may be empty; so may ``runs``,
+    whose first is the one that is shown against the forecast.
+    """
+    environment = Environment(
+        loader=PackageLoader("foreserve.planner"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"n": _coordinate, "percent": percent, "number": number}
+    facts = plan_facts(plan)
+    page = environment.get_template("report.html").render(
+        title=title,
+        lead=lead(plan, facts, runs),
+        cards=_cards(plan, facts, runs),
+        comparison=comparison(plan, runs),
+        llms=colours(plan.fleet).items(),
+        patterns=sorted({*colours(plan.fleet).values()}),
+        tints=[(c, mix(c, WHITE, 0.45), mix(c, NIGHT, 0.55)) for c in LLM_COLORS],
+        maps=_maps(plan, runs),
+        maps_left_out=max(0, len(runs) - MAX_MAPS),
+        runs=[run.outcome for run in runs],
+        load=_load(plan, runs),
+        latency=_latency(plan, runs),
+        service=service(plan, runs) if runs else None,
+        facts=facts,
+        drivers=drivers(facts) if facts.certified else None,
+        terms=[(term_name(k), TERMS.get(k, ("", "#888888"))[1]) for k in facts.terms],
+        terms_chart=_terms_chart(plan, facts),
+        solver=_solver(solves),
+        ledger=_ledger(plan),
+        fleet=llm_table(plan),
+        options=option_table(plan),
+        provenance=_provenance(plan, command),
+        relative_errors=sorted({o.time.relative_error for o in plan.fleet.options}),
+        sources=sorted({o.time.source for o in plan.fleet.options}),
+    )
+    write_text(path, page)
+
+
+def lead(plan: Plan, facts: PlanFacts, runs: Sequence[Run]) -> list[str]:
+    """What the plan does and how good it is, in plain sentences."""
+    cluster, count = plan.fleet.cluster, len(plan.epochs)
+    epoch_s = plan.epochs[0].end_s - plan.start_s
+    each = f"each of {count} epochs" if count > 1 else "one epoch"
+    said = [
+        f"{plural(len(plan.fleet.llms), 'LLM')} on {plural(facts.gpus, 'GPU')} of "
+        f"{plural(len(cluster.nodes), 'node')}: in {each} of {seconds(epoch_s)}, "
+        f"{span(*facts.active)} replicas serve and {span(*facts.warm)} wait WARM, with "
+        "their weights loaded."
+    ]
+    if count > 1:
+        said[0] += (
+            f" The placement changes {plural(facts.changes, 'time')}: "
+            f"{plural(facts.steps['load'], 'load')}, "
+            f"{plural(facts.steps['activate'], 'activation')}."
+        )
+    if facts.certified and facts.gap <= 0:
+        said.append("Proven: no placement costs less, epoch by epoch.")
+    elif facts.certified:
+        said.append(
+            "Proven: epoch by epoch, no placement costs less than "
+            f"{percent(1 - facts.gap)} of this one."
+        )
+    if runs:
+        parts = []
+        for run in runs:
+            outcome = run.outcome
+            parts.append(
+                f"{outcome.policy} keeps {percent(outcome.total.slo_attainment)} of "
+                f"{plural(outcome.total.requests, 'request')} within their latency "
+                f"targets on {number(outcome.gpu_hours.get('total'))} GPU-hours"
+            )
+        said.append("In simulation, " + "; ".join(parts) + ".")
+    return said
+
+
+def _cards(
+    plan: Plan, facts: PlanFacts, runs: Sequence[Run]
+) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the headline numbers."""
+    used = f"{span(*facts.used)} of {facts.gpus}"
+    ideal = f"at least {number(facts.perfect_gpus)} if GPUs could be split at will"
+    cards = []
+    if facts.certified:
+        cards += [
+            (
+                "Status",
+                facts.status.value,
+                f"{facts.optimal} of {plural(facts.certified, 'epoch')} optimal",
+            ),
+            (
+                "Objective",
+                number(facts.objective),
+                f"weighted seconds; bound {number(facts.bound)}",
+            ),
+            (
+                "Gap",
+                percent(facts.gap, 2),
+                f"{percent(facts.gap_at_stake)} of the value at stake",
+            ),
+        ]
+    cards.append(("GPUs in use", used, ideal))
+    cards.append(
+        ("GPU-hours", number(facts.gpu_hours), f"{usd(facts.cost_usd)} as planned")
+    )
+    if runs:
+        total = runs[0].outcome.total
+        met = percent(total.slo_attainment, 2)
+        cards.append(("SLO met", met, f"{runs[0].outcome.policy}, simulated"))
+        if total.ttft.count:
+            tpot = seconds(total.tpot.p99_s if total.tpot.count else None)
+            cards.append(("P99 TTFT", seconds(total.ttft.p99_s), f"P99 TPOT {tpot}"))
+    return cards
+
+
+def _maps(plan: Plan, runs: Sequence[Run]) -> list[tuple[str, Picture]]:
+    """Planned, then simulated residency, all on one time scale."""
+    shown = runs[:MAX_MAPS]
+    end_s = max([plan.end_s, *(run.outcome.end_s for run in shown)])
+    residencies = [("Planned", planned_residency(plan))]
+    residencies += [(f"Simulated: {r.outcome.policy}", r.residency) for r in shown]
+    tips = MAX_TIPS // len(residencies)
+    return [
+        (name, residency_map(plan.fleet, residency, plan.start_s, end_s, tips))
+        for name, residency in residencies
+    ]
+
+
+def _edges_s(plan: Plan) -> charts.Floats:
+    return np.array([plan.start_s, *(epoch.end_s for epoch in plan.epochs)])
+
+
+def _load(plan: Plan, runs: Sequence[Run]) -> dict[str, object] | None:
+    """Panels of the LLMs with most load, and the table of errors if there is a run."""
+    fits = load_fits(plan, runs[0] if runs else None)
+    fits = [fit for fit in fits if not np.isnan(fit.peak).all()]
+    if not fits:
+        return None
+
+    def weight(fit: LoadFit) -> float:
+        return float(np.nansum(fit.mean))
+
+    shown = sorted(fits, key=weight, reverse=True)[:MAX_PANELS]
+    colour, edges_s = colours(plan.fleet), _edges_s(plan)
+    panels = []
+    for index, fit in enumerate(fit for fit in fits if fit in shown):
+        chart = charts.load_panel(
+            edges_s,
+            forecast_peak=fit.peak,
+            high=fit.high,
+            actual_mean=fit.actual_mean,
+            actual_peak=fit.actual_peak,
+            color=LLM_COLORS[colour[fit.llm]],
+            salt=f"load{index}",
+        )
+        missed = f"{percent(fit.above, 0)} missed" if runs else ""
+        panels.append((fit.llm, colour[fit.llm], missed, Markup(chart)))
+    return {
+        "panels": panels,
+        "left_out": len(fits) - len(shown),
+        "errors": load_errors(plan, runs[0]) if runs else None,
+    }
+
+
+def _latency(plan: Plan, runs: Sequence[Run]) -> dict[str, object] | None:
+    curves, legend = [], []
+    for index, run in enumerate(runs):
+        color = POLICY_COLORS[index % len(POLICY_COLORS)]
+        dashes = DASHES[index % len(DASHES)]
+        delay_s = first_token_delay_s(run)
+        if np.isfinite(delay_s).any():
+            curves.append(charts.Curve(delay_s, color, dashes))
+            legend.append((run.outcome.policy, color, dashes))
+    if not curves:
+        return None
+    targets = {llm.slo.ttft_s for llm in plan.fleet.llms}
+    slo_s = targets.pop() if len(targets) == 1 else None
+    return {
+        "chart": Markup(charts.ttft(curves, slo_s)),
+        "legend": legend,
+        "slo": seconds(slo_s) if slo_s is not None else None,
+    }
+
+
+def _terms_chart(plan: Plan, facts: PlanFacts) -> Markup | None:
+    if not facts.certified:
+        return None
+    certificates = [epoch.certificate for epoch in plan.epochs]
+
+    def series(name: str) -> charts.Floats:
+        return np.array([getattr(c, name) if c else np.nan for c in certificates])
+
+    terms = {
+        label: np.array([c.terms.get(label, 0.0) if c else 0.0 for c in certificates])
+        for label in facts.terms
+    }
+    return Markup(
+        charts.terms_and_gap(
+            _edges_s(plan), terms, series("objective"), series("bound"), series("gap")
+        )
+    )
+
+
+def _solver(solves: Sequence[Solve]) -> dict[str, object] | None:
+    """How long the solves took, and the slowest one's course."""
+    if not solves:
+        return None
+    wall_s = np.array([solve.wall_s for solve in solves])
+    slowest = int(wall_s.argmax())
+
+    def known(name: str) -> tuple[charts.Floats, charts.Floats]:
+        points = [
+            (p.elapsed_s, value)
+            for p in solves[slowest].progress
+            if (value := getattr(p, name)) is not None and np.isfinite(value)
+        ]
+        return np.array([t for t, _ in points]), np.array([v for _, v in points])
+
+    firsts = [solve.time_to_first_s for solve in solves]
+    first_s = np.array([np.nan if value is None else value for value in firsts])
+    chart = charts.solver(known("objective"), known("bound"), wall_s, first_s)
+    return {
+        "chart": Markup(chart),
+        "slowest": slowest,
+        "slowest_s": seconds(float(wall_s[slowest])),
+        "median_s": seconds(float(np.median(wall_s))),
+        "total_s": seconds(float(wall_s.sum())),
+        "first_s": seconds(max((v for v in firsts if v is not None), default=None)),
+    }
+
+
+def _ledger(plan: Plan) -> dict[str, object]:
+    index = busiest(plan)
+    epoch = plan.epochs[index]
+    return {
+        "picture": ledger_bars(plan.fleet, epoch.placement),
+        "epoch": index,
+        "start": clock(epoch.start_s),
+        "end": clock(epoch.end_s),
+    }
+
+
+def _provenance(plan: Plan, command: str | None) -> list[tuple[str, str]]:
+    solver = plan.solver
+    return [
+        ("Command", command or NONE),
+        ("foreserve", plan.foreserve_version),
+        ("Plan, SHA-256", digest(plan)),
+        *((f"{name}, SHA-256", value) for name, value in sorted(plan.inputs.items())),
+        ("Forecaster", plan.forecaster),
+        ("Solver", f"{solver.name} ({solver.version})"),
+        ("Seed and threads", f"{solver.seed}, {solver.threads}"),
+        (
+            "Limits per epoch",
+            f"{seconds(solver.time_limit_s)}, gap {percent(solver.gap, 2)}",
+        ),
+    ]
+
+
+def _coordinate(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
