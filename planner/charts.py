@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-INK, MUTED, GRID, PANEL = "#000001", "#000002", "#000003", "#000004"
+INK, MUTED, GRID, LINE = "#000001", "#000002", "#000003", "#000004"
 """Stand-ins that `_svg` turns into CSS variables."""
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PANEL: "--panel"}
+VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", LINE: "--line"}
 MISS = "#d1242f"
 OTHER_TERM = "#888888"
 STYLE: dict[Any, Any] = {
@@ -129,10 +129,12 @@ def load_panel(
     high: Floats,
     actual_mean: Floats,
     actual_peak: Floats,
-    color: str,
     salt: str,
 ) -> str:
-    """Load of one LLM over the epochs: forecast band, actual, misses in red."""
+    """Load of one LLM over the epochs: forecast band, actual, misses in red.
+
+    The page says in ``--line`` what colour the actual load has.
+    """
     with _figure(3.6, 1.6, salt) as figure:
         axes = figure.add_subplot()
         peak, top = _steps(forecast_peak), _steps(high)
@@ -146,9 +148,9 @@ def load_panel(
             alpha=0.25,
             lw=0,
         )
-        axes.fill_between(edges_s, 0, mean, step="post", color=color, alpha=0.35, lw=0)
+        axes.fill_between(edges_s, 0, mean, step="post", color=LINE, alpha=0.35, lw=0)
         axes.step(edges_s, peak, where="post", color=MUTED, lw=1.0, ls=(0, (3, 1.5)))
-        axes.step(edges_s, actual, where="post", color=color, lw=1.3)
+        axes.step(edges_s, actual, where="post", color=LINE, lw=1.3)
         axes.fill_between(
             edges_s, top, np.fmax(top, actual), step="post", color=MISS, alpha=0.9, lw=0
         )

@@ -90,7 +90,9 @@ def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
     for name, plan_cell, measure, form, better in measures:
         values = [measure(outcome) for outcome in outcomes]
         cells = (name, plan_cell, *(form(v) for v in values))
-        rows.append(Row(cells=cells, best=_best(values, better)))
+        # A difference that does not show is none.
+        differ = len(set(cells[2:])) > 1
+        rows.append(Row(cells=cells, best=_best(values, better if differ else 0)))
     policies = (f"{outcome.policy}, simulated" for outcome in outcomes)
     return Table(head=("", "plan, predicted", *policies), rows=tuple(rows))
 
@@ -112,9 +114,9 @@ def _quantile(latency: Latency, quantile: str) -> float:
 
 
 def _best(values: Sequence[float], better: int) -> frozenset[int]:
-    """Columns (of the whole row) of the best run, where runs differ."""
+    """Columns (of the whole row) of the best runs; ``better``: 1 more, -1 less, 0 none."""
     known = [v for v in values if math.isfinite(v)]
-    if not better or len(known) < 2 or max(known) == min(known):
+    if not better or not known:
         return frozenset()
     top = max(known) if better > 0 else min(known)
     return frozenset(i + 2 for i, v in enumerate(values) if v == top)

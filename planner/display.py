@@ -57,8 +57,8 @@ def number(value: float | None) -> str:
     if 0 < abs(value) < 0.001:
         return f"{value:.1e}"
     digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1
-    text = f"{value:.{digits}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    whole = round(value, digits) == round(value)
+    return f"{value:.{0 if whole else digits}f}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -86,10 +86,8 @@ def seconds(value: float | None) -> str:
         return f"{1e3 * value:.{1 if size < 0.01 else 0}f} ms"
     if size < 99.95:
         return f"{value:.{2 if size < 9.995 else 1}f} s"
-    if size < 600:
-        return f"{value:.0f} s"
     if size < 7200:
-        return f"{value / 60:.0f} min"
+        return f"{value / 60:.{0 if value % 60 == 0 else 1}f} min"
     return f"{value / 3600:.1f} h"
 
 
@@ -161,6 +159,14 @@ def _luminance(color: str) -> float:
         p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
     ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def line_colors(color: str) -> tuple[str, str]:
+    """``color`` for thin lines on a light and on a dark page: pale and dark ones give
+    way until they can be seen."""
+    light = mix(color, "#000000", 0.78) if _luminance(color) > 0.35 else color
+    dark = mix(color, "#ffffff", 0.68) if is_dark(color) else color
+    return light, dark
 
 
 def mix(color: str, other: str, share: float) -> str:

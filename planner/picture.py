@@ -131,7 +131,7 @@ def ledger_bars(fleet: Fleet, placement: Placement) -> Picture:
             tip=tip,
         )
         (boxes if row.llm is not None else lines).append(one)
-        letters = int((width - 8) / 6.4)
+        letters = int((width - 8) / 7.6)
         if row.llm is not None and letters >= 8 and height >= 13:
             kv = " KV" if row.kind == "kv" else ""
             texts.append(

@@ -31,6 +31,7 @@ from foreserve.planner.display import (
     POLICY_COLORS,
     TERMS,
     clock,
+    line_colors,
     mix,
     number,
     percent,
@@ -92,7 +93,11 @@ def write_report(
         comparison=comparison(plan, runs),
         llms=colours(plan.fleet).items(),
         patterns=sorted({*colours(plan.fleet).values()}),
-        tints=[(c, mix(c, WHITE, 0.45), mix(c, NIGHT, 0.55)) for c in LLM_COLORS],
+        tints=[
+            (color, mix(color, WHITE, 0.45), mix(color, NIGHT, 0.55))
+            for color in LLM_COLORS
+        ],
+        lines=[line_colors(color) for color in LLM_COLORS],
         maps=_maps(plan, runs),
         maps_left_out=max(0, len(runs) - MAX_MAPS),
         runs=[run.outcome for run in runs],
@@ -143,7 +148,7 @@ def lead(plan: Plan, facts: PlanFacts, runs: Sequence[Run]) -> list[str]:
         for run in runs:
             outcome = run.outcome
             parts.append(
-                f"{outcome.policy} keeps {percent(outcome.total.slo_attainment)} of "
+                f"“{outcome.policy}” keeps {percent(outcome.total.slo_attainment)} of "
                 f"{plural(outcome.total.requests, 'request')} within their latency "
                 f"targets on {number(outcome.gpu_hours.get('total'))} GPU-hours"
             )
@@ -173,7 +178,7 @@ def _cards(
             (
                 "Gap",
                 percent(facts.gap, 2),
-                f"{percent(facts.gap_at_stake)} of the value at stake",
+                f"{percent(facts.gap_at_stake, 2)} of the value at stake",
             ),
         ]
     cards.append(("GPUs in use", used, ideal))
@@ -227,10 +232,9 @@ def _load(plan: Plan, runs: Sequence[Run]) -> dict[str, object] | None:
             high=fit.high,
             actual_mean=fit.actual_mean,
             actual_peak=fit.actual_peak,
-            color=LLM_COLORS[colour[fit.llm]],
             salt=f"load{index}",
         )
-        missed = f"{percent(fit.above, 0)} missed" if runs else ""
+        missed = f"{percent(fit.above, 0)} above" if runs else ""
         panels.append((fit.llm, colour[fit.llm], missed, Markup(chart)))
     return {
         "panels": panels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
@@ -29,6 +30,7 @@ LEFT = 104.0
 RIGHT = 16.0
 ROW_HEIGHTS = ((8, 42.0), (16, 34.0), (32, 24.0), (64, 17.0), (10**9, 13.0))
 """(up to so many GPUs, row height)."""
+ROW_GAP = 2.0
 TOUCH_S = 1e-6
 STYLE: Mapping[Phase, str] = {
     "ACTIVE": "a",
@@ -79,16 +81,16 @@ def residency_map(
     colour = colours(fleet)
     scale = (WIDTH - LEFT - RIGHT) / (end_s - start_s)
     row_height = next(iter(rows.values())).height
+    pitch = row_height + ROW_GAP
     stays = _merged(residency, start_s, end_s)
     wide = [stay for stay in stays if stay.phase in ("ACTIVE", "DRAINING")]
     thin = [stay for stay in stays if stay.phase in ("WARM", "LOADING")]
     lane_of = _lanes(thin)
-    lanes = 1 + max(lane_of, default=0)
+    lanes = 1 + max(lane_of.values(), default=0)
     lane_height = min(10.0, 0.85 * row_height / lanes)
     occupied: dict[GpuId, list[tuple[Residency, int]]] = {gpu: [] for gpu in rows}
-    for stay, lane in zip(thin, lane_of, strict=True):
-        for gpu in stay.gpus:
-            occupied[gpu].append((stay, lane))
+    for (index, gpu), lane in lane_of.items():
+        occupied[gpu].append((thin[index], lane))
 
     def box(stay: Residency, y: float, height: float) -> Box:
         x = LEFT + (stay.start_s - start_s) * scale
@@ -112,8 +114,8 @@ def residency_map(
     small: list[Box] = []
     for stay, slot, slots in _pieces(wide):
         tops = [rows[gpu].y for gpu in stay.gpus]
-        if slots == 1 and tops[-1] - tops[0] == row_height * (len(tops) - 1):
-            whole = [box(stay, tops[0], row_height * len(tops))]
+        if slots == 1 and math.isclose(tops[-1] - tops[0], pitch * (len(tops) - 1)):
+            whole = [box(stay, tops[0], pitch * len(tops) - ROW_GAP)]
             free = [free_height(gpu, stay) for gpu in stay.gpus]
             if min(free) == row_height:
                 room = (whole[0].y, whole[0].height)
@@ -128,15 +130,13 @@ def residency_map(
                 height if slots > 1 else free_height(stay.gpus[0], stay),
             )
         big += whole
-        texts += _label(whole[0], stay, room, 11.5, 6.6, colour[stay.llm])
-    for stay, lane in zip(thin, lane_of, strict=True):
-        for gpu in stay.gpus:
-            y = rows[gpu].y + row_height - (lane + 1) * lane_height
-            drawn_box = box(stay, y, lane_height)
-            small.append(drawn_box)
-            if stay.phase == "WARM":
-                room = (y, lane_height)
-                texts += _label(drawn_box, stay, room, 8.5, 5.1, None)
+        texts += _label(whole[0], stay, room, 11.5, 8.0, colour[stay.llm])
+    for (index, gpu), lane in lane_of.items():
+        stay = thin[index]
+        y = rows[gpu].y + row_height - (lane + 1) * lane_height
+        small.append(box(stay, y, lane_height))
+        if stay.phase == "WARM":
+            texts += _label(small[-1], stay, (y, lane_height), 8.5, 5.6, None)
     by_area = sorted((*big, *small), key=lambda b: b.width * b.height, reverse=True)
     tipped = {id(one) for one in by_area[:max_tips]}
     times = time_ticks(start_s, end_s, 13)
@@ -183,7 +183,7 @@ def _rows(fleet: Fleet) -> tuple[dict[GpuId, Box], list[Box], list[Text], float]
             texts.append(
                 Text(x=LEFT - 8, y=y + height / 2 + 4, text=str(gpu.index), style="gpu")
             )
-            y += height
+            y += height + ROW_GAP
         y += NODE_GAP
     return rows, list(rows.values()), texts, y - NODE_GAP
 
@@ -216,32 +216,29 @@ def _meet(one: Residency, other: Residency) -> bool:
     return max(one.start_s, other.start_s) < early
 
 
-def _lanes(thin: Sequence[Residency]) -> list[int]:
-    """A lane for each stretch, free on all its GPUs; what follows on keeps its lane."""
-    chains: list[list[int]] = []
-    for index, stay in enumerate(thin):
-        last = thin[chains[-1][-1]] if chains else None
-        same = last is not None and (last.llm, last.gpus) == (stay.llm, stay.gpus)
-        if last is not None and same and stay.start_s <= last.end_s + TOUCH_S:
-            chains[-1].append(index)
-        else:
-            chains.append([index])
-    lanes = [0] * len(thin)
+def _lanes(thin: Sequence[Residency]) -> dict[tuple[int, GpuId], int]:
+    """(stretch, GPU) -> the lowest lane free there; what follows on keeps its lane."""
+    lanes: dict[tuple[int, GpuId], int] = {}
     free_s: dict[tuple[GpuId, int], float] = {}
-    order = sorted(chains, key=lambda c: (thin[c[0]].start_s, -len(thin[c[0]].gpus)))
-    for chain in order:
-        first, last_s = thin[chain[0]], thin[chain[-1]].end_s
-        lane = 0
-        while any(
-            free_s.get((g, lane), first.start_s) > first.start_s + TOUCH_S
-            for g in first.gpus
-        ):
-            lane += 1
-        for gpu in first.gpus:
-            free_s[gpu, lane] = last_s
-        for index in chain:
-            lanes[index] = lane
+    latest: dict[tuple[str, GpuId], tuple[int, int]] = {}
+    order = sorted(range(len(thin)), key=lambda i: (thin[i].start_s, thin[i].end_s))
+    for index in order:
+        stay = thin[index]
+        for gpu in stay.gpus:
+            before, lane = latest.get((stay.llm, gpu), (-1, 0))
+            follows = before >= 0 and _touch(thin[before], stay)
+            if not follows:
+                lane = 0
+                while free_s.get((gpu, lane), -math.inf) > stay.start_s + TOUCH_S:
+                    lane += 1
+            lanes[index, gpu] = lane
+            latest[stay.llm, gpu] = index, lane
+            free_s[gpu, lane] = stay.end_s
     return lanes
+
+
+def _touch(before: Residency, after: Residency) -> bool:
+    return before.gpus == after.gpus and after.start_s <= before.end_s + TOUCH_S
 
 
 def _pieces(wide: Sequence[Residency]) -> Iterator[tuple[Residency, int, int]]:
@@ -293,9 +290,9 @@ def _label(
     letters = int((box.width - 8) / advance)
     tp = f" TP{len(stay.gpus)}" if len(stay.gpus) > 1 else ""
     y, height = room
-    if height < size - 0.5 or letters < min(5, len(stay.llm)):
+    if height < size - 0.5 or letters < min(7, len(stay.llm)):
         return
-    if letters < len(tp) + min(6, len(stay.llm)):
+    if letters < len(tp) + min(7, len(stay.llm)):
         tp = ""
     yield Text(
         x=box.x + 4,
