@@ -121,8 +121,9 @@ class _Ahead:
             and not (r.id in desired.by_id and desired.by_id[r.id].state == "ACTIVE")
         ]
         llms = {replica.llm for replica in old}
-        missing = [k for k in goal if k.llm in llms and self.phases.get(k) != "ACTIVE"]
-        self.missing = sorted(missing, key=self._distance)
+        self.missing = [
+            key for key in goal if key.llm in llms and self.phases.get(key) != "ACTIVE"
+        ]
         wanted_gpus = {gpu for key in self.missing for gpu in key.gpus}
         # First goes what is in the way, then what is missed least.
         self.old = sorted(
@@ -223,11 +224,6 @@ class _Ahead:
         num_bytes = self._bytes(key, phase)
         self.ledger.book(key.gpus, num_bytes - self.held[key])
         self.held[key] = self.reserved[key] = num_bytes
-
-    def _distance(self, key: ReplicaId) -> int:
-        """How far from ACTIVE: the nearest replacement comes first."""
-        order = ("ACTIVATING", "WARM", "DRAINING", "LOADING", None)
-        return order.index(self.phases.get(key))
 
     def _concurrency(self, key: ReplicaId) -> int:
         return self.fleet.option_of(key.llm, key.gpus).concurrency

@@ -84,7 +84,6 @@ class Tally:
         elif event.phase == "ACTIVATING":
             self._cold_starts += key in self._cold
             self._warm_starts += key not in self._cold
-            self._cold.discard(key)
         elif event.phase is None and key in self._wanted:
             self._cold.add(key)
 

@@ -139,6 +139,18 @@ def test_scale_in_keeps_what_is_desired_to_serve():
     ]
 
 
+def test_scale_in_starts_with_what_is_in_the_way():
+    """Of two on GPUs 0 and 2, the one on 2 goes first, though busier: it keeps the
+    replacement on GPUs 2-3 from serving, and the other can serve meanwhile."""
+    f = fleet(option("a"), option("a", tp=2), on=cluster(4))
+    now = [
+        seen("a", 0, phase="ACTIVE"),
+        seen("a", 2, phase="ACTIVE", in_flight=5),
+        seen("a", 2, 3, phase="WARM"),
+    ]
+    assert steps([want("a", 2, 3)], now, f) == ["demote a@n0/2x1"]
+
+
 def test_prewarming_does_not_take_a_replacements_room():
     """a and b swap; GPU 0 holds a (50) and u (25, unwanted), so 25 bytes are free.
 
