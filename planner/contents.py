@@ -1,4 +1,4 @@
-"""The tables that summary and report show, with every number as text."""
+"""The sentences and tables that summary and report show, with every number as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from foreserve.planner.display import (
     gib,
     number,
     percent,
+    plural,
     seconds,
+    span,
     term_name,
     usd,
 )
@@ -36,6 +38,45 @@ class Row:
 class Table:
     head: tuple[str, ...]
     rows: tuple[Row, ...]
+
+
+def lead(plan: Plan, facts: PlanFacts, runs: Sequence[Run]) -> list[str]:
+    """What the plan does and how good it is, in plain sentences."""
+    cluster, count = plan.fleet.cluster, len(plan.epochs)
+    epoch_s = plan.epochs[0].end_s - plan.start_s
+    each = f"each of {count} epochs" if count > 1 else "one epoch"
+    said = [
+        f"{plural(len(plan.fleet.llms), 'LLM')} on {plural(facts.gpus, 'GPU')} of "
+        f"{plural(len(cluster.nodes), 'node')}: in {each} of {seconds(epoch_s)}, "
+        f"{span(*facts.active)} replicas serve and {span(*facts.warm)} wait WARM, with "
+        "their weights loaded."
+    ]
+    if count > 1:
+        said[0] += (
+            f" The placement changes {plural(facts.changes, 'time')}: "
+            f"{plural(facts.steps['load'], 'load')}, "
+            f"{plural(facts.steps['activate'], 'activation')}."
+        )
+    if facts.certified and facts.gap <= 0:
+        said.append(
+            "Proven, epoch by epoch: no placement of dedicated replicas costs less."
+        )
+    elif facts.certified:
+        said.append(
+            "Proven, epoch by epoch: no placement of dedicated replicas costs less than "
+            f"{percent(1 - facts.gap)} of this one."
+        )
+    if runs:
+        parts = []
+        for run in runs:
+            outcome = run.outcome
+            parts.append(
+                f"“{outcome.policy}” keeps {percent(outcome.total.slo_attainment)} of "
+                f"{plural(outcome.total.requests, 'request')} within their latency "
+                f"targets on {number(outcome.gpu_hours.get('total'))} GPU-hours"
+            )
+        said.append("In simulation, " + "; ".join(parts) + ".")
+    return said
 
 
 def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
@@ -88,6 +129,8 @@ def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
     ]
     rows = []
     for name, plan_cell, measure, form, better in measures:
+        if plan_cell == NONE and not runs:
+            continue
         values = [measure(outcome) for outcome in outcomes]
         cells = (name, plan_cell, *(form(v) for v in values))
         # A difference that does not show is none.
@@ -160,6 +203,28 @@ def _service_cells(got: Service) -> Iterator[str]:
     ):
         yield from (seconds(_quantile(latency, q)) for q in quantiles)
     yield percent(got.slo_attainment if got.requests else None, 2)
+
+
+def service_brief(plan: Plan, runs: Sequence[Run]) -> Table:
+    """TTFT P99 and SLO attainment of each LLM, policies side by side."""
+    policies = [run.outcome.policy for run in runs]
+    head = ["LLM", "requests"]
+    head += [
+        f"{policy}: {what}" for policy in policies for what in ("P99 TTFT", "SLO met")
+    ]
+    rows = []
+    for llm in plan.fleet.llms:
+        cells = [llm.name, NONE]
+        for run in runs:
+            got = run.outcome.by_llm.get(llm.name)
+            if got is None or not got.requests:
+                cells += [NONE, NONE]
+                continue
+            cells[1] = f"{got.requests:,}"
+            cells.append(seconds(_quantile(got.ttft, "p99_s")))
+            cells.append(percent(got.slo_attainment, 2))
+        rows.append(Row(cells=tuple(cells)))
+    return Table(head=tuple(head), rows=tuple(rows))
 
 
 def drivers(facts: PlanFacts) -> Table:

@@ -20,6 +20,7 @@ from foreserve.planner import charts
 from foreserve.planner.contents import (
     comparison,
     drivers,
+    lead,
     llm_table,
     load_errors,
     option_table,
@@ -119,49 +120,13 @@ def write_report(
     write_text(path, page)
 
 
-def lead(plan: Plan, facts: PlanFacts, runs: Sequence[Run]) -> list[str]:
-    """What the plan does and how good it is, in plain sentences."""
-    cluster, count = plan.fleet.cluster, len(plan.epochs)
-    epoch_s = plan.epochs[0].end_s - plan.start_s
-    each = f"each of {count} epochs" if count > 1 else "one epoch"
-    said = [
-        f"{plural(len(plan.fleet.llms), 'LLM')} on {plural(facts.gpus, 'GPU')} of "
-        f"{plural(len(cluster.nodes), 'node')}: in {each} of {seconds(epoch_s)}, "
-        f"{span(*facts.active)} replicas serve and {span(*facts.warm)} wait WARM, with "
-        "their weights loaded."
-    ]
-    if count > 1:
-        said[0] += (
-            f" The placement changes {plural(facts.changes, 'time')}: "
-            f"{plural(facts.steps['load'], 'load')}, "
-            f"{plural(facts.steps['activate'], 'activation')}."
-        )
-    if facts.certified and facts.gap <= 0:
-        said.append("Proven: no placement costs less, epoch by epoch.")
-    elif facts.certified:
-        said.append(
-            "Proven: epoch by epoch, no placement costs less than "
-            f"{percent(1 - facts.gap)} of this one."
-        )
-    if runs:
-        parts = []
-        for run in runs:
-            outcome = run.outcome
-            parts.append(
-                f"“{outcome.policy}” keeps {percent(outcome.total.slo_attainment)} of "
-                f"{plural(outcome.total.requests, 'request')} within their latency "
-                f"targets on {number(outcome.gpu_hours.get('total'))} GPU-hours"
-            )
-        said.append("In simulation, " + "; ".join(parts) + ".")
-    return said
-
-
 def _cards(
     plan: Plan, facts: PlanFacts, runs: Sequence[Run]
 ) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the headline numbers."""
-    used = f"{span(*facts.used)} of {facts.gpus}"
-    ideal = f"at least {number(facts.perfect_gpus)} if GPUs could be split at will"
+    ideal = (
+        f"of {facts.gpus}; {number(facts.perfect_gpus)} if they could be split at will"
+    )
     cards = []
     if facts.certified:
         cards += [
@@ -181,7 +146,7 @@ def _cards(
                 f"{percent(facts.gap_at_stake, 2)} of the value at stake",
             ),
         ]
-    cards.append(("GPUs in use", used, ideal))
+    cards.append(("GPUs in use", span(*facts.used), ideal))
     cards.append(
         ("GPU-hours", number(facts.gpu_hours), f"{usd(facts.cost_usd)} as planned")
     )
