@@ -147,6 +147,10 @@ class Prices(Record):
     """Seconds of delay charged per second of loading weights (O4)."""
     demote_s: float = 1.0
     """Seconds of delay charged for stopping one ACTIVE replica (O4)."""
+    slower_s: float = 1.0
+    """Seconds of delay charged per second that an answer takes longer than on the LLM's
+    fastest option (O3); below 1 where a slower answer within the SLO hurts less than
+    waiting for it to begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +190,11 @@ class Problem(Record):
     @property
     def num_epochs(self) -> int:
         return len(self.demand_rps[0]) if self.demand_rps else 0
+
+    def slower_s(self, option: ReplicaOption) -> float:
+        """Delay booked for one request served by ``option`` (e_mk - e_m, priced)."""
+        reference_s = self.fleet.reference_s(option.llm)
+        return self.prices.slower_s * (option.exec_s - reference_s)
 
     def need(self, scenario: int, llm: int, epoch: int) -> int:
         """Instances in all that the peak of ``scenario`` asks for (before ACTIVE ones)."""

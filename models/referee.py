@@ -222,15 +222,14 @@ def o2_cold_starts(
 def o3_slowdown(
     problem: Problem, epoch: int, before: Placement, placement: Placement
 ) -> float:
-    """Delay of served requests beyond the LLM's fastest option (e_mk - e_m)."""
+    """Delay of served requests beyond the LLM's fastest option (e_mk - e_m), priced."""
     total = 0.0
     for index, llm in enumerate(problem.fleet.llms):
         requests = problem.demand_rps[index][epoch] * problem.epoch_s
-        fastest_s = problem.fleet.reference_s(llm.name)
         for replica in placement.of(llm.name, "ACTIVE"):
-            exec_s = problem.fleet.option_of(replica.llm, replica.gpus).exec_s
-            slower_s = exec_s - fastest_s
-            total += llm.weight * requests * replica.traffic_share * slower_s
+            option = problem.fleet.option_of(replica.llm, replica.gpus)
+            delay_s = problem.slower_s(option)
+            total += llm.weight * requests * replica.traffic_share * delay_s
     return total
 
 

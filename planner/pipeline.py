@@ -22,8 +22,8 @@ from foreserve.models.plan import Certificate, Epoch, LlmDemand, Plan, SolverInf
 from foreserve.models.problem import Fleet, Problem, round_rate
 from foreserve.planner.fleet import align, build_fleet, busy_s, mean_lengths
 from foreserve.planner.scenario import Scenario
-from foreserve.solvers.base import SolveOptions, SolveReport
-from foreserve.solvers.pool import SolverPool
+from foreserve.solvers.base import SolverPool
+from foreserve.solvers.result import SolveOptions, SolveReport
 from foreserve.traces.forecast import Forecast, get_forecaster
 from foreserve.traces.scenarios import independent_scenarios
 from foreserve.traces.trace import Demand, Trace, bin_demand
@@ -106,7 +106,7 @@ def plan_trace(
     epochs: list[Epoch] = []
     solves: list[SolveReport] = []
     before, total = Placement(), demand.num_epochs - past_epochs
-    with SolverPool() as pool:
+    with SolverPool(solver, options) as pool:
         for index in range(total):
             now = past_epochs + index
             if forecaster is None:
@@ -114,7 +114,7 @@ def plan_trace(
             else:
                 forecast = forecaster(demand.upto(now), 1)
             problem = build_problem(scenario, fleet, forecast, before, rng)
-            solved = pool.solve(problem, solver, options, start=(before,))
+            solved = pool.solve(problem, start=(before,))
             if solved.schedule is None:
                 raise NoPlan(index, solved.report)
             before = solved.schedule[0]

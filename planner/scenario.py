@@ -202,10 +202,16 @@ class ObjectivePart(Record):
     usd_s: float = 10.0
     load_s: float = 1.0
     demote_s: float = 1.0
+    slower_s: float = 0.05
     unserved: Seconds = 60.0
 
     def prices(self) -> Prices:
-        return Prices(usd_s=self.usd_s, load_s=self.load_s, demote_s=self.demote_s)
+        return Prices(
+            usd_s=self.usd_s,
+            load_s=self.load_s,
+            demote_s=self.demote_s,
+            slower_s=self.slower_s,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

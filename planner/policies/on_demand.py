@@ -4,7 +4,8 @@ One rule for all policies, so that a comparison shows the plan and nothing else:
 ``planned`` starts from the placement of the plan's epoch, ``reactive`` from nothing (each
 LLM is loaded when its first request comes and dropped when it has been idle), and
 ``reactive-keep`` also leaves a stopped LLM's weights where they are until the space is
-needed. The scaling thresholds are WarmServe's (scale up above 0.8 of the concurrency).
+needed. The scaling thresholds are WarmServe's: scale up above 0.8 of
+the concurrency; a replica can be spared while the others are at most half full.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from foreserve.models.observed import HOLDS_KV, Observed, ObservedReplica
+from foreserve.models.observed import HOLDS_KV, Observed
 from foreserve.models.placement import Placement, Replica, ReplicaId
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet, ReplicaOption, held_bytes
 from foreserve.models.specs import GpuId
 
-SCALE_UP = 0.8
+SCALE_UP, SCALE_DOWN = 0.8, 0.5
 REVIEW_S = 5.0
 
 
@@ -98,15 +99,20 @@ class _Draft:
         self.changed = False
 
     def keep_busy(self) -> None:
-        """Replicas started on demand stay while they work, and a while longer."""
+        """Replicas started on demand stay while they work or are awaited, and a while
+        longer where nobody else is planned to be ACTIVE."""
         for replica in self.observed.replicas:
-            if replica.phase not in ("ACTIVATING", "ACTIVE"):
+            if replica.phase not in ("LOADING", "ACTIVATING", "ACTIVE"):
                 continue
-            if replica.id in self.serving or not self._is_free(replica.gpus):
+            if replica.id in self.serving:
                 continue
-            idle = replica.idle_since_s
-            idle_s = 0.0 if idle is None else self.observed.now_s - idle
-            if idle_s < self.rule.keep_alive_s:
+            if replica.phase == "ACTIVE" and replica.in_flight == 0:
+                idle_s = self.observed.now_s - (replica.idle_since_s or 0.0)
+                wanted = idle_s < self.rule.keep_alive_s and self._is_free(replica.gpus)
+            else:
+                busy = replica.in_flight or self.in_system[replica.llm]
+                wanted = bool(busy) and self._make_room(replica.gpus)
+            if wanted:
                 self._start(replica.id)
 
     def start_missing(self) -> None:
@@ -115,7 +121,7 @@ class _Draft:
         for llm, in_system in sorted(
             self.in_system.items(), key=lambda item: (-item[1], item[0])
         ):
-            while in_system > SCALE_UP * self._room(llm):
+            while in_system > SCALE_UP * self._room(self._serving(llm)):
                 chosen = self._choose(llm)
                 if chosen is None:
                     break
@@ -148,34 +154,34 @@ class _Draft:
                     free[gpu] -= held
         return Placement(replicas=tuple(replicas))
 
+    def _serving(self, llm: str) -> list[ReplicaId]:
+        return [key for key in self.serving if key.llm == llm]
+
     def _start(self, replica: ReplicaId) -> None:
         self.serving.add(replica)
         self.changed = True
 
-    def _room(self, llm: str) -> int:
-        return sum(
-            self.rule.fleet.option_of(key.llm, key.gpus).concurrency
-            for key in self.serving
-            if key.llm == llm
-        )
+    def _room(self, replicas: Iterable[ReplicaId]) -> int:
+        fleet = self.rule.fleet
+        return sum(fleet.option_of(r.llm, r.gpus).concurrency for r in replicas)
 
     def _is_free(self, gpus: Iterable[GpuId]) -> bool:
         taken = {gpu for key in self.serving for gpu in key.gpus}
         return taken.isdisjoint(gpus)
 
     def _choose(self, llm: str) -> ReplicaId | None:
-        """Resident weights first, then the block whose loss hurts least."""
+        """Resident weights first, then the block whose loss hurts least; where every
+        block has an ACTIVE replica, one that its LLM can spare gives way."""
         options = [
             (option, key)
             for option, key in self.rule.blocks[llm]
             if key not in self.serving
         ]
-        free = [(option, key) for option, key in options if self._is_free(key.gpus)]
-        if not free:
-            free = self._make_room(options)
-        if not free:
-            return None
-        return min(free, key=lambda pair: self._rank(*pair))[1]
+        free = [pair for pair in options if self._is_free(pair[1].gpus)]
+        for _, key in sorted(free or options, key=lambda pair: self._rank(*pair)):
+            if self._make_room(key.gpus):
+                return key
+        return None
 
     def _rank(self, option: ReplicaOption, key: ReplicaId) -> tuple[object, ...]:
         replica = self.seen.get(key)
@@ -190,24 +196,20 @@ class _Draft:
         at_risk = sum(llms[o.llm].weight * llms[o.llm].cold_loss_s for o in others)
         return (readiness, draining, option.tp, at_risk, key.gpus)
 
-    def _make_room(
-        self, options: list[tuple[ReplicaOption, ReplicaId]]
-    ) -> list[tuple[ReplicaOption, ReplicaId]]:
-        """Give up one idle ACTIVE replica of another LLM, longest idle first."""
-        idle = sorted(
-            (r for r in self.observed.replicas if r.id in self.serving and _is_idle(r)),
-            key=lambda r: (r.idle_since_s or 0.0, r.id),
-        )
-        for victim in idle:
-            if self.in_system[victim.llm]:
-                continue
-            self.serving.remove(victim.id)
-            free = [pair for pair in options if self._is_free(pair[1].gpus)]
-            if free:
-                self.changed = True
-                return free
-            self.serving.add(victim.id)
-        return []
+    def _make_room(self, gpus: tuple[GpuId, ...]) -> bool:
+        """Whether no serving replica is left on ``gpus``: LLMs that can spare theirs give
+        them up, all or none."""
+        held = {key for key in self.serving if not set(gpus).isdisjoint(key.gpus)}
+        left = self.serving - held
+        for llm in {key.llm for key in held}:
+            rest = [key for key in left if key.llm == llm]
+            # An LLM without requests can spare all but the operator's least number.
+            too_busy = self.in_system[llm] > SCALE_DOWN * self._room(rest)
+            if too_busy or len(rest) < self.rule.fleet.llm_by_name[llm].min_active:
+                return False
+        if held:
+            self.serving, self.changed = left, True
+        return True
 
     def _warm_wishes(self) -> list[ReplicaId]:
         """Replicas to keep WARM, most valuable LLMs first."""
@@ -232,7 +234,3 @@ class _Draft:
             for gpu in replica.gpus:
                 free[gpu] -= held
         return free
-
-
-def _is_idle(replica: ObservedReplica) -> bool:
-    return replica.phase == "ACTIVE" and replica.in_flight == 0

@@ -25,7 +25,7 @@ from foreserve.models.errors import InvalidInput
 
 if TYPE_CHECKING:
     from foreserve.models.problem import Problem
-    from foreserve.solvers.base import Solved
+    from foreserve.solvers.result import Solved
 
 FORMATS = ("md", "csv", "json")
 
@@ -130,8 +130,8 @@ def _problem_rows(
     from foreserve.models.codec import from_json, read_text
     from foreserve.models.problem import Problem
     from foreserve.planner.scenario import SolverPart
-    from foreserve.solvers.base import SolveOptions
-    from foreserve.solvers.pool import SolverPool
+    from foreserve.solvers.base import SolverPool
+    from foreserve.solvers.result import SolveOptions
 
     given = {key: value for key, value in limits.items() if value is not None}
     part = SolverPart(**given)  # type: ignore[arg-type]
@@ -143,8 +143,8 @@ def _problem_rows(
     with progress_bar("solving", quiet) as update:
         for (file, problem), name in product(problems, solvers):
             # A process of its own for each: nobody pays or gains from another's start.
-            with SolverPool() as pool:
-                solved = pool.solve(problem, name, options)
+            with SolverPool(name, options) as pool:
+                solved = pool.solve(problem)
             rows.append(_row(Path(file).stem, name, problem, solved))
             update(len(rows), len(solvers) * len(problems))
     return rows
