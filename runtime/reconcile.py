@@ -40,22 +40,34 @@ def reconcile(
     links.
     """
     present = {replica.id: replica for replica in observed.replicas}
+    phases = {key: replica.phase for key, replica in present.items()}
+    if phases == {key: replica.state for key, replica in desired.by_id.items()}:
+        return ()
     steps: dict[Kind, list[ReplicaId]] = {
         "demote": [],
         "drop": [],
         "load": [],
         "activate": [],
     }
-    for key, replica in present.items():
-        if replica.phase in ("WARM", "LOADING") and key not in desired.by_id:
-            steps["drop"].append(key)
-    ahead = _Ahead(desired, observed, fleet)
-    ahead.play()
-    steps["demote"] += ahead.demotes
+    steps["drop"] = [
+        key
+        for key, phase in phases.items()
+        if phase in ("WARM", "LOADING") and key not in desired.by_id
+    ]
+    old = [
+        replica
+        for key, replica in present.items()
+        if replica.phase == "ACTIVE"
+        and not (key in desired.by_id and desired.by_id[key].state == "ACTIVE")
+    ]
+    reserved: dict[ReplicaId, int] = {}
+    if old:
+        ahead = _Ahead(old, desired, observed, fleet)
+        ahead.play()
+        steps["demote"], reserved = ahead.demotes, ahead.reserved
     ledger = Ledger.of(fleet, observed)
-    for key, goal_bytes in _by_urgency(desired, fleet, ahead.reserved):
-        now = present.get(key)
-        phase = now.phase if now else None
+    for key, goal_bytes in _by_urgency(desired, fleet, reserved):
+        phase = phases.get(key)
         option = fleet.option_of(key.llm, key.gpus)
         held = phase_bytes(option, phase)
         if phase is None:
@@ -106,7 +118,13 @@ class _Ahead:
     room for the next one. Only what must go for that to move on is demoted now.
     """
 
-    def __init__(self, desired: Placement, observed: Observed, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        old: list[ObservedReplica],
+        desired: Placement,
+        observed: Observed,
+        fleet: Fleet,
+    ) -> None:
         self.desired, self.fleet = desired, fleet
         self.demotes: list[ReplicaId] = []
         self.reserved: dict[ReplicaId, int] = {}
@@ -114,12 +132,6 @@ class _Ahead:
         for them."""
         self.phases = {replica.id: replica.phase for replica in observed.replicas}
         goal = [r.id for r in desired.replicas if r.state == "ACTIVE"]
-        old = [
-            r
-            for r in observed.replicas
-            if r.phase == "ACTIVE"
-            and not (r.id in desired.by_id and desired.by_id[r.id].state == "ACTIVE")
-        ]
         llms = {replica.llm for replica in old}
         self.missing = [
             key for key in goal if key.llm in llms and self.phases.get(key) != "ACTIVE"
