@@ -42,14 +42,14 @@ class Table:
 
 def lead(plan: Plan, facts: PlanFacts, runs: Sequence[Run]) -> list[str]:
     """What the plan does and how good it is, in plain sentences."""
-    cluster, count = plan.fleet.cluster, len(plan.epochs)
+    nodes, count = len(plan.fleet.cluster.nodes), len(plan.epochs)
     epoch_s = plan.epochs[0].end_s - plan.start_s
-    each = f"each of {count} epochs" if count > 1 else "one epoch"
+    replicas = "replica" if facts.active[1] == 1 else "replicas"
     said = [
         f"{plural(len(plan.fleet.llms), 'LLM')} on {plural(facts.gpus, 'GPU')} of "
-        f"{plural(len(cluster.nodes), 'node')}: in {each} of {seconds(epoch_s)}, "
-        f"{span(*facts.active)} replicas serve and {span(*facts.warm)} wait WARM, with "
-        "their weights loaded."
+        f"{plural(nodes, 'node')}, planned in {plural(count, 'epoch')} of "
+        f"{seconds(epoch_s)}: {span(*facts.active)} {replicas} ACTIVE to serve, "
+        f"{span(*facts.warm)} WARM with their weights loaded."
     ]
     if count > 1:
         said[0] += (

@@ -7,8 +7,8 @@ by the LLM's colour index.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from foreserve.models.memory import ledger
 from foreserve.models.placement import Placement
@@ -30,12 +30,6 @@ class Box:
     height: float
     style: str
     tip: str
-
-    @property
-    def path(self) -> str:
-        sides = (_short(v) for v in (self.x, self.y, self.width, self.height))
-        x, y, width, height = sides
-        return f"M{x} {y}h{width}v{height}h-{width}z"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +56,44 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Strokes:
+    """Boxes of one style and height, drawn by one path (see `strokes`)."""
+
+    style: str
+    height: float
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Boxes with a tip, and the rest merged to one path per style to save bytes."""
+    """Boxes with a tip, and the rest merged to save bytes."""
 
     boxes: tuple[Box, ...]
-    merged: Mapping[str, str] = field(default_factory=dict)
+    merged: tuple[Strokes, ...] = ()
 
 
-def _short(value: float) -> str:
-    return f"{value:.1f}".rstrip("0").rstrip(".")
+def strokes(boxes: Iterable[Box]) -> str:
+    """Path data that draws boxes of one height as strokes of that width.
+
+    In tenths of a unit and relative, which takes some eleven bytes a box.
+    """
+    places = sorted(
+        (round(10 * b.y + 5 * b.height), round(10 * b.x), round(10 * b.width))
+        for b in boxes
+    )
+    parts, pen_x, pen_y = [], 0, 0
+    for y, x, width in places:
+        # A gap between neighbours, where there is room for one.
+        width -= 5 if width > 15 else 0
+        parts.append(f"m{_tenths(x - pen_x)} {_tenths(y - pen_y)}h{_tenths(width)}")
+        pen_x, pen_y = x + width, y
+    return "".join(parts)
+
+
+def _tenths(count: int) -> str:
+    whole, tenth = divmod(abs(count), 10)
+    text = f"{whole}.{tenth}" if tenth else f"{whole}"
+    return f"-{text}" if count < 0 else text
 
 
 def colours(fleet: Fleet) -> dict[str, int]:

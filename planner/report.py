@@ -54,10 +54,11 @@ from foreserve.planner.facts import (
 from foreserve.planner.picture import Picture, colours, ledger_bars
 from foreserve.planner.residency import planned_residency, residency_map
 
-MAX_TIPS = 9000
-"""Boxes with a tip, over all maps: keeps the largest reports below 5 MB."""
-MAX_MAPS = 3
-"""Simulated maps that are shown."""
+MAX_TIPS = 8000
+"""Boxes with a tip, over all maps; with `MAX_BOXES` keeps a report below 5 MB."""
+MAX_BOXES = 200_000
+"""Boxes over all maps, which one planned and one simulated map may pass."""
+MAX_MAPS = 4
 MAX_PANELS = 16
 """LLMs whose load is drawn; the table lists all."""
 DASHES = ("solid", "dashed", "dashdot", "dotted")
@@ -87,20 +88,19 @@ def write_report(
     )
     environment.filters |= {"n": _coordinate, "percent": percent, "number": number}
     facts = plan_facts(plan)
+    shown = LLM_COLORS[: len(plan.fleet.llms)]
     page = environment.get_template("report.html").render(
         title=title,
         lead=lead(plan, facts, runs),
         cards=_cards(plan, facts, runs),
         comparison=comparison(plan, runs),
         llms=colours(plan.fleet).items(),
-        patterns=sorted({*colours(plan.fleet).values()}),
         tints=[
-            (color, mix(color, WHITE, 0.45), mix(color, NIGHT, 0.55))
-            for color in LLM_COLORS
+            (color, mix(color, WHITE, 0.45), mix(color, NIGHT, 0.55)) for color in shown
         ],
-        lines=[line_colors(color) for color in LLM_COLORS],
-        maps=_maps(plan, runs),
-        maps_left_out=max(0, len(runs) - MAX_MAPS),
+        lines=[line_colors(color) for color in shown],
+        maps=(maps := _maps(plan, runs)),
+        maps_left_out=len(runs) + 1 - len(maps),
         runs=[run.outcome for run in runs],
         load=_load(plan, runs),
         latency=_latency(plan, runs),
@@ -161,15 +161,17 @@ def _cards(
 
 
 def _maps(plan: Plan, runs: Sequence[Run]) -> list[tuple[str, Picture]]:
-    """Planned, then simulated residency, all on one time scale."""
-    shown = runs[:MAX_MAPS]
-    end_s = max([plan.end_s, *(run.outcome.end_s for run in shown)])
+    """Planned, then simulated residency, all on one time scale, as many as fit."""
     residencies = [("Planned", planned_residency(plan))]
-    residencies += [(f"Simulated: {r.outcome.policy}", r.residency) for r in shown]
-    tips = MAX_TIPS // len(residencies)
+    residencies += [(f"Simulated: {r.outcome.policy}", r.residency) for r in runs]
+    sizes = [sum(len(s.gpus) for s in residency) for _, residency in residencies]
+    while len(sizes) > MAX_MAPS or (len(sizes) > 2 and sum(sizes) > MAX_BOXES):
+        sizes.pop()
+    end_s = max([plan.end_s, *(run.outcome.end_s for run in runs)])
+    tips = MAX_TIPS // len(sizes)
     return [
         (name, residency_map(plan.fleet, residency, plan.start_s, end_s, tips))
-        for name, residency in residencies
+        for name, residency in residencies[: len(sizes)]
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 
 from foreserve.models.observed import Phase
@@ -20,8 +20,10 @@ from foreserve.planner.picture import (
     Box,
     Layer,
     Picture,
+    Strokes,
     Text,
     colours,
+    strokes,
     text_on,
 )
 
@@ -77,73 +79,46 @@ def residency_map(
     The largest ``max_tips`` boxes keep a tip of their own. A replica that serves alone on
     several GPUs is one box over their rows.
     """
-    rows, lines, labels, bottom = _rows(fleet)
-    colour = colours(fleet)
-    scale = (WIDTH - LEFT - RIGHT) / (end_s - start_s)
-    row_height = next(iter(rows.values())).height
-    pitch = row_height + ROW_GAP
+    rows, labels, bottom = _rows(fleet)
     stays = _merged(residency, start_s, end_s)
     wide = [stay for stay in stays if stay.phase in ("ACTIVE", "DRAINING")]
     thin = [stay for stay in stays if stay.phase in ("WARM", "LOADING")]
     lane_of = _lanes(thin)
+    row_height = next(iter(rows.values())).height
     lanes = 1 + max(lane_of.values(), default=0)
-    lane_height = min(10.0, 0.85 * row_height / lanes)
-    occupied: dict[GpuId, list[tuple[Residency, int]]] = {gpu: [] for gpu in rows}
+    frame = _Frame(
+        rows=rows,
+        row_height=row_height,
+        lane_height=min(10.0, 0.85 * row_height / lanes),
+        start_s=start_s,
+        scale=(WIDTH - LEFT - RIGHT) / (end_s - start_s),
+        colour=colours(fleet),
+    )
     for (index, gpu), lane in lane_of.items():
-        occupied[gpu].append((thin[index], lane))
-
-    def box(stay: Residency, y: float, height: float) -> Box:
-        x = LEFT + (stay.start_s - start_s) * scale
-        width = (stay.end_s - stay.start_s) * scale
-        return Box(
-            x=x,
-            y=y,
-            # A load takes seconds on a map of hours: keep it visible.
-            width=max(width, 2.0) if stay.phase == "LOADING" else width,
-            height=height,
-            style=f"{STYLE[stay.phase]}{colour[stay.llm]}",
-            tip=_tip(stay),
-        )
-
-    def free_height(gpu: GpuId, stay: Residency) -> float:
-        held = [lane for other, lane in occupied[gpu] if _meet(other, stay)]
-        return row_height - lane_height * (1 + max(held, default=-1))
-
+        frame.lanes.setdefault(gpu, []).append((thin[index], lane))
     texts: list[Text] = []
     big: list[Box] = []
     small: list[Box] = []
     for stay, slot, slots in _pieces(wide):
-        tops = [rows[gpu].y for gpu in stay.gpus]
-        if slots == 1 and math.isclose(tops[-1] - tops[0], pitch * (len(tops) - 1)):
-            whole = [box(stay, tops[0], pitch * len(tops) - ROW_GAP)]
-            free = [free_height(gpu, stay) for gpu in stay.gpus]
-            if min(free) == row_height:
-                room = (whole[0].y, whole[0].height)
-            else:
-                best = free.index(max(free))
-                room = (tops[best], free[best])
-        else:
-            height = row_height / slots
-            whole = [box(stay, top + slot * height, height) for top in tops]
-            room = (
-                whole[0].y,
-                height if slots > 1 else free_height(stay.gpus[0], stay),
-            )
-        big += whole
-        texts += _label(whole[0], stay, room, 11.5, 8.0, colour[stay.llm])
+        boxes = frame.served(stay, slot, slots)
+        big += boxes
+        if letters := _letters(boxes[0], stay, 8.0):
+            room, ink = frame.room(stay, boxes[0], slots), frame.colour[stay.llm]
+            texts += _label(boxes[0], stay, letters, room, 11.5, text_on(ink))
     for (index, gpu), lane in lane_of.items():
         stay = thin[index]
-        y = rows[gpu].y + row_height - (lane + 1) * lane_height
-        small.append(box(stay, y, lane_height))
-        if stay.phase == "WARM":
-            texts += _label(small[-1], stay, (y, lane_height), 8.5, 5.6, None)
+        y = rows[gpu].y + row_height - (lane + 1) * frame.lane_height
+        small.append(one := frame.box(stay, y, frame.lane_height))
+        if stay.phase == "WARM" and (letters := _letters(one, stay, 5.6)):
+            room = (y, frame.lane_height)
+            texts += _label(one, stay, letters, room, 8.5, "lane")
     by_area = sorted((*big, *small), key=lambda b: b.width * b.height, reverse=True)
     tipped = {id(one) for one in by_area[:max_tips]}
     times = time_ticks(start_s, end_s, 13)
-    xs = [LEFT + (t - start_s) * scale for t in times]
+    xs = [frame.x(t) for t in times]
     return Picture(
         height=bottom + 24,
-        lines=tuple(lines),
+        lines=tuple(rows.values()),
         layers=(_layer(big, tipped), _layer(small, tipped)),
         texts=(*labels, *texts),
         ticks=tuple(
@@ -154,7 +129,59 @@ def residency_map(
     )
 
 
-def _rows(fleet: Fleet) -> tuple[dict[GpuId, Box], list[Box], list[Text], float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """Scales of one map, and who is in which lane."""
+
+    rows: Mapping[GpuId, Box]
+    row_height: float
+    lane_height: float
+    start_s: float
+    scale: float
+    """Units per second."""
+    colour: Mapping[str, int]
+    lanes: dict[GpuId, list[tuple[Residency, int]]] = field(default_factory=dict)
+
+    def x(self, time_s: float) -> float:
+        return LEFT + (time_s - self.start_s) * self.scale
+
+    def box(self, stay: Residency, y: float, height: float) -> Box:
+        width = (stay.end_s - stay.start_s) * self.scale
+        return Box(
+            x=self.x(stay.start_s),
+            y=y,
+            # A load takes seconds on a map of hours: keep it visible.
+            width=max(width, 2.0) if stay.phase == "LOADING" else width,
+            height=height,
+            style=f"{STYLE[stay.phase]}{self.colour[stay.llm]}",
+            tip=_tip(stay),
+        )
+
+    def served(self, stay: Residency, slot: int, slots: int) -> list[Box]:
+        """One box over all its rows where it is alone, else its part of each row."""
+        tops = [self.rows[gpu].y for gpu in stay.gpus]
+        whole = (self.row_height + ROW_GAP) * len(tops) - ROW_GAP
+        if slots == 1 and math.isclose(tops[-1] + self.row_height - tops[0], whole):
+            return [self.box(stay, tops[0], whole)]
+        height = self.row_height / slots
+        return [self.box(stay, top + slot * height, height) for top in tops]
+
+    def room(self, stay: Residency, box: Box, slots: int) -> tuple[float, float]:
+        """(y, height) of the part of ``box`` that no lane covers, for its label."""
+        if slots > 1:
+            return box.y, box.height
+        free = [self._free_height(gpu, stay) for gpu in stay.gpus]
+        if min(free) == self.row_height:
+            return box.y, box.height
+        best = free.index(max(free))
+        return self.rows[stay.gpus[best]].y, free[best]
+
+    def _free_height(self, gpu: GpuId, stay: Residency) -> float:
+        held = [lane for other, lane in self.lanes.get(gpu, ()) if _meet(other, stay)]
+        return self.row_height - self.lane_height * (1 + max(held, default=-1))
+
+
+def _rows(fleet: Fleet) -> tuple[dict[GpuId, Box], list[Text], float]:
     """A row box per GPU, their labels, and where the last row ends."""
     count = len(fleet.cluster.gpus)
     height = next(h for most, h in ROW_HEIGHTS if count <= most)
@@ -185,7 +212,7 @@ def _rows(fleet: Fleet) -> tuple[dict[GpuId, Box], list[Box], list[Text], float]
             )
             y += height + ROW_GAP
         y += NODE_GAP
-    return rows, list(rows.values()), texts, y - NODE_GAP
+    return rows, texts, y - NODE_GAP
 
 
 def _merged(
@@ -278,36 +305,44 @@ def _tip(stay: Residency) -> str:
     )
 
 
+def _letters(box: Box, stay: Residency, advance: float) -> int:
+    """Letters that fit in ``box``; 0 where they would not tell the LLM."""
+    letters = int((box.width - 8) / advance)
+    return letters if letters >= min(7, len(stay.llm)) else 0
+
+
 def _label(
     box: Box,
     stay: Residency,
+    letters: int,
     room: tuple[float, float],
     size: float,
-    advance: float,
-    colour: int | None,
+    style: str,
 ) -> Iterator[Text]:
-    """The LLM's name (and TP size) in its box, if it fits; on ``colour`` if one."""
-    letters = int((box.width - 8) / advance)
-    tp = f" TP{len(stay.gpus)}" if len(stay.gpus) > 1 else ""
+    """The LLM's name, and its TP size where there is space, in the middle of ``room``."""
     y, height = room
-    if height < size - 0.5 or letters < min(7, len(stay.llm)):
+    if height < size - 0.5:
         return
+    tp = f" TP{len(stay.gpus)}" if len(stay.gpus) > 1 else ""
     if letters < len(tp) + min(7, len(stay.llm)):
         tp = ""
     yield Text(
         x=box.x + 4,
         y=y + height / 2 + size * 0.34,
         text=shorten(stay.llm, letters - len(tp)) + tp,
-        style="lane" if colour is None else text_on(colour),
+        style=style,
     )
 
 
 def _layer(boxes: Sequence[Box], tipped: set[int]) -> Layer:
-    merged: dict[str, list[str]] = {}
+    merged: dict[tuple[str, float], list[Box]] = {}
     for one in boxes:
         if id(one) not in tipped:
-            merged.setdefault(one.style, []).append(one.path)
+            merged.setdefault((one.style, one.height), []).append(one)
     return Layer(
         boxes=tuple(one for one in boxes if id(one) in tipped),
-        merged={style: "".join(paths) for style, paths in sorted(merged.items())},
+        merged=tuple(
+            Strokes(style=style, height=height, path=strokes(same))
+            for (style, height), same in sorted(merged.items())
+        ),
     )
