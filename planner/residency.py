@@ -244,28 +244,35 @@ def _meet(one: Residency, other: Residency) -> bool:
 
 
 def _lanes(thin: Sequence[Residency]) -> dict[tuple[int, GpuId], int]:
-    """(stretch, GPU) -> the lowest lane free there; what follows on keeps its lane."""
+    """(stretch, GPU) -> the lowest lane free there; what follows on keeps its lane.
+
+    ``thin`` is in the order of `_merged`. Of those that begin together the one that
+    stays longest lies lowest.
+    """
+    until_s = [stay.end_s for stay in thin]
+    for index in reversed(range(len(thin) - 1)):
+        if _follows(thin[index], thin[index + 1]):
+            until_s[index] = until_s[index + 1]
     lanes: dict[tuple[int, GpuId], int] = {}
     free_s: dict[tuple[GpuId, int], float] = {}
-    latest: dict[tuple[str, GpuId], tuple[int, int]] = {}
-    order = sorted(range(len(thin)), key=lambda i: (thin[i].start_s, thin[i].end_s))
+    order = sorted(range(len(thin)), key=lambda i: (thin[i].start_s, -until_s[i]))
     for index in order:
         stay = thin[index]
         for gpu in stay.gpus:
-            before, lane = latest.get((stay.llm, gpu), (-1, 0))
-            follows = before >= 0 and _touch(thin[before], stay)
-            if not follows:
+            if index and _follows(thin[index - 1], stay):
+                lane = lanes[index - 1, gpu]
+            else:
                 lane = 0
                 while free_s.get((gpu, lane), -math.inf) > stay.start_s + TOUCH_S:
                     lane += 1
             lanes[index, gpu] = lane
-            latest[stay.llm, gpu] = index, lane
-            free_s[gpu, lane] = stay.end_s
+            free_s[gpu, lane] = until_s[index]
     return lanes
 
 
-def _touch(before: Residency, after: Residency) -> bool:
-    return before.gpus == after.gpus and after.start_s <= before.end_s + TOUCH_S
+def _follows(before: Residency, after: Residency) -> bool:
+    same = (before.llm, before.gpus) == (after.llm, after.gpus)
+    return same and after.start_s <= before.end_s + TOUCH_S
 
 
 def _pieces(wide: Sequence[Residency]) -> Iterator[tuple[Residency, int, int]]:
