@@ -1,0 +1,134 @@
+"""Small problems to solve in tests: built by hand or drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from foreserve.models.placement import Placement, Replica, State
+from foreserve.models.problem import Fleet, Prices, Problem, ServedLlm, round_rate
+from foreserve.models.specs import ClusterSpec, GpuId, GpuType, Node
+from tests.build import option
+
+GIB = 2**30
+
+
+def placement(*replicas: tuple[str, str, State]) -> Placement:
+    """Replicas as ``(llm, "n0/0 n0/1", state)``, without traffic."""
+    return Placement(
+        replicas=tuple(
+            Replica(llm=llm, gpus=tuple(map(GpuId.parse, gpus.split())), state=state)
+            for llm, gpus, state in replicas
+        )
+    )
+
+
+def problem(
+    fleet: Fleet,
+    demand_rps: Sequence[Sequence[float]],
+    peaks: Sequence[tuple[float, Sequence[Sequence[float]]]] = (),
+    initial: Placement | None = None,
+    prices: Prices | None = None,
+) -> Problem:
+    """Epochs of 100 s; ``demand_rps[llm][epoch]``, peaks as (probability, [llm][epoch])."""
+    return Problem(
+        fleet=fleet,
+        epoch_s=100.0,
+        demand_rps=tuple(map(tuple, demand_rps)),
+        scenario_probability=tuple(probability for probability, _ in peaks),
+        peak_load=tuple(tuple(map(tuple, load)) for _, load in peaks),
+        initial=initial or Placement(),
+        prices=prices or Prices(),
+    )
+
+
+SIZES = (
+    # billions of parameters, least TP, seconds of a mean request alone, KV GiB
+    (3, 1, 1.0, 4),
+    (8, 1, 2.0, 8),
+    (14, 1, 3.5, 20),
+    (32, 2, 5.0, 20),
+    (70, 4, 6.0, 30),
+)
+
+
+def realistic(
+    rng: np.random.Generator,
+    llms: int,
+    nodes: Sequence[int],
+    scenarios: int,
+    *,
+    epochs: int = 1,
+    busy: float = 0.4,
+) -> Problem:
+    """LLMs of 3 to 70 billion parameters on 80 GiB GPUs, from an empty cluster.
+
+    The mean demand takes about ``busy`` of the GPUs; scenarios draw each LLM's peak at
+    one to five times its mean load, so bursts ask for 0 to a few instances each.
+    """
+    served, options, demand, loads = [], [], [], []
+    share = rng.dirichlet(np.ones(llms)) * busy * sum(nodes)
+    for i in range(llms):
+        name = f"llm{i:02d}"
+        kind = rng.choice(len(SIZES), p=[0.2, 0.35, 0.2, 0.15, 0.1])
+        billions, least_tp, exec_s, kv_gib = SIZES[kind]
+        for tp in (1, 2, 4, 8):
+            times = tp // least_tp
+            if times == 0 or times > 4 or tp > max(nodes):
+                continue
+            options.append(
+                option(
+                    name,
+                    tp,
+                    gpu_type="g",
+                    resident_bytes=int((billions * 1.9 / tp + 0.5) * GIB),
+                    kv_bytes=int(kv_gib / times * GIB),
+                    concurrency=min(64, 32 * times),
+                    rate_rps=round_rate(0.7 * 32 / (3 * exec_s) * times**0.8),
+                    exec_s=round(exec_s / times**0.7, 4),
+                    load_s=round(billions * 2 / tp / 50, 4),
+                )
+            )
+        least = next(o for o in options if o.llm == name)
+        rate_rps = share[i] / least_tp * least.rate_rps
+        hours = np.arange(epochs) / 4
+        day = 1 + 0.6 * np.sin((hours / 24 + rng.random()) * 2 * np.pi)
+        demand.append(tuple(round_rate(rate_rps * level) for level in day))
+        bursts = np.clip(rng.lognormal(0.5, 0.6, (scenarios, 1)), 1, 5)
+        loads.append(rate_rps * 3 * exec_s * bursts * day)
+        served.append(
+            ServedLlm(
+                name=name,
+                weight=float(rng.choice([1.0, 2.0])),
+                cold_loss_s=round(16 * (1 + 10 / exec_s) * billions / 5, 3),
+                instance_concurrency=32,
+            )
+        )
+    gpu = GpuType(
+        name="g",
+        memory_bytes=80 * GIB,
+        hbm_bytes_per_s=1.0,
+        bf16_flop_per_s=1.0,
+        gpu_link_bytes_per_s=1.0,
+        host_link_bytes_per_s=1.0,
+        price_usd_per_h=3.0,
+    )
+    cluster = ClusterSpec(
+        nodes=tuple(
+            Node(name=f"n{i}", gpu="g", gpus=count, host_ram_bytes=1)
+            for i, count in enumerate(nodes)
+        ),
+        gpu_types=(gpu,),
+    )
+    return Problem(
+        fleet=Fleet(cluster=cluster, llms=tuple(served), options=tuple(options)),
+        epoch_s=300.0,
+        prices=Prices(usd_s=1.0, slower_s=0.1),
+        demand_rps=tuple(demand),
+        scenario_probability=(1 / scenarios,) * scenarios,
+        peak_load=tuple(
+            tuple(tuple(map(float, load[s])) for load in loads)
+            for s in range(scenarios)
+        ),
+    )
