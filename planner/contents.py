@@ -90,12 +90,36 @@ def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
 
     outcomes = [run.outcome for run in runs]
     measures: list[tuple[str, str, Callable[[Outcome], float], _Form, int]] = [
-        ("TTFT, median", promise(said.ttft_s), _ttft("p50_s"), seconds, -1),
-        ("TTFT, P99", promise(said.worst_ttft_s), _ttft("p99_s"), seconds, -1),
-        ("TPOT, median", promise(said.tpot_s), _tpot("p50_s"), seconds, -1),
-        ("TPOT, P99", promise(said.worst_tpot_s), _tpot("p99_s"), seconds, -1),
         (
-            "SLO attainment",
+            "TTFT, median (plan: mean)",
+            promise(said.ttft_s),
+            _ttft("p50_s"),
+            seconds,
+            -1,
+        ),
+        (
+            "TTFT, P99 (plan: slowest replica)",
+            promise(said.worst_ttft_s),
+            _ttft("p99_s"),
+            seconds,
+            -1,
+        ),
+        (
+            "TPOT, median (plan: mean)",
+            promise(said.tpot_s),
+            _tpot("p50_s"),
+            seconds,
+            -1,
+        ),
+        (
+            "TPOT, P99 (plan: slowest replica)",
+            promise(said.worst_tpot_s),
+            _tpot("p99_s"),
+            seconds,
+            -1,
+        ),
+        (
+            "SLO attainment (plan: demand placed)",
             percent(said.served, 2),
             lambda o: o.total.slo_attainment,
             lambda v: percent(v, 2),

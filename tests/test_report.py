@@ -129,7 +129,7 @@ def test_the_plan_is_stated_in_numbers_summed_by_hand(tmp_path: Path) -> None:
     )
     assert "Unserved demand (O1) 4 40 %" in text
     assert "GPU-hours (O5) 6 60 %" in text
-    assert "TTFT, median 100 ms ± 40 %" in text
+    assert "TTFT, median (plan: mean) 100 ms ± 40 %" in text
 
 
 def test_every_section_shows_its_numbers(tmp_path: Path, day: Any) -> None:
