@@ -22,7 +22,7 @@ from ortools.sat.python import cp_model
 
 from foreserve.models.plan import Status
 from foreserve.models.problem import Problem
-from foreserve.solvers.index import Index, decode, encode, index
+from foreserve.solvers.index import Index, Key, decode, encode, index
 from foreserve.solvers.result import (
     Progress,
     Schedule,
@@ -66,9 +66,7 @@ def solve(
     scale = minimise(m, terms, constant)
     chosen = None if start is None else encode(p, start)
     if chosen is not None:
-        for variables, true in zip((m.a, m.y), chosen, strict=True):
-            for key, variable in variables.items():
-                m.add_hint(variable, key in true)
+        hint(m, p, *chosen)
 
     seen = Seen(began_s, scale)
     solver = cp_model.CpSolver()
@@ -76,6 +74,7 @@ def solve(
     solver.parameters.relative_gap_limit = options.gap
     solver.parameters.random_seed = options.seed % 2**31
     solver.parameters.num_workers = options.threads
+    solver.parameters.linearization_level = 2  # without all rows in the LP, no bound
     left_s = options.time_limit_s - (perf_counter() - began_s)
     solver.parameters.max_time_in_seconds = max(0.0, left_s)
     if options.work_limit is not None:
@@ -98,6 +97,39 @@ def solve(
         message=f"CP-SAT: {ending.name.lower()}",
     )
     return Solved(schedule=schedule, report=report)
+
+
+def hint(m: Model, p: Index, active: set[Key], warm: set[Key]) -> None:
+    """Hint at a schedule and at a good activation of its WARM replicas; the other
+    variables follow."""
+    for key, a in m.a.items():
+        m.add_hint(a, key in active)
+    for key, y in m.y.items():
+        m.add_hint(y, key in warm)
+    gpus_of: dict[int, list[int]] = {r: [] for r in p.R}
+    for g in p.G:
+        for r in p.on[g]:
+            gpus_of[r].append(g)
+    for (g, t), used in m.used.items():
+        m.add_hint(used, any((r, t) in active or (r, t) in warm for r in p.on[g]))
+    for t in p.T:
+        serving = {g for r, epoch in active if epoch == t for g in gpus_of[r]}
+        spare = [r for r, epoch in warm if epoch == t and (r, t) in m.y]
+        spare.sort(key=lambda r: (-p.miss_cost[p.llm[r]] / len(gpus_of[r]), r))
+        for s, (_, need) in enumerate(p.need[t]):
+            left, taken = list(need), set(serving)
+            for r, epoch in active:
+                if epoch == t:
+                    left[p.llm[r]] -= p.instances[r]
+            started = set()
+            for r in spare:
+                if left[p.llm[r]] > 0 and taken.isdisjoint(gpus_of[r]):
+                    left[p.llm[r]] -= p.instances[r]
+                    taken.update(gpus_of[r])
+                    started.add(r)
+            for r in p.R:
+                if (s, r, t) in m.z:
+                    m.add_hint(m.z[s, r, t], r in started)
 
 
 class Seen(cp_model.CpSolverSolutionCallback):
