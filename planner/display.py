@@ -57,7 +57,7 @@ def number(value: float | None) -> str:
     if 0 < abs(value) < 0.001:
         return f"{value:.1e}"
     digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1
-    whole = round(value, digits) == round(value)
+    whole = math.isclose(value, round(value), rel_tol=1e-6)
     return f"{value:.{0 if whole else digits}f}"
 
 

@@ -33,6 +33,8 @@ RIGHT = 16.0
 ROW_HEIGHTS = ((8, 42.0), (16, 34.0), (32, 24.0), (64, 17.0), (10**9, 13.0))
 """(up to so many GPUs, row height)."""
 ROW_GAP = 2.0
+NARROW = " narrow"
+"""Added to the style of boxes that a border would hide."""
 TOUCH_S = 1e-6
 STYLE: Mapping[Phase, str] = {
     "ACTIVE": "a",
@@ -93,6 +95,8 @@ def residency_map(
         start_s=start_s,
         scale=(WIDTH - LEFT - RIGHT) / (end_s - start_s),
         colour=colours(fleet),
+        # A load takes seconds on a map of hours: keep it visible, if there are few.
+        least_load=min(2.0, 800 / max(1, sum(s.phase == "LOADING" for s in thin))),
     )
     for (index, gpu), lane in lane_of.items():
         frame.lanes.setdefault(gpu, []).append((thin[index], lane))
@@ -140,6 +144,8 @@ class _Frame:
     scale: float
     """Units per second."""
     colour: Mapping[str, int]
+    least_load: float
+    """Width that every load is drawn with at least."""
     lanes: dict[GpuId, list[tuple[Residency, int]]] = field(default_factory=dict)
 
     def x(self, time_s: float) -> float:
@@ -147,13 +153,14 @@ class _Frame:
 
     def box(self, stay: Residency, y: float, height: float) -> Box:
         width = (stay.end_s - stay.start_s) * self.scale
+        if stay.phase == "LOADING":
+            width = max(width, self.least_load)
         return Box(
             x=self.x(stay.start_s),
             y=y,
-            # A load takes seconds on a map of hours: keep it visible.
-            width=max(width, 2.0) if stay.phase == "LOADING" else width,
+            width=width,
             height=height,
-            style=f"{STYLE[stay.phase]}{self.colour[stay.llm]}",
+            style=f"{STYLE[stay.phase]}{self.colour[stay.llm]}" + NARROW * (width < 3),
             tip=_tip(stay),
         )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -157,6 +159,13 @@ def test_every_section_shows_its_numbers(tmp_path: Path, day: Any) -> None:
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, day: Any) -> None:
     """Nothing in the page depends on when or how often it is written."""
     assert page(tmp_path, *day) == page(tmp_path, *day)
+
+
+def test_matplotlib_is_loaded_only_to_draw() -> None:
+    """A solve that writes no report does not wait for matplotlib to load."""
+    code = "import sys, foreserve.planner.report, foreserve.planner.summary\n"
+    code += "raise SystemExit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
@@ -328,7 +337,8 @@ def test_boxes_beyond_the_limit_keep_their_place_but_no_tip() -> None:
 
 
 def test_loads_are_visible_and_activation_counts_as_active() -> None:
-    """A load of 0.1 % of the span is drawn two units wide; ACTIVATING joins ACTIVE."""
+    """A load of 0.1 % of the span is drawn two units wide, one of 800 only one unit;
+    ACTIVATING joins ACTIVE."""
     kind = fleet(option("a"))
     stretches = [
         stay("a", "LOADING", 0, 0.1, 0),
@@ -337,7 +347,10 @@ def test_loads_are_visible_and_activation_counts_as_active() -> None:
     ]
     wide, thin = residency_map(kind, stretches, 0, 100, 10).layers
     assert [box.width for box in thin.boxes] == [2.0]
-    assert len(wide.boxes) == 1
+    many = [stay("a", "LOADING", i / 10, i / 10 + 0.01, 0) for i in range(800)]
+    thin = residency_map(kind, many, 0, 100, 10).layers[1]
+    assert [box.width for box in thin.boxes] == [1.0] * 10
+    assert [box.style for box in wide.boxes] == ["a0"]
     assert wide.boxes[0].width == pytest.approx(0.9 * 1080)
 
 
