@@ -184,9 +184,7 @@ class Model(cp_model.CpModel):
             key: [self.a[key], self.y[key]] if key in self.y else [self.a[key]]
             for key in every
         }
-        self.used = {
-            (g, t): self.new_bool_var(f"used{g, t}") for t in p.T for g in p.G
-        }
+        self.used = {(g, t): self.new_bool_var(f"used{g, t}") for t in p.T for g in p.G}
         self.z = {
             (s, r, t): self.new_bool_var(f"z{s, r, t}")
             for s, k, t in exposed
@@ -265,7 +263,7 @@ def o1_unserved(m: Model, p: Index) -> tuple[Terms, float]:
 
 def o2_cold_starts(m: Model, p: Index) -> tuple[Terms, float]:
     """(O2) sum of pi omega loss miss, after the best activation of each scenario"""
-    for (s, r, t), z in m.z.items():
+    for (_, r, t), z in m.z.items():
         m.add_implication(z, m.y[r, t])
     for t in p.T:
         for s in range(len(p.need[t])):
@@ -332,6 +330,4 @@ def o5_gpu_hours(m: Model, p: Index) -> tuple[Terms, float]:
 
 def _levels(p: Index, k: int) -> list[float]:
     """c_1 < c_2 < ...: delays of the options of an LLM that beat refusing (O3)."""
-    return sorted(
-        {p.slow_cost[r] for r in p.of[k] if p.slow_cost[r] <= p.lost_cost[k]}
-    )
+    return sorted({p.slow_cost[r] for r in p.of[k] if p.slow_cost[r] <= p.lost_cost[k]})

@@ -68,7 +68,9 @@ class Index:
 
     def served(self) -> list[Key]:
         """(r, t) whose LLM has demand."""
-        return [(r, t) for t in self.T for r in self.R if self.demand[self.llm[r]][t] > 0]
+        return [
+            (r, t) for t in self.T for r in self.R if self.demand[self.llm[r]][t] > 0
+        ]
 
     def exposed(self) -> list[tuple[int, int, int]]:
         """(s, m, t) with a need."""
@@ -132,9 +134,7 @@ def index(problem: Problem) -> Index:
         resident_before=[key in before for key in keys],
         active_before=[key in active for key in keys],
         stopped=len(active - set(keys)),
-        lost_cost=[
-            s * m.unserved_s for s, m in zip(second, fleet.llms, strict=True)
-        ],
+        lost_cost=[s * m.unserved_s for s, m in zip(second, fleet.llms, strict=True)],
         miss_cost=[m.weight * m.cold_loss_s for m in fleet.llms],
         slow_cost=[
             second[m] * problem.slower_s(option)
@@ -157,9 +157,7 @@ def _distinct_needs(
 ) -> list[tuple[float, tuple[int, ...]]]:
     merged: dict[tuple[int, ...], float] = {}
     for s, probability in enumerate(problem.scenario_probability):
-        need = tuple(
-            problem.need(s, m, epoch) for m in range(len(problem.fleet.llms))
-        )
+        need = tuple(problem.need(s, m, epoch) for m in range(len(problem.fleet.llms)))
         merged[need] = merged.get(need, 0.0) + probability
     return [(probability, need) for need, probability in merged.items() if probability]
 

@@ -24,6 +24,7 @@ s.t.   (C1) sum_{R_g} w (a + y) + v a <= M used      (C2) blocks are aligned
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -108,9 +109,7 @@ def variables(m: Any, p: Index) -> None:
     m.came = pyo.Var(later, domain=pyo.NonNegativeReals)
     m.left = pyo.Var(later, domain=pyo.NonNegativeReals)
     # Plain dictionaries: a look-up in them is many times faster than in a Pyomo Var.
-    m.x = {
-        key: [m.a[key], m.y[key]] if key in m.y else [m.a[key]] for key in every
-    }
+    m.x = {key: [m.a[key], m.y[key]] if key in m.y else [m.a[key]] for key in every}
 
 
 def c1_gpu_memory(m: Any, p: Index) -> None:
@@ -147,7 +146,7 @@ def c4_one_copy(m: Any, p: Index) -> None:
 
     def row(m: Any, g: int, k: int, t: int) -> Any:
         pairs = [(1, x) for r in p.on[g] if p.llm[r] == k for x in m.x[r, t]]
-        return _at_most(pairs + [(-1, m.used[g, t])], 0)
+        return _at_most([*pairs, (-1, m.used[g, t])], 0)
 
     m.c4 = pyo.Constraint(p.G, p.M, p.T, rule=row)
 
@@ -224,8 +223,7 @@ def o2_cold_starts(m: Any, p: Index) -> tuple[Pairs, float]:
     )
     m.o2_cover = pyo.Constraint(list(m.miss), rule=cover)
     return [
-        (p.need[t][s][0] * p.miss_cost[k], miss)
-        for (s, k, t), miss in m.miss.items()
+        (p.need[t][s][0] * p.miss_cost[k], miss) for (s, k, t), miss in m.miss.items()
     ], 0.0
 
 
@@ -268,7 +266,7 @@ def o5_gpu_hours(m: Any, p: Index) -> tuple[Pairs, float]:
     return [(p.rent[g], used) for (g, _), used in m.used.items()], 0.0
 
 
-def _sum(pairs: Pairs, constant: float = 0.0) -> Any:
+def _sum(pairs: Sequence[tuple[float, Any]], constant: float = 0.0) -> Any:
     return LinearExpression(
         constant=constant,
         linear_coefs=[coefficient for coefficient, _ in pairs],
@@ -276,10 +274,10 @@ def _sum(pairs: Pairs, constant: float = 0.0) -> Any:
     )
 
 
-def _at_most(pairs: Pairs, bound: float | None) -> Any:
+def _at_most(pairs: Sequence[tuple[float, Any]], bound: float | None) -> Any:
     # Pyomo refuses rows without variables; none of ours says anything then.
     return (None, _sum(pairs), bound) if pairs else pyo.Constraint.Skip
 
 
-def _at_least(pairs: Pairs, bound: float) -> Any:
+def _at_least(pairs: Sequence[tuple[float, Any]], bound: float) -> Any:
     return bound, _sum(pairs), None
