@@ -37,7 +37,7 @@ FLEET = {
     "deepseek-v2-lite": ("m-large", 0, 10_000),
     "llama-2-7b": ("m-large", 95, 8_000),
     "qwen3-32b": ("m-large", 61, 7_000),
-    "qwen2.5-32b": ("m-large", 12, 6_000),
+    "qwen2.5-32b": ("m-large", 12, 1_500),
     "mixtral-8x7b": ("m-large", 17, 6_000),
     "llama-3.1-70b": ("m-large", 47, 6_000),
 }

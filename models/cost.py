@@ -219,7 +219,7 @@ def capacity(
     )
 
 
-def cold_loss_s(concurrency: int, cold_s: float, residence_s: float) -> float:
+def cold_loss_s(concurrency: float, cold_s: float, residence_s: float) -> float:
     """Expected waiting-seconds of one missing instance (loss_m of (O2)).
 
     A missing instance leaves half its slots' load uncovered on average (the rounding up

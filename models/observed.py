@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from foreserve.models.placement import ReplicaId
+from foreserve.models.placement import ReplicaId, replica_id
 from foreserve.models.specs import GpuId
 
 Phase = Literal["LOADING", "WARM", "ACTIVATING", "ACTIVE", "DRAINING"]
@@ -30,7 +30,7 @@ class ObservedReplica:
 
     @property
     def id(self) -> ReplicaId:
-        return ReplicaId(llm=self.llm, gpus=self.gpus)
+        return replica_id(self.llm, self.gpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 from foreserve.models.errors import InvalidInput
 from foreserve.models.record import Record
@@ -21,9 +21,27 @@ class ReplicaId:
 
     llm: str
     gpus: tuple[GpuId, ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.llm, self.gpus)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As for `GpuId`: a copy in another process computes its own hash.
+        return (replica_id, (self.llm, self.gpus))
 
     def __str__(self) -> str:
         return f"{self.llm}@{self.gpus[0]}x{len(self.gpus)}"
+
+
+@lru_cache(maxsize=65_536)
+def replica_id(llm: str, gpus: tuple[GpuId, ...]) -> ReplicaId:
+    """The id of ``llm`` on ``gpus``; the same object each time, since ids are keys of
+    everything that decides."""
+    return ReplicaId(llm=llm, gpus=gpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +68,7 @@ class Replica(Record):
 
     @property
     def id(self) -> ReplicaId:
-        return ReplicaId(llm=self.llm, gpus=self.gpus)
+        return replica_id(self.llm, self.gpus)
 
     @property
     def tp(self) -> int:
@@ -104,7 +122,7 @@ class Action(Record):
 
     @property
     def replica(self) -> ReplicaId:
-        return ReplicaId(llm=self.llm, gpus=self.gpus)
+        return replica_id(self.llm, self.gpus)
 
 
 def diff(before: Placement, after: Placement) -> tuple[Action, ...]:

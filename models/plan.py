@@ -78,7 +78,7 @@ class LlmDemand(Record):
     """Requests in flight, mean over the epoch."""
     peak_load: float
     peak_high: float
-    """Upper end of the 90 % range of the peak in the scenarios that were planned for."""
+    """95 % of the peaks are expected to stay below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -179,6 +179,18 @@ class GpuId:
 
     node: str
     index: int
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # GPUs are dictionary keys everywhere; hashing the strings each time is slow.
+        object.__setattr__(self, "_hash", hash((self.node, self.index)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Hashes of strings differ between processes, so a copy computes its own.
+        return (GpuId.parse, (str(self),))
 
     def __str__(self) -> str:
         return f"{self.node}/{self.index}"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foreserve import __version__
 from foreserve.models import referee
-from foreserve.models.cost import PerfModel
+from foreserve.models.cost import PerfModel, cold_loss_s
 from foreserve.models.errors import InvalidInput
 from foreserve.models.placement import Placement
 from foreserve.models.plan import Certificate, Epoch, LlmDemand, Plan, SolverInfo
@@ -28,8 +29,8 @@ from foreserve.traces.forecast import Forecast, get_forecaster
 from foreserve.traces.scenarios import independent_scenarios
 from foreserve.traces.trace import Demand, Trace, bin_demand
 
-PEAK_HIGH = 0.95
-"""`LlmDemand.peak_high`: this quantile of the planned-for peaks."""
+PEAK_SIGMAS = 1.645
+"""`LlmDemand.peak_high` lies this many standard deviations above the peak: 95 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,7 @@ def build_problem(
 ) -> Problem:
     """The problem of the next epochs, from their forecast and what is resident now."""
     peaks = independent_scenarios(forecast, scenario.forecast.scenarios, rng)
+    fleet = price_bursts(scenario, fleet, forecast, peaks)
     steady = forecast.mean_load >= scenario.forecast.occasional_load
     rates = np.where(steady, forecast.rate_rps, 0.0)
     count = len(peaks)
@@ -71,6 +73,38 @@ def build_problem(
         initial=before,
         prices=scenario.objective.prices(),
     )
+
+
+def price_bursts(
+    scenario: Scenario,
+    fleet: Fleet,
+    forecast: Forecast,
+    peaks: NDArray[np.float64],
+) -> Fleet:
+    """The fleet with loss_m of (O2) as it is in this epoch.
+
+    A scenario is one moment; an epoch has as many moments of danger as requests arrive
+    that find their LLM idle for longer than a replica is kept alive without work. Each
+    costs a cold start to the requests of one burst. The number is divided by the share of
+    scenarios that show the LLM busy, so that the expectation over them comes out right.
+    """
+    llms = []
+    for index, llm in enumerate(fleet.llms):
+        rate_rps = float(forecast.rate_rps[index, 0])
+        idle = math.exp(-rate_rps * scenario.runtime.keep_alive)
+        idle *= math.exp(-float(forecast.mean_load[index, 0]))
+        arrivals = rate_rps * scenario.epoch
+        bursts = max(arrivals * idle, 1 - math.exp(-arrivals))
+        shown = max(1, np.count_nonzero(peaks[:, index, 0])) / len(peaks)
+        own = [option for option in fleet.options if option.llm == llm.name]
+        burst_size = min(llm.instance_concurrency, max(2, forecast.peak_load[index, 0]))
+        loss_s = cold_loss_s(
+            float(burst_size),
+            min(option.load_s + option.activate_s for option in own),
+            min(option.exec_s for option in own),
+        )
+        llms.append(replace(llm, cold_loss_s=float(bursts / shown * loss_s)))
+    return replace(fleet, llms=tuple(llms))
 
 
 def plan_trace(
@@ -96,8 +130,7 @@ def plan_trace(
     demand = bin_demand(trace, epoch_s=scenario.epoch, busy_s=busy_s(fleet, trace))
     past_epochs = 0
     if history is not None:
-        history = history.select(demand.llms)
-        _check_history(history, scenario)
+        history = _fit_history(history, scenario).select(demand.llms)
         past_epochs = history.num_epochs
         demand = history.then(demand)
     perfect = scenario.forecast.method == "perfect"
@@ -187,18 +220,24 @@ def _demand_rows(problem: Problem, forecast: Forecast) -> tuple[LlmDemand, ...]:
             mean_load=float(forecast.mean_load[i, 0]),
             peak_load=float(forecast.peak_load[i, 0]),
             peak_high=float(
-                np.quantile([rows[i][0] for rows in problem.peak_load], PEAK_HIGH)
+                max(
+                    forecast.mean_load[i, 0],
+                    forecast.peak_load[i, 0] + PEAK_SIGMAS * forecast.peak_std[i, 0],
+                )
             ),
         )
         for i, llm in enumerate(problem.fleet.llms)
     )
 
 
-def _check_history(history: Demand, scenario: Scenario) -> None:
-    if not math.isclose(history.epoch_s, scenario.epoch):
+def _fit_history(history: Demand, scenario: Scenario) -> Demand:
+    """The history in the scenario's epochs, which may be longer than its own."""
+    factor = round(scenario.epoch / history.epoch_s)
+    if factor < 1 or not math.isclose(history.epoch_s * factor, scenario.epoch):
         raise InvalidInput(
-            f"the history has epochs of {history.epoch_s:g} s, the scenario of "
-            f"{scenario.epoch:g} s",
-            field="forecast.history",
-            hint=f"set epoch: {history.epoch_s:g}s, or bin the history again",
+            f"epochs of {scenario.epoch:g} s do not fit the history's of "
+            f"{history.epoch_s:g} s",
+            field="epoch",
+            hint=f"use a multiple of {history.epoch_s:g}s",
         )
+    return history.coarser(factor)

@@ -162,7 +162,7 @@ class ForecastPart(Record):
     """How tomorrow is guessed from the past."""
 
     method: str = "corrective"
-    scenarios: int = 8
+    scenarios: int = 20
     history: str | None = None
     """Demand table of the time before the trace (path relative to this file)."""
     occasional_load: float = 0.5

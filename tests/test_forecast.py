@@ -84,35 +84,45 @@ def test_unknown_method():
         get_forecaster("correctiv")
 
 
-def test_scenarios_have_exact_margins_and_no_common_order():
-    """Each LLM's levels are the mid-quantiles of its normal, in an order of its own."""
-    two = np.array([[10.0], [10.0]])
-    forecast = Forecast(
-        rate_rps=two,
-        mean_load=np.zeros((2, 1)),
-        peak_load=two,
-        peak_std=np.full((2, 1), 2.0),
-        input_tokens=two,
-        output_tokens=two,
+def moment(mean, peak, std, llms=1):
+    """A forecast of one epoch, the same for ``llms`` LLMs."""
+    column = np.ones((llms, 1))
+    return Forecast(
+        rate_rps=mean * column,
+        mean_load=mean * column,
+        peak_load=peak * column,
+        peak_std=std * column,
+        input_tokens=column,
+        output_tokens=column,
     )
+
+
+def test_scenarios_have_exact_margins_and_no_common_order():
+    """Always busy (mean load 50): the mid-quantiles of Normal(100, 2), shuffled."""
+    forecast = moment(50.0, 100.0, 2.0, llms=2)
     levels = independent_scenarios(forecast, 100, np.random.default_rng(3))
     assert levels.shape == (100, 2, 1)
     assert np.sort(levels[:, 0, 0]) == pytest.approx(np.sort(levels[:, 1, 0]))
-    assert levels[:, 0, 0].mean() == pytest.approx(10.0)
+    assert levels[:, 0, 0].mean() == pytest.approx(100.0)
     assert levels[:, 0, 0].std() == pytest.approx(2.0, rel=0.02)
     correlation = np.corrcoef(levels[:, 0, 0], levels[:, 1, 0])[0, 1]
     assert abs(correlation) < 0.3
 
 
-def test_scenarios_never_fall_below_the_mean_load():
+@pytest.mark.parametrize(("mean", "busy"), [(0.01, 1), (0.2, 4), (1.0, 13), (9.0, 20)])
+def test_an_llm_is_busy_as_often_as_poisson_says(mean, busy):
+    """Mean load 0.2: busy in 1 - exp(-0.2) = 18 % of 20 moments, so in 4; never in none."""
+    levels = independent_scenarios(moment(mean, 3.0, 0.5), 20, np.random.default_rng(0))
+    assert (levels > 0).sum() == busy
+
+
+def test_no_load_no_burst():
+    """An LLM that is forecast to be dead needs nothing."""
+    levels = independent_scenarios(moment(0.0, 0.0, 0.0), 9, np.random.default_rng(0))
+    assert levels.max() == 0.0
+
+
+def test_bursts_never_fall_below_the_mean_load():
     """A peak is at least the mean, however wide its error."""
-    one = np.array([[1.0]])
-    forecast = Forecast(
-        rate_rps=one,
-        mean_load=one,
-        peak_load=one,
-        peak_std=10 * one,
-        input_tokens=one,
-        output_tokens=one,
-    )
-    assert independent_scenarios(forecast, 9, np.random.default_rng(0)).min() == 1.0
+    levels = independent_scenarios(moment(5.0, 6.0, 60.0), 9, np.random.default_rng(0))
+    assert levels.min() == 5.0

@@ -137,6 +137,30 @@ class Demand:
         ]
         return replace(self._of(padded), llms=tuple(llms))
 
+    def coarser(self, factor: int) -> Demand:
+        """Epochs ``factor`` times as long: means of means, maxima of maxima. Epochs at the
+        start that do not fill a long one are left out."""
+        count = self.num_epochs // factor
+        skip = self.num_epochs - count * factor
+
+        def grouped(column: Floats) -> Floats:
+            return column[:, skip:].reshape(len(self.llms), count, factor)
+
+        rate = grouped(self.rate_rps)
+        weight = np.maximum(rate.sum(axis=2), 1e-12)
+        tokens = [
+            (grouped(column) * rate).sum(axis=2) / weight
+            for column in (self.input_tokens, self.output_tokens)
+        ]
+        peak = grouped(self.peak_load).max(axis=2)
+        mean = grouped(self.mean_load).mean(axis=2)
+        longer = self._of([rate.mean(axis=2), mean, peak, *tokens])
+        return replace(
+            longer,
+            epoch_s=self.epoch_s * factor,
+            start_s=self.start_s + skip * self.epoch_s,
+        )
+
     def then(self, later: Demand) -> Demand:
         """This past followed by ``later`` (same LLMs and epochs, its clock goes on)."""
         if later.llms != self.llms or later.epoch_s != self.epoch_s:

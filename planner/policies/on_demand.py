@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from foreserve.models.observed import HOLDS_KV, Observed
+from foreserve.models.observed import HOLDS_KV, Observed, ObservedReplica
 from foreserve.models.placement import Placement, Replica, ReplicaId
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet, ReplicaOption, held_bytes
@@ -26,9 +26,17 @@ REVIEW_S = 5.0
 
 
 def planned(plan: Plan, keep_alive_s: float) -> OnDemand:
-    """Follow the plan; promote its WARM replicas, or load, when requests ask for it."""
+    """Follow the plan; promote its WARM replicas, or load, when requests ask for it.
+
+    Weights that the plan does not name stay, too, while their space is not needed
+    (WarmServe's workers return as universal, not idle).
+    """
     return OnDemand(
-        name="planned", fleet=plan.fleet, keep_alive_s=keep_alive_s, plan=plan
+        name="planned",
+        fleet=plan.fleet,
+        keep_alive_s=keep_alive_s,
+        plan=plan,
+        keep_weights=True,
     )
 
 
@@ -74,6 +82,16 @@ class OnDemand:
         return draft.placement()
 
     @cached_property
+    def usable_bytes(self) -> dict[GpuId, int]:
+        cluster = self.fleet.cluster
+        return {gpu: cluster.usable_bytes(gpu) for gpu in cluster.gpus}
+
+    @cached_property
+    def loss_s(self) -> dict[str, float]:
+        """What losing the WARM weights of each LLM may cost."""
+        return {llm.name: llm.weight * llm.cold_loss_s for llm in self.fleet.llms}
+
+    @cached_property
     def blocks(self) -> dict[str, tuple[tuple[ReplicaOption, ReplicaId], ...]]:
         """Candidate replicas per LLM, smallest TP first."""
         found: dict[str, list[tuple[ReplicaOption, ReplicaId]]] = {}
@@ -97,6 +115,15 @@ class _Draft:
         for replica in observed.replicas:
             self.in_system[replica.llm] += replica.in_flight
         self.changed = False
+
+    @cached_property
+    def on_gpu(self) -> dict[GpuId, list[ObservedReplica]]:
+        """Who is resident on each GPU."""
+        held: dict[GpuId, list[ObservedReplica]] = {}
+        for replica in self.observed.replicas:
+            for gpu in replica.gpus:
+                held.setdefault(gpu, []).append(replica)
+        return held
 
     def keep_busy(self) -> None:
         """Replicas started on demand stay while they work or are awaited, and a while
@@ -129,7 +156,7 @@ class _Draft:
 
     def placement(self) -> Placement:
         """ACTIVE as drafted; WARM as in the base (or as found) where it still fits."""
-        if not self.changed and not self.rule.keep_weights:
+        if not self.changed and self._nothing_to_keep():
             return self.base
         shares = {r.id: r.traffic_share for r in self.base.replicas}
         replicas = [
@@ -157,6 +184,10 @@ class _Draft:
     def _serving(self, llm: str) -> list[ReplicaId]:
         return [key for key in self.serving if key.llm == llm]
 
+    def _nothing_to_keep(self) -> bool:
+        known = self.base.by_id
+        return not self.rule.keep_weights or all(key in known for key in self.seen)
+
     def _start(self, replica: ReplicaId) -> None:
         self.serving.add(replica)
         self.changed = True
@@ -170,15 +201,14 @@ class _Draft:
         return taken.isdisjoint(gpus)
 
     def _choose(self, llm: str) -> ReplicaId | None:
-        """Resident weights first, then the block whose loss hurts least; where every
-        block has an ACTIVE replica, one that its LLM can spare gives way."""
+        """Resident weights first, then blocks where nobody serves, then the block whose
+        loss hurts least; a serving replica that its LLM can spare gives way."""
         options = [
             (option, key)
             for option, key in self.rule.blocks[llm]
             if key not in self.serving
         ]
-        free = [pair for pair in options if self._is_free(pair[1].gpus)]
-        for _, key in sorted(free or options, key=lambda pair: self._rank(*pair)):
+        for _, key in sorted(options, key=lambda pair: self._rank(*pair)):
             if self._make_room(key.gpus):
                 return key
         return None
@@ -186,15 +216,12 @@ class _Draft:
     def _rank(self, option: ReplicaOption, key: ReplicaId) -> tuple[object, ...]:
         replica = self.seen.get(key)
         readiness = 2 if replica is None else 1 if replica.phase == "LOADING" else 0
-        others = [
-            other
-            for other in self.observed.replicas
-            if other.id != key and not set(other.gpus).isdisjoint(key.gpus)
-        ]
-        draining = any(other.phase in HOLDS_KV for other in others)
-        llms = self.rule.fleet.llm_by_name
-        at_risk = sum(llms[o.llm].weight * llms[o.llm].cold_loss_s for o in others)
-        return (readiness, draining, option.tp, at_risk, key.gpus)
+        others = {o.id: o for gpu in key.gpus for o in self.on_gpu.get(gpu, ())}
+        others.pop(key, None)
+        draining = any(other.phase in HOLDS_KV for other in others.values())
+        at_risk = sum(self.rule.loss_s[other.llm] for other in others)
+        taken = not self._is_free(key.gpus)
+        return (readiness, taken, draining, option.tp, at_risk, key.gpus)
 
     def _make_room(self, gpus: tuple[GpuId, ...]) -> bool:
         """Whether no serving replica is left on ``gpus``: LLMs that can spare theirs give
@@ -216,19 +243,18 @@ class _Draft:
         wishes = [r.id for r in self.base.replicas]
         if self.rule.keep_weights:
             wishes += [r.id for r in self.observed.replicas]
-        llms = self.rule.fleet.llm_by_name
         return sorted(
             {key for key in wishes if key not in self.serving},
             key=lambda key: (
+                key not in self.base.by_id,
                 key not in self.seen,
-                -llms[key.llm].weight * llms[key.llm].cold_loss_s,
+                -self.rule.loss_s[key.llm],
                 key,
             ),
         )
 
     def _free_bytes(self, replicas: list[Replica]) -> dict[GpuId, int]:
-        cluster = self.rule.fleet.cluster
-        free = {gpu: cluster.usable_bytes(gpu) for gpu in cluster.gpus}
+        free = dict(self.rule.usable_bytes)
         for replica in replicas:
             held = self.rule.fleet.bytes_on_gpu(replica)
             for gpu in replica.gpus:

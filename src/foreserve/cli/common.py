@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -56,12 +56,14 @@ def solver_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def read_scenario(name: str, **overrides: object) -> Scenario:
+def read_scenario(source: str, /, **overrides: object) -> Scenario:
     """A scenario file or ``sample:NAME``, with the flags that were given on top."""
     from foreserve.planner.scenario import load_scenario
     from foreserve.planner.scenarios import scenario_path
 
-    path = scenario_path(name.removeprefix(SAMPLE)) if name.startswith(SAMPLE) else name
+    path = scenario_path(source.removeprefix(SAMPLE))
+        if source.startswith(SAMPLE)
+        else source
     scenario = load_scenario(path)
     given = {key: value for key, value in overrides.items() if value is not None}
     method = given.pop("method", scenario.forecast.method)
@@ -147,8 +149,14 @@ def consoles(quiet: bool) -> tuple[Console, Console]:
     return Console(quiet=quiet, width=width), Console(stderr=True)
 
 
+class Progress(Protocol):
+    """Moves a bar: ``done`` of ``total``."""
+
+    def __call__(self, done: float, total: float = 1.0, /) -> None: ...
+
+
 @contextmanager
-def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[float, float], None]]:
+def progress_bar(label: str, quiet: bool) -> Iterator[Progress]:
     """A bar on stderr, only on a terminal; yields ``update(done, total)``."""
     from rich.console import Console
     from rich.progress import (
