@@ -61,9 +61,8 @@ def read_scenario(source: str, /, **overrides: object) -> Scenario:
     from foreserve.planner.scenario import load_scenario
     from foreserve.planner.scenarios import scenario_path
 
-    path = scenario_path(source.removeprefix(SAMPLE))
-        if source.startswith(SAMPLE)
-        else source
+    shipped = source.startswith(SAMPLE)
+    path = scenario_path(source.removeprefix(SAMPLE)) if shipped else Path(source)
     scenario = load_scenario(path)
     given = {key: value for key, value in overrides.items() if value is not None}
     method = given.pop("method", scenario.forecast.method)
