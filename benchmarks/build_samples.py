@@ -105,7 +105,9 @@ def fleet_day(shared: Path) -> None:
         "source": "alibaba/ServeGen, rates and length quantiles of twelve clients",
         "licence": "Apache-2.0",
         "attribution": "Xiang et al., ServeGen, 2025",
-        "mapping": {n: f"{s} client {c}, {k} requests" for n, (s, c, k) in FLEET.items()},
+        "mapping": {
+            n: f"{s} client {c}, {k} requests" for n, (s, c, k) in FLEET.items()
+        },
         "seed": SEED,
         "rows": len(sample),
         "start": None,
@@ -152,7 +154,9 @@ def client_day(
         arrivals.append(float(str(row.t_s)) - start_s + WINDOW_S * inside)
     arrival_s = np.round(np.sort(np.concatenate([*arrivals, np.zeros(0)])), 6)
     columns = {
-        field: draw_lengths(lengths[lengths["field"] == field], arrival_s + start_s, rng)
+        field: draw_lengths(
+            lengths[lengths["field"] == field], arrival_s + start_s, rng
+        )
         for field in ("input_tokens", "output_tokens")
     }
     return Trace(

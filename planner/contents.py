@@ -119,8 +119,8 @@ def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
             -1,
         ),
         (
-            "SLO attainment (plan: demand placed)",
-            percent(said.served, 2),
+            "SLO attainment",
+            NONE,
             lambda o: o.total.slo_attainment,
             lambda v: percent(v, 2),
             1,

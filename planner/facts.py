@@ -146,9 +146,6 @@ class Predicted:
     worst_ttft_s: float
     tpot_s: float
     worst_tpot_s: float
-    served: float
-    """Share of the forecast mean demand that is placed on ACTIVE replicas, which the
-    cost model holds within the SLO."""
     relative_error: float
 
 
@@ -157,7 +154,6 @@ NOTHING = Predicted(
     worst_ttft_s=math.nan,
     tpot_s=math.nan,
     worst_tpot_s=math.nan,
-    served=math.nan,
     relative_error=math.nan,
 )
 """Where no replica is planned to serve."""
@@ -166,13 +162,9 @@ NOTHING = Predicted(
 def predicted(plan: Plan, llm: str | None = None) -> Predicted:
     """Prediction for one LLM, or for all; `NOTHING` where none is planned to serve."""
     used: list[tuple[float, ReplicaOption]] = []
-    asked = 0.0
     for epoch in plan.epochs:
         length_s = epoch.end_s - epoch.start_s
         rate_rps = {row.llm: row.rate_rps for row in epoch.demand}
-        for name, rate in rate_rps.items():
-            if llm in (None, name):
-                asked += rate * length_s
         for replica in epoch.placement.replicas:
             if llm in (None, replica.llm) and replica.traffic_share > 0:
                 requests = rate_rps.get(replica.llm, 0.0) * length_s
@@ -186,7 +178,6 @@ def predicted(plan: Plan, llm: str | None = None) -> Predicted:
         worst_ttft_s=max(option.ttft_s for _, option in used),
         tpot_s=sum(n * option.tpot_s for n, option in used) / served,
         worst_tpot_s=max(option.tpot_s for _, option in used),
-        served=min(1.0, served / asked),
         relative_error=max(option.time.relative_error for _, option in used),
     )
 

@@ -95,11 +95,11 @@ def price_bursts(
         idle *= math.exp(-float(forecast.mean_load[index, 0]))
         arrivals = rate_rps * scenario.epoch
         bursts = max(arrivals * idle, 1 - math.exp(-arrivals))
-        shown = max(1, np.count_nonzero(peaks[:, index, 0])) / len(peaks)
+        shown = max(1, int(np.count_nonzero(peaks[:, index, 0]))) / len(peaks)
         own = [option for option in fleet.options if option.llm == llm.name]
-        burst_size = min(llm.instance_concurrency, max(2, forecast.peak_load[index, 0]))
+        burst = max(2.0, float(forecast.peak_load[index, 0]))
         loss_s = cold_loss_s(
-            float(burst_size),
+            min(float(llm.instance_concurrency), burst),
             min(option.load_s + option.activate_s for option in own),
             min(option.exec_s for option in own),
         )

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from foreserve.models.cost import IterationTime
 from foreserve.models.placement import Placement, Replica
-from foreserve.models.plan import Certificate, Epoch, LlmDemand, Plan, SolverInfo, Status
+from foreserve.models.plan import (
+    Certificate,
+    Epoch,
+    LlmDemand,
+    Plan,
+    SolverInfo,
+    Status,
+)
 from foreserve.models.problem import Fleet, ReplicaOption, ServedLlm
 from foreserve.models.specs import ClusterSpec, GpuId, GpuType, Node
 

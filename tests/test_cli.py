@@ -33,7 +33,8 @@ def plan(monkeypatch, capsys):
     """Run `plan ARGS` in this process; returns (exit code, stdout, stderr)."""
 
     def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plan", *map(str, args)])
+        argv = " ".join(["plan", *map(str, args)]).split()
+        monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as exited:
             cli.main()
         out, err = capsys.readouterr()
@@ -70,8 +71,8 @@ def solved(tmp_path_factory):
 def test_solve_states_its_certificate(plan, files):
     """JSON on stdout only: status, objective, bound, gap, files; all of them true."""
     code, out, err = plan(
-        *"solve --trace t.csv --scenario s.yaml --solver milp --json".split(),
-        *"-o plan.json --report report.html".split(),
+        "solve --trace t.csv --scenario s.yaml --solver milp --json",
+        "-o plan.json --report report.html",
     )
     assert code == 0
     assert err == ""
@@ -88,13 +89,26 @@ def test_solve_states_its_certificate(plan, files):
 
 def test_solve_gives_the_same_bytes_twice(plan, files, solved):
     """Same inputs, seed, one thread, and limits that were not reached."""
-    plan(*"solve --trace t.csv --scenario s.yaml --solver milp -o p.json --quiet".split())
+    plan(
+        *[
+            "solve",
+            "--trace",
+            "t.csv",
+            "--scenario",
+            "s.yaml",
+            "--solver",
+            "milp",
+            "-o",
+            "p.json",
+            "--quiet",
+        ]
+    )
     assert (files / "p.json").read_bytes() == (solved / "plan.json").read_bytes()
 
 
 def test_summary_is_printed_for_people(plan, files):
     """Without --json: the certificate and where things go, within 100 columns."""
-    code, out, _ = plan(*"solve --trace t.csv --scenario s.yaml --solver greedy".split())
+    code, out, _ = plan("solve --trace t.csv --scenario s.yaml --solver greedy")
     assert code == 0
     assert "bound" in out.lower()
     assert "chat" in out
@@ -136,7 +150,8 @@ def test_simulate_compares_policies_on_equal_gpus(plan, solved):
 def test_compare_writes_the_table_three_times(plan, files):
     """milp and cpsat agree, greedy is not better; md, csv and json are written."""
     code, out, _ = plan(
-        *"compare --trace t.csv --scenario s.yaml --output out".split(), "--json"
+        "compare --trace t.csv --scenario s.yaml --output out",
+        "--json",
     )
     assert code == 0
     rows = {row["solver"]: row for row in json.loads(out)["solvers"]}
@@ -205,15 +220,15 @@ def test_broken_inputs_of_solve(plan, files, case):
     name, text, expected = BROKEN[case]
     (files / name).write_text(text)
     before = set(files.iterdir())
-    args = [*"solve --trace t.csv --scenario s.yaml -o plan.json".split()]
-    code, out, err = plan(*args, "--report", "r.html")
+    args = "solve --trace t.csv --scenario s.yaml -o plan.json"
+    code, out, err = plan(args, "--report r.html")
     assert code == 2
     assert out == ""
     assert expected in err
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
     assert set(files.iterdir()) == before
-    code, out, _ = plan(*args, "--json")
+    code, out, _ = plan(args, "--json")
     assert code == 2
     assert expected in json.loads(out)["error"]["message"]
 
@@ -234,7 +249,10 @@ def test_broken_plans(plan, files):
         (elsewhere, "no GPU n7/0"),
     ):
         (files / "p.json").write_text(broken)
-        for verb in (("validate", "p.json"), ("simulate", "p.json", "--trace", "t.csv")):
+        for verb in (
+            ("validate", "p.json"),
+            ("simulate", "p.json", "--trace", "t.csv"),
+        ):
             code, out, err = plan(*verb)
             assert (code, out) == (2, "")
             assert expected in err
@@ -250,7 +268,7 @@ def test_infeasible_is_an_outcome(plan, files):
     text = SCENARIO.replace("llama-3.1-8b}", "llama-3.1-8b, min_active: 5}")
     (files / "s.yaml").write_text(text)
     args = "solve --trace t.csv --scenario s.yaml --solver milp -o p.json --json"
-    code, out, err = plan(*args.split())
+    code, out, err = plan(args)
     assert code == 3
     assert json.loads(out)["status"] == "infeasible"
     assert "infeasible" in err
@@ -265,7 +283,10 @@ def test_infeasible_is_an_outcome(plan, files):
         (["catalog", "show", "h101"], "h100"),
         (["trace", "info", "nothing.csv"], "no such file"),
         (["trace", "info", "sample:azure"], "sample:azure-2023"),
-        (["compare", "--solvers", "gurobi", "--trace", "t", "--scenario", "s"], "gurobi"),
+        (
+            ["compare", "--solvers", "gurobi", "--trace", "t", "--scenario", "s"],
+            "gurobi",
+        ),
         (["solve", "--trace", "t.csv", "--scenario", "s.yaml", "-o", "no/p"], "folder"),
     ],
 )
@@ -280,6 +301,6 @@ def test_wrong_usage(plan, files, args, expected):
 @pytest.mark.parametrize("verb", [*cli.VERBS, "catalog show", "trace info"])
 def test_help_ends_with_an_example(plan, verb):
     """Every verb's help shows how it is used."""
-    code, out, _ = plan(*verb.split(), "--help")
+    code, out, _ = plan(verb, "--help")
     assert code == 0
     assert "Example: plan" in " ".join(out.split())

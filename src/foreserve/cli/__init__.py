@@ -43,14 +43,12 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from foreserve.models.codec import did_you_mean
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            from foreserve.models.codec import did_you_mean
 
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            if args and args[0] not in VERBS and not args[0].startswith("-"):
-                error.message += f" {did_you_mean(args[0], list(VERBS)).capitalize()}"
-            raise
+            hint = did_you_mean(args[0], list(VERBS))
+            raise click.UsageError(f"no command {args[0]!r}: {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 @click.group(

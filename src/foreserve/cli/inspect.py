@@ -19,6 +19,7 @@ from foreserve.cli.common import (
     read_traces,
 )
 from foreserve.models.errors import InvalidInput
+from foreserve.models.specs import GpuType, ModelSpec
 
 
 @click.command(epilog="Example: plan init scenario.yaml")
@@ -147,7 +148,8 @@ def show_catalog(name: str, as_json: bool) -> None:
     from foreserve.models import catalog as known
     from foreserve.models.codec import did_you_mean, to_json
 
-    items = {item.name: item for item in (*known.llms(), *known.gpus())}
+    items: dict[str, ModelSpec | GpuType] = {llm.name: llm for llm in known.llms()}
+    items |= {gpu.name: gpu for gpu in known.gpus()}
     if name not in items:
         hint = did_you_mean(name, list(items))
         raise InvalidInput(f"{name!r} is not in the catalogue", hint=hint)
