@@ -7,7 +7,7 @@ from math import inf
 
 from foreserve.models import referee
 from foreserve.models.placement import Placement, Replica, ReplicaId, State
-from foreserve.models.problem import Problem, ReplicaOption, held_bytes
+from foreserve.models.problem import Problem, ReplicaOption, ServedLlm, held_bytes
 from foreserve.models.specs import TP_SIZES, GpuId, Node
 from foreserve.solvers.prewarm import Wanted, place
 from foreserve.solvers.shares import with_shares
@@ -131,10 +131,13 @@ class Board:
                 self.remove(worst)
 
     def floors(self) -> bool:
-        """Add ACTIVE replicas up to min_active, LLMs that need most GPUs first; False
-        where one does not fit."""
-        llms = self.problem.fleet.llms
-        for llm in sorted(llms, key=lambda llm: -self.least_tp[llm.name]):
+        """Add ACTIVE replicas up to min_active, first of LLMs that need most GPUs, then
+        of those with least choice; False where one does not fit."""
+
+        def rank(llm: ServedLlm) -> tuple[int, int]:
+            return -self.least_tp[llm.name], len(self.choices[llm.name])
+
+        for llm in sorted(self.problem.fleet.llms, key=rank):
             while len(self.active(llm.name)) < llm.min_active:
                 fitting = [
                     (option.tp, self._load_s(option, block), self._idle(block), i)
@@ -146,8 +149,8 @@ class Board:
                 self.add(*self.choices[llm.name][min(fitting)[-1]], "ACTIVE")
         return True
 
-    def cover(self, *, frugal: bool) -> None:
-        """Add the ACTIVE replica that saves most per GPU, until none saves anything;
+    def cover(self, *, frugal: bool = False, per_gpu: bool = True) -> None:
+        """Add the ACTIVE replica that saves most (per GPU), until none saves anything;
         ``frugal``: each LLM at its least TP only."""
         while True:
             best, chosen = (0.0, -inf), None
@@ -161,13 +164,13 @@ class Board:
                         gain_s = now_s - self._delay_s(index, [*held, option])
                         last = option
                     net_s = gain_s - self._load_s(option, block) - self._rent_s(block)
-                    per_gpu_s = net_s / option.tp
-                    if per_gpu_s <= 0 or per_gpu_s < best[0]:
+                    saved_s = net_s / option.tp if per_gpu else net_s
+                    if saved_s <= 0 or saved_s < best[0]:
                         continue
                     if not self.fits(option, block, "ACTIVE"):
                         continue
                     # Ties leave large blocks whole for LLMs that need them.
-                    key = (per_gpu_s, -self._idle(block))
+                    key = (saved_s, -self._idle(block))
                     if key > best:
                         best, chosen = key, (option, block)
             if chosen is None:
@@ -188,7 +191,11 @@ class Board:
             idle = self.serving.isdisjoint(replica.gpus)
             if useful and idle and self._take(replica, "WARM"):
                 kept.append(replica.id)
-        free = {gpu: self.free[gpu] for gpu in gpus if gpu not in self.serving}
+        free = {
+            gpu: num_bytes
+            for gpu, num_bytes in self.free.items()
+            if gpu in gpus and gpu not in self.serving
+        }
         for copy in place(list(wanted.values()), free, kept):
             option = self.problem.fleet.option_of(copy.llm, copy.gpus)
             if self.fits(option, copy.gpus, "WARM"):

@@ -76,12 +76,13 @@ def _epoch(problem: Problem, epoch: int, before: Placement) -> Placement | None:
     kept.trim()
     covered = []
     for board in (board for board in (kept, fresh) if board.floors()):
-        large, small = board.copy(), board
-        large.cover(frugal=False)
+        dense, large, small = board.copy(), board.copy(), board
+        dense.cover()
+        large.cover(per_gpu=False)
         small.cover(frugal=True)
         mixed = small.copy()
-        mixed.cover(frugal=False)
-        for done in (large, small, mixed):
+        mixed.cover()
+        for done in (dense, large, small, mixed):
             done.keep_active()
             done.trim()
             covered.append(done)

@@ -43,6 +43,28 @@ def problem(
     )
 
 
+def _cluster(
+    nodes: Sequence[int], *, memory_bytes: int, usd_per_h: float
+) -> ClusterSpec:
+    gpu = GpuType(
+        name="g",
+        memory_bytes=memory_bytes,
+        hbm_bytes_per_s=1.0,
+        bf16_flop_per_s=1.0,
+        gpu_link_bytes_per_s=1.0,
+        host_link_bytes_per_s=1.0,
+        price_usd_per_h=usd_per_h,
+    )
+    return ClusterSpec(
+        nodes=tuple(
+            Node(name=f"n{i}", gpu="g", gpus=count, host_ram_bytes=1)
+            for i, count in enumerate(nodes)
+        ),
+        gpu_types=(gpu,),
+        usable_fraction=1.0,
+    )
+
+
 SIZES = (
     # billions of parameters, least TP, seconds of a mean request alone, KV GiB
     (3, 1, 1.0, 4),
@@ -105,24 +127,12 @@ def realistic(
                 instance_concurrency=32,
             )
         )
-    gpu = GpuType(
-        name="g",
-        memory_bytes=80 * GIB,
-        hbm_bytes_per_s=1.0,
-        bf16_flop_per_s=1.0,
-        gpu_link_bytes_per_s=1.0,
-        host_link_bytes_per_s=1.0,
-        price_usd_per_h=3.0,
-    )
-    cluster = ClusterSpec(
-        nodes=tuple(
-            Node(name=f"n{i}", gpu="g", gpus=count, host_ram_bytes=1)
-            for i, count in enumerate(nodes)
-        ),
-        gpu_types=(gpu,),
-    )
     return Problem(
-        fleet=Fleet(cluster=cluster, llms=tuple(served), options=tuple(options)),
+        fleet=Fleet(
+            cluster=_cluster(nodes, memory_bytes=72 * GIB, usd_per_h=3.0),
+            llms=tuple(served),
+            options=tuple(options),
+        ),
         epoch_s=300.0,
         prices=Prices(usd_s=1.0, slower_s=0.1),
         demand_rps=tuple(demand),
@@ -131,4 +141,69 @@ def realistic(
             tuple(tuple(map(float, load[s])) for load in loads)
             for s in range(scenarios)
         ),
+    )
+
+
+def tiny(rng: np.random.Generator, epochs: int = 1) -> Problem:
+    """One to three LLMs on two to four small GPUs, with rules and a placement before
+    that may not suit them: small enough for brute force, odd enough to matter."""
+    nodes = [(2,), (1, 1), (2, 1), (3,), (4,)][rng.integers(5)]
+    names = "abc"[: rng.integers(1, 4)]
+    served, options = [], []
+    for name in names:
+        sizes = [(1,), (1, 2), (2,)][rng.integers(3 if max(nodes) > 1 else 1)]
+        for tp in sizes:
+            options.append(
+                option(
+                    name,
+                    tp,
+                    resident_bytes=int(rng.integers(20, 70)),
+                    kv_bytes=int(rng.integers(5, 40)),
+                    concurrency=int(rng.integers(1, 20)),
+                    rate_rps=round_rate(rng.uniform(0.2, 2.0)),
+                    exec_s=float(rng.uniform(1, 5)),
+                    load_s=float(rng.uniform(0.5, 5)),
+                )
+            )
+        served.append(
+            ServedLlm(
+                name=name,
+                weight=float(rng.choice([0.5, 1.0, 3.0])),
+                unserved_s=float(rng.choice([2.0, 30.0])),
+                cold_loss_s=float(rng.choice([0.0, 20.0, 200.0])),
+                instance_concurrency=int(rng.integers(1, 9)),
+                min_active=int(rng.choice([0, 0, 0, 1])),
+                max_replicas=[None, None, 1, 2][rng.integers(4)],
+                nodes=[None, None, ("n0",)][rng.integers(3)],
+            )
+        )
+    fleet = Fleet(
+        cluster=_cluster(nodes, memory_bytes=100, usd_per_h=float(rng.uniform(0, 9))),
+        llms=tuple(served),
+        options=tuple(options),
+    )
+    before = []
+    for choice, block in fleet.candidates():
+        free = not any(set(block) & set(r.gpus) for r in before)
+        if free and rng.random() < 0.3:
+            state: State = "ACTIVE" if rng.random() < 0.5 else "WARM"
+            before.append(Replica(llm=choice.llm, gpus=block, state=state))
+    if rng.random() < 0.2:
+        gone = (GpuId(node="gone", index=0),)
+        before.append(Replica(llm="a", gpus=gone, state="ACTIVE"))
+    scenarios = int(rng.integers(0, 3))
+    return Problem(
+        fleet=fleet,
+        epoch_s=float(rng.choice([10.0, 100.0])),
+        demand_rps=tuple(
+            tuple(round_rate(rng.uniform(0, 2) * (rng.random() < 0.7)) for _ in range(epochs))
+            for _ in names
+        ),
+        scenario_probability=((), (1.0,), (0.25, 0.75))[scenarios],
+        peak_load=tuple(
+            tuple(tuple(float(rng.uniform(0, 25)) for _ in range(epochs)) for _ in names)
+            for _ in range(scenarios)
+        ),
+        initial=Placement(replicas=tuple(before)),
+        prices=Prices(usd_s=float(rng.choice([1.0, 20.0])), slower_s=0.5),
     )

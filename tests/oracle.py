@@ -1,0 +1,128 @@
+"""Brute force over tiny problems, resting on nothing but the referee.
+
+Every set of dedicated replicas on aligned blocks is tried, with every way of filling an
+LLM's ACTIVE replicas one after another (the best split is one of those).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import permutations
+
+from foreserve.models import referee
+from foreserve.models.placement import Placement, Replica
+from foreserve.models.problem import Problem
+from foreserve.solvers.result import Schedule
+
+MONOTONE = ("plan", "C1", "C2", "C3", "C4")
+"""Rows that a further replica never repairs."""
+
+
+class TooLarge(Exception):
+    """More placements than were asked for."""
+
+
+def best(problem: Problem, most: int = 2_000) -> tuple[float, Schedule] | None:
+    """The least cost and a schedule of it; None if no schedule is feasible.
+
+    Raises `TooLarge` with more than ``most`` placements per epoch.
+    """
+    feasible = placements(problem, most)
+    costs: dict[Placement, tuple[float, Schedule]] = {}
+    for epoch in range(problem.num_epochs):
+        # What an epoch costs beside switching does not depend on the one before.
+        own = []
+        for bare in feasible:
+            placement = split(problem, epoch, bare)
+            terms = ("O1", "O2", "O3", "O5")
+            cost = sum(
+                referee.TERMS[label](problem, epoch, bare, placement)
+                for label in terms
+            )
+            own.append((cost, placement))
+        before = costs.items() if epoch else [(problem.initial, (0.0, ()))]
+        now: dict[Placement, tuple[float, Schedule]] = {}
+        for cost, placement in own:
+            now[placement] = min(
+                (
+                    (
+                        spent
+                        + cost
+                        + referee.o4_switching(problem, epoch, last, placement),
+                        (*schedule, placement),
+                    )
+                    for last, (spent, schedule) in before
+                ),
+                key=lambda pair: pair[0],
+            )
+        costs = now
+    if not costs:
+        return None
+    total, schedule = min(costs.values(), key=lambda pair: pair[0])
+    assert referee.violations(problem, schedule) == ()
+    assert abs(referee.cost(problem, schedule).total - total) <= 1e-6 * max(1, total)
+    return total, schedule
+
+
+def placements(problem: Problem, most: int) -> list[Placement]:
+    """Every feasible set of dedicated replicas, without traffic."""
+    fleet = problem.fleet
+    choices = [
+        Replica(llm=option.llm, gpus=block, state=state)
+        for option, block in fleet.candidates()
+        for state in ("ACTIVE", "WARM")
+    ]
+    found: list[tuple[Replica, ...]] = []
+
+    def extend(chosen: tuple[Replica, ...], rest: list[Replica]) -> None:
+        found.append(chosen)
+        if len(found) > most:
+            raise TooLarge
+        for i, replica in enumerate(rest):
+            if all(replica.id != other.id for other in chosen):
+                placement = Placement(replicas=(*chosen, replica))
+                labels = [
+                    label for label, _ in referee.fleet_violations(fleet, placement)
+                ]
+                shared = any(
+                    sum(r.state == "ACTIVE" for r in replicas) > 1
+                    for replicas in placement.by_gpu.values()
+                )
+                if not shared and not any(label in MONOTONE for label in labels):
+                    extend((*chosen, replica), rest[i + 1 :])
+
+    extend((), choices)
+    every = (Placement(replicas=chosen) for chosen in found)
+    return [p for p in every if not any(referee.fleet_violations(fleet, p))]
+
+
+def split(problem: Problem, epoch: int, placement: Placement) -> Placement:
+    """The placement with the traffic shares that cost least."""
+
+    @cache
+    def fill(llm: str, active: tuple[Replica, ...]) -> tuple[Replica, ...]:
+        index = [m.name for m in problem.fleet.llms].index(llm)
+        demand_rps = problem.demand_rps[index][epoch]
+
+        def cost(replicas: tuple[Replica, ...]) -> float:
+            alone = Placement(replicas=replicas)
+            return referee.o1_unserved(
+                problem, epoch, alone, alone
+            ) + referee.o3_slowdown(problem, epoch, alone, alone)
+
+        ways = [active]
+        for order in permutations(active):
+            left, filled = 1.0, list(order)
+            for i, replica in enumerate(order):
+                option = problem.fleet.option_of(llm, replica.gpus)
+                share = min(left, option.rate_rps / demand_rps) if demand_rps else 0.0
+                filled[i] = replace(replica, traffic_share=share)
+                left = max(0.0, left - share)
+                ways.append(tuple(filled))
+        return min(ways, key=cost)
+
+    replicas = [r for r in placement.replicas if r.state == "WARM"]
+    for llm in problem.fleet.llms:
+        replicas += fill(llm.name, placement.of(llm.name, "ACTIVE"))
+    return Placement(replicas=tuple(replicas))
