@@ -153,6 +153,7 @@ def client_day(
         inside = np.cumsum(gaps)[:-1] / gaps.sum()
         arrivals.append(float(str(row.t_s)) - start_s + WINDOW_S * inside)
     arrival_s = np.round(np.sort(np.concatenate([*arrivals, np.zeros(0)])), 6)
+    arrival_s = np.minimum(arrival_s, DAY_S - 1e-6)
     columns = {
         field: draw_lengths(
             lengths[lengths["field"] == field], arrival_s + start_s, rng

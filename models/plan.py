@@ -53,19 +53,29 @@ class Certificate(Record):
 
     @property
     def gap_at_stake(self) -> float:
-        """Gap as a share of what prewarming is worth here: (objective - bound) over
-        (cost without WARM replicas - bound)."""
-        return _ratio(self.objective - self.bound, self.without_warm - self.bound)
+        """Gap as a share of what prewarming is worth here: see `gap_at_stake`."""
+        return gap_at_stake(self.objective, self.bound, self.without_warm)
+
+
+CLOSED = 1e-6
+"""Relative gap below which the rest is rounding: solver and referee add differently."""
 
 
 def relative_gap(objective: float, bound: float) -> float:
     """(objective - bound) / objective; 0 when the two are equal."""
-    return _ratio(objective - bound, abs(objective))
+    distance = objective - bound
+    # Below a nanosecond of delay there is nothing to divide.
+    return 0.0 if distance <= 1e-9 else distance / max(abs(objective), distance)
 
 
-def _ratio(distance: float, scale: float) -> float:
-    # Differences below a nanosecond of delay are rounding, not a gap.
-    return 0.0 if distance <= 1e-9 else distance / max(scale, distance)
+def gap_at_stake(objective: float, bound: float, without_warm: float) -> float:
+    """(objective - bound) / (cost without any WARM replica - bound).
+
+    The plain gap means nothing where a good plan loses almost nothing; 0 if it is closed.
+    """
+    if relative_gap(objective, bound) <= CLOSED:
+        return 0.0
+    return (objective - bound) / max(without_warm - bound, objective - bound)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from foreserve.models.outcome import Run
 from foreserve.models.placement import Kind, Placement, diff
-from foreserve.models.plan import Certificate, Epoch, Plan, Status, relative_gap
+from foreserve.models.plan import Epoch, Plan, Status, gap_at_stake, relative_gap
 from foreserve.models.problem import ReplicaOption
 from foreserve.planner.fleet import gpu_hours, perfect_system_gpus
 
@@ -94,7 +94,7 @@ def plan_facts(plan: Plan) -> PlanFacts:
         objective=plan.objective,
         bound=plan.bound,
         gap=relative_gap(plan.objective, plan.bound),
-        gap_at_stake=_total_at_stake(certificates),
+        gap_at_stake=gap_at_stake(plan.objective, plan.bound, without_warm),
         without_warm=without_warm,
         terms=dict(sorted(terms.items())),
         gpu_hours=hours,
@@ -107,13 +107,6 @@ def plan_facts(plan: Plan) -> PlanFacts:
         steps=steps,
         perfect_gpus=perfect_system_gpus(plan)[0],
     )
-
-
-def _total_at_stake(certificates: Sequence[Certificate]) -> float:
-    """`Certificate.gap_at_stake` of the sums over all epochs."""
-    distance = sum(c.objective - c.bound for c in certificates)
-    stake = sum(c.without_warm - c.bound for c in certificates)
-    return 0.0 if distance <= 1e-9 else distance / max(stake, distance)
 
 
 def _count(placement: Placement, state: str) -> int:
