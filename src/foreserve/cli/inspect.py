@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -190,11 +191,11 @@ def info(traces: tuple[str, ...], as_json: bool) -> None:
     out, _ = consoles(quiet=False)
     rows = plain.pop("llms")
     out.print(", ".join(f"{key}: {_number(value)}" for key, value in plain.items()))
-    table = Table(box=None)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for key in rows[0]:
-        table.add_column(
-            key.replace("_", " "), justify="left" if key == "llm" else "right"
-        )
+        label = key.replace("input_", "in ").replace("output_", "out ")
+        justify: Literal["left", "right"] = "left" if key == "llm" else "right"
+        table.add_column(label.replace("_", " "), justify=justify, no_wrap=key == "llm")
     for row in rows:
         table.add_row(*(_number(value) for value in row.values()))
     out.print(table)
