@@ -111,7 +111,9 @@ def solve(
     if options.in_process:
         from foreserve.solvers.child import work
 
-        return refereed(problem, work(problem, name, options, start), start)
+        found: list[Schedule | None] = []
+        solved = work(problem, name, options, start, found.append)
+        return refereed(problem, solved, found[0])
     with SolverPool(name, options) as pool:
         return pool.solve(problem, start)
 

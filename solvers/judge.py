@@ -19,59 +19,65 @@ TOLERANCE = 1e-6
 def refereed(problem: Problem, solved: Solved, fallback: Schedule | None) -> Solved:
     """The answer after judgement: the only `Solved` that leaves this layer.
 
-    The schedule obeys every row and its objective is the referee's. A claim below the
-    referee's cost, an "optimal" one above it, or a bound above a cost reached is
-    Status.ERROR. (An interrupted solver may claim more than the referee finds: the
-    referee activates WARM replicas in the best way.) The answer never costs more than
-    ``fallback``, a feasible schedule that stands in where the solver found none.
+    Its schedule obeys every row, its objective is the referee's, and it costs no more
+    than ``fallback``, which also stands in where the solver found nothing. A false claim
+    of the solver's becomes Status.ERROR.
     """
     report = solved.report
     if report.status is Status.ERROR:
         return replace(solved, schedule=None)
-    own = solved.schedule
-
-    def error(text: str) -> Solved:
-        failed = replace(report, status=Status.ERROR, objective=None, message=text)
+    falsehood = _falsehood(problem, solved, fallback)
+    if falsehood:
+        message = f"{report.solver} {falsehood}"
+        failed = replace(report, status=Status.ERROR, objective=None, message=message)
         return Solved(schedule=None, report=failed)
-
-    if own is not None:
-        broken = referee.violations(problem, own)
-        if broken:
-            return error(f"{report.solver} broke a rule: {broken[0]}")
-        cost = referee.cost(problem, own).total
-        claim = cost if report.objective is None else report.objective
-        slack = TOLERANCE * max(1.0, abs(cost))
-        # Optimal within a gap: the claim may lie above by that much, never below.
-        above = report.status is Status.OPTIMAL
-        above_by = slack + abs(claim) * max(0.0, relative_gap(claim, report.bound))
-        if claim < cost - slack or (above and claim > cost + above_by):
-            return error(
-                f"{report.solver} claims {claim!r}, the referee finds {cost!r}"
-            )
-        if report.bound > cost + slack:
-            return error(f"{report.solver} claims bound {report.bound!r} over {cost!r}")
-    chosen = best_of(problem, [own, fallback])
+    chosen = best_of(problem, [solved.schedule, fallback])
     if chosen is None:
         return replace(solved, schedule=None)
     total = referee.cost(problem, chosen).total
-    if chosen is not own:
-        if report.status is Status.INFEASIBLE:
-            return error(f"{report.solver} claims infeasible, the start is feasible")
-        slack = TOLERANCE * max(1.0, abs(total))
-        if report.bound > total + slack and in_space(problem, chosen):
-            return error(
-                f"{report.solver} claims bound {report.bound!r} over {total!r}"
-            )
     bound = min(total, max(report.bound, perfect_bound(problem)))
-    gap = relative_gap(total, bound)
-    proven = gap <= TOLERANCE or (report.status is Status.OPTIMAL and chosen is own)
-    done = replace(
-        report,
-        status=Status.OPTIMAL if proven else Status.FEASIBLE,
-        objective=total,
-        bound=bound,
-    )
-    return Solved(schedule=chosen, report=done)
+    proven = report.status is Status.OPTIMAL or relative_gap(total, bound) <= TOLERANCE
+    status = Status.OPTIMAL if proven else Status.FEASIBLE
+    report = replace(report, status=status, objective=total, bound=bound)
+    return Solved(schedule=chosen, report=report)
+
+
+def _falsehood(problem: Problem, solved: Solved, fallback: Schedule | None) -> str:
+    """What the solver says that the referee knows to be wrong; "" if nothing.
+
+    A claim may lie above the referee's cost as far as the solver's own gap goes, or as
+    far as it likes if it was interrupted: the referee activates WARM replicas in the best
+    way, an interrupted solver may not have.
+    """
+    report, reached = solved.report, []
+    if solved.schedule is not None:
+        broken = referee.violations(problem, solved.schedule)
+        if broken:
+            return f"broke a rule: {broken[0]}"
+        cost = referee.cost(problem, solved.schedule).total
+        claim = cost if report.objective is None else report.objective
+        above = claim - cost - abs(claim) * relative_gap(claim, report.bound)
+        if cost - claim > _slack(cost) or (
+            report.status is Status.OPTIMAL and above > _slack(cost)
+        ):
+            return f"claims {claim!r}, the referee finds {cost!r}"
+        reached.append(cost)
+    if (
+        fallback is not None
+        and in_space(problem, fallback)
+        and not referee.violations(problem, fallback)
+    ):
+        if report.status is Status.INFEASIBLE:
+            return "claims infeasible, its start is feasible"
+        reached.append(referee.cost(problem, fallback).total)
+    for cost in reached:
+        if report.bound - cost > _slack(cost):
+            return f"claims bound {report.bound!r}, reached was {cost!r}"
+    return ""
+
+
+def _slack(cost: float) -> float:
+    return TOLERANCE * max(1.0, abs(cost))
 
 
 def best_of(problem: Problem, schedules: Sequence[Schedule | None]) -> Schedule | None:

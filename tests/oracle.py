@@ -37,8 +37,7 @@ def best(problem: Problem, most: int = 2_000) -> tuple[float, Schedule] | None:
             placement = split(problem, epoch, bare)
             terms = ("O1", "O2", "O3", "O5")
             cost = sum(
-                referee.TERMS[label](problem, epoch, bare, placement)
-                for label in terms
+                referee.TERMS[label](problem, epoch, bare, placement) for label in terms
             )
             own.append((cost, placement))
         before = costs.items() if epoch else [(problem.initial, (0.0, ()))]

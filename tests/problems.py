@@ -191,17 +191,17 @@ def tiny(rng: np.random.Generator, epochs: int = 1) -> Problem:
     if rng.random() < 0.2:
         gone = (GpuId(node="gone", index=0),)
         before.append(Replica(llm="a", gpus=gone, state="ACTIVE"))
-    scenarios = int(rng.integers(0, 3))
+    scenarios, times = int(rng.integers(0, 3)), range(epochs)
     return Problem(
         fleet=fleet,
         epoch_s=float(rng.choice([10.0, 100.0])),
         demand_rps=tuple(
-            tuple(round_rate(rng.uniform(0, 2) * (rng.random() < 0.7)) for _ in range(epochs))
+            tuple(round_rate(rng.uniform(0, 2) * (rng.random() < 0.7)) for _ in times)
             for _ in names
         ),
         scenario_probability=((), (1.0,), (0.25, 0.75))[scenarios],
         peak_load=tuple(
-            tuple(tuple(float(rng.uniform(0, 25)) for _ in range(epochs)) for _ in names)
+            tuple(tuple(float(rng.uniform(0, 25)) for _ in times) for _ in names)
             for _ in range(scenarios)
         ),
         initial=Placement(replicas=tuple(before)),

@@ -156,9 +156,7 @@ def test_shares_fill_the_fastest_first() -> None:
 def test_shares_refuse_what_costs_more_to_serve() -> None:
     """Where serving is 40 s slower than the best option and refusing costs 10 s, an
     ACTIVE replica gets no traffic."""
-    slow = fleet(
-        option("a", exec_s=40.6), option("a", 2, exec_s=0.6), unserved_s=10.0
-    )
+    slow = fleet(option("a", exec_s=40.6), option("a", 2, exec_s=0.6), unserved_s=10.0)
     p = problem(slow, [[0.5]])
     plan = with_shares(p, 0, placement(("a", "n0/0", "ACTIVE")))
     assert plan.replicas[0].traffic_share == 0.0

@@ -42,7 +42,9 @@ spares = st.lists(
     max_size=8,
     unique_by=lambda spare: (spare[0], spare[1]),
 )
-values = st.fixed_dictionaries({name: st.sampled_from([0.0, 1.0, 2.5]) for name in "abc"})
+values = st.fixed_dictionaries(
+    {name: st.sampled_from([0.0, 1.0, 2.5]) for name in "abc"}
+)
 needs = st.fixed_dictionaries({name: st.integers(0, 4) for name in "abc"})
 
 

@@ -209,5 +209,3 @@ def test_epochs_add_up() -> None:
     assert cost["O4"] == pytest.approx(2.0)
     assert cost["O5"] == pytest.approx(2.0)
     assert referee.cost(p, (plan, plan)).total == pytest.approx(4.0)
-
-
