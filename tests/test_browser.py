@@ -13,11 +13,18 @@ from foreserve.planner.report import write_report
 from tests.made_up import made_up_plan, made_up_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--window-size=1400,2600 --enable-logging=stderr"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,2600",
+    "--enable-logging=stderr",
+]
 
 
 @pytest.mark.slow
@@ -25,10 +32,12 @@ FLAGS = (
 def test_the_report_renders_in_chromium(tmp_path: Path) -> None:
     """The residency map and the curves are in the page and painted; the console names no
     refused resource."""
-    plan = made_up_plan()
+    plan, solves = made_up_plan()
     report, shot = tmp_path / "report.html", tmp_path / "shot.png"
     runs = (made_up_run(plan, "planned"), made_up_run(plan, "reactive", slow=3.0))
-    write_report(report, plan=plan, solves=(), runs=runs, title="A day", command=None)
+    write_report(
+        report, plan=plan, solves=solves, runs=runs, title="A day", command=None
+    )
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
         [*command, f"--screenshot={shot}", report.as_uri()],
