@@ -10,12 +10,12 @@ import pytest
 
 from foreserve.models.errors import InvalidInput
 from foreserve.traces.formats import (
-    describe,
     read_demand,
     read_trace,
     write_demand,
     write_trace,
 )
+from foreserve.traces.info import describe
 from foreserve.traces.samples import sample_path
 from foreserve.traces.trace import Trace, bin_demand, merge
 

@@ -181,7 +181,7 @@ def info(traces: tuple[str, ...], as_json: bool) -> None:
     """Requests, rates, lengths and burstiness per LLM."""
     from rich.table import Table
 
-    from foreserve.traces.formats import describe
+    from foreserve.traces.info import describe
 
     found = describe(read_traces(traces, {}))
     plain = asdict(found)
