@@ -135,7 +135,6 @@ def plan_trace(
         demand = history.then(demand)
     perfect = scenario.forecast.method == "perfect"
     forecaster = None if perfect else get_forecaster(scenario.forecast.method)
-    rng = np.random.default_rng(options.seed)
     epochs: list[Epoch] = []
     solves: list[SolveReport] = []
     before, total = Placement(), demand.num_epochs - past_epochs
@@ -146,6 +145,8 @@ def plan_trace(
                 forecast = Forecast.perfect(demand, now)
             else:
                 forecast = forecaster(demand.upto(now), 1)
+            # Common random numbers: epochs differ by their forecast, not by their luck.
+            rng = np.random.default_rng(options.seed)
             problem = build_problem(scenario, fleet, forecast, before, rng)
             solved = pool.solve(problem, start=(before,))
             if solved.schedule is None:
