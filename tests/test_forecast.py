@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -70,6 +72,31 @@ def test_no_look_ahead(name):
     other = forecaster(demand(betrayed).upto(20), 3)
     for column in ("rate_rps", "mean_load", "peak_load", "peak_std", "input_tokens"):
         assert (getattr(one, column) == getattr(other, column)).all()
+
+
+def test_days_are_those_of_the_clock():
+    """Four epochs a day, and the past starts at noon: 1 2 | 3 4 1 2 | 3 + 4. Six epochs
+    on, a new day has just begun, so no error of the old one is carried into it."""
+    past = replace(demand([1, 2, 3, 4, 1, 9]), start_s=43_200.0)
+    corrective = get_forecaster("corrective")
+    assert corrective(past, 1).peak_load[0, 0] == 3.0
+    # An hour into the day it was 5 above: the next epoch is taken to be so, too.
+    later = replace(demand([1, 2, 3, 4, 1, 9, 8]), start_s=43_200.0)
+    assert corrective(later, 1).peak_load[0, 0] == 9.0
+    # On a clock of the past's own, the last day is one epoch older.
+    assert corrective(demand([1, 2, 3, 4, 1, 9]), 1).peak_load[0, 0] == pytest.approx(
+        3 + (2 * 7 + 1 * 0) / 3
+    )
+
+
+def test_lengths_outlast_a_pause():
+    """Nothing for longer than the window of lengths: the mean of the whole past."""
+    quiet = np.zeros(40)
+    quiet[:2] = [1, 3]
+    past = replace(demand(quiet), input_tokens=np.where(quiet, [quiet * 10], 0.0))
+    assert get_forecaster("last")(past, 1).input_tokens[0, 0] == pytest.approx(25.0)
+    never = replace(demand(quiet * 0), input_tokens=np.zeros((1, 40)))
+    assert get_forecaster("last")(never, 1).input_tokens[0, 0] == 0.0
 
 
 def test_error_of_the_peak_is_learnt():

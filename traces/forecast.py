@@ -80,8 +80,23 @@ def get_forecaster(name: str) -> Forecaster:
     return forecaster
 
 
-Rule = Callable[[Floats, int, int], Floats]
-"""``rule(series, epochs, per_day)``: [llm, epoch] past -> [llm, epochs] to come."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calendar:
+    """Where the days are: ``per_day`` epochs each, the first epoch is ``phase``."""
+
+    per_day: int
+    phase: int
+
+    @classmethod
+    def of(cls, past: Demand) -> Calendar:
+        """Days of `Demand`'s clock, in whole epochs."""
+        per_day = max(1, round(DAY_S / past.epoch_s))
+        phase = round(past.start_s % DAY_S / past.epoch_s) % per_day
+        return cls(per_day=per_day, phase=phase)
+
+
+Rule = Callable[[Floats, int, Calendar], Floats]
+"""``rule(series, epochs, days)``: [llm, epoch] past -> [llm, epochs] to come."""
 
 
 def last_value(past: Demand, epochs: int) -> Forecast:
@@ -104,29 +119,28 @@ def corrective(past: Demand, epochs: int) -> Forecast:
     return _apply(_corrective, past, epochs)
 
 
-def _last(series: Floats, epochs: int, per_day: int) -> Floats:
+def _last(series: Floats, epochs: int, days: Calendar) -> Floats:
     return np.repeat(series[:, -1:], epochs, axis=1)
 
 
-def _seasonal(series: Floats, epochs: int, per_day: int) -> Floats:
+def _seasonal(series: Floats, epochs: int, days: Calendar) -> Floats:
     done = series.shape[1]
-    if done < per_day:
-        return _last(series, epochs, per_day)
-    return np.stack(
-        [_day_mean(series, done + ahead, per_day) for ahead in range(epochs)], axis=1
-    )
+    if done < days.per_day:
+        return _last(series, epochs, days)
+    ahead = range(done, done + epochs)
+    return np.stack([_day_mean(series, i, days.per_day) for i in ahead], axis=1)
 
 
-def _corrective(series: Floats, epochs: int, per_day: int) -> Floats:
-    base = _seasonal(series, epochs, per_day)
+def _corrective(series: Floats, epochs: int, days: Calendar) -> Floats:
+    base = _seasonal(series, epochs, days)
     done = series.shape[1]
-    if done < per_day:
-        return base
-    m = min(done % per_day, CORRECTION_EPOCHS)
-    if m == 0:
+    of_day = (done + days.phase) % days.per_day
+    # An epoch has an error once there was an earlier day to expect it from.
+    m = min(of_day, CORRECTION_EPOCHS, done - days.per_day)
+    if m <= 0:
         return base
     recent = range(done - m, done)
-    expected = np.stack([_day_mean(series, i, per_day) for i in recent], axis=1)
+    expected = np.stack([_day_mean(series, i, days.per_day) for i in recent], axis=1)
     errors = series[:, done - m :] - expected
     weights = 2.0 ** np.arange(m) / (2.0**m - 1)  # oldest first
     corrected: Floats = np.maximum(0.0, base + (errors @ weights)[:, None])
@@ -153,12 +167,12 @@ def _apply(rule: Rule, past: Demand, epochs: int) -> Forecast:
             input_tokens=zeros,
             output_tokens=zeros,
         )
-    per_day = max(1, round(DAY_S / past.epoch_s))
+    days = Calendar.of(past)
     rate, mean, peak = (
-        rule(series, epochs, per_day)
+        rule(series, epochs, days)
         for series in (past.rate_rps, past.mean_load, past.peak_load)
     )
-    std = np.repeat(_error_std(rule, past.peak_load, per_day)[:, None], epochs, axis=1)
+    std = np.repeat(_error_std(rule, past.peak_load, days)[:, None], epochs, axis=1)
     inputs, outputs = (
         np.repeat(_recent_mean(past, column)[:, None], epochs, axis=1)
         for column in (past.input_tokens, past.output_tokens)
@@ -174,22 +188,23 @@ def _apply(rule: Rule, past: Demand, epochs: int) -> Forecast:
     )
 
 
-def _error_std(rule: Rule, series: Floats, per_day: int) -> Floats:
+def _error_std(rule: Rule, series: Floats, days: Calendar) -> Floats:
     """Root mean square of the rule's one-step errors over the last epochs: [llm]."""
     done = series.shape[1]
     steps = range(max(1, done - ERROR_EPOCHS), done)
     if not steps:
         return np.zeros(len(series))
-    errors = [
-        series[:, step] - rule(series[:, :step], 1, per_day)[:, 0] for step in steps
-    ]
+    errors = [series[:, step] - rule(series[:, :step], 1, days)[:, 0] for step in steps]
     rms: Floats = np.sqrt(np.mean(np.square(errors), axis=0))
     return rms
 
 
 def _recent_mean(past: Demand, column: Floats) -> Floats:
-    """Mean over the last epochs weighted by requests: [llm]; 0 where there were none."""
-    weight = past.rate_rps[:, -LENGTH_EPOCHS:]
-    total = (weight * column[:, -LENGTH_EPOCHS:]).sum(axis=1)
-    mean: Floats = total / np.maximum(weight.sum(axis=1), 1e-12)
+    """Mean weighted by requests: [llm]; over the last epochs, else over the whole past,
+    0 where there was never a request."""
+    mean = np.zeros(len(past.llms))
+    for epochs in (past.num_epochs, LENGTH_EPOCHS):
+        weight = past.rate_rps[:, -epochs:]
+        total, seen = (weight * column[:, -epochs:]).sum(axis=1), weight.sum(axis=1)
+        mean = np.where(seen > 0, total / np.maximum(seen, 1e-12), mean)
     return mean
