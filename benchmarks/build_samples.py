@@ -19,7 +19,8 @@ import pandas as pd
 from foreserve.planner.fleet import build_fleet, busy_s
 from foreserve.planner.scenario import load_scenario
 from foreserve.planner.scenarios import scenario_path
-from foreserve.traces.formats import write_demand, write_trace
+from foreserve.traces.demand_table import write_demand
+from foreserve.traces.formats import write_trace
 from foreserve.traces.samples import sample_path
 from foreserve.traces.trace import Trace, bin_demand, merge
 

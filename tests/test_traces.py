@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from foreserve.models.errors import InvalidInput
-from foreserve.traces.formats import (
-    read_demand,
-    read_trace,
-    write_demand,
-    write_trace,
-)
+from foreserve.traces import files
+from foreserve.traces.formats import read_meta, read_trace, write_trace
 from foreserve.traces.info import describe
 from foreserve.traces.samples import sample_path
-from foreserve.traces.trace import Trace, bin_demand, merge
+from foreserve.traces.trace import Trace, merge
 
 HEADER = "arrival_s,llm,input_tokens,output_tokens\n"
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 ROWS = "0.5,a,10,5\n1.25,b,20,1\n1.25,a,30,7\n"
+
+
+OBJECT = '{"arrival_s": 2, "llm": "a", "input_tokens": 7, "output_tokens": 1}\n'
 
 
 def put(tmp_path, text, name="t.csv"):
@@ -55,10 +57,10 @@ def test_canonical_csv(tmp_path, name):
 
 
 def test_jsonl(tmp_path):
-    """One object per line, the same names."""
+    """One object per line, the same names in each."""
     rows = [
         {"arrival_s": 0.5, "model": "a", "input_tokens": 3, "output_tokens": 2},
-        {"arrival_s": 2, "llm": "b", "input_tokens": 4, "output_tokens": 1},
+        {"arrival_s": 2, "model": "b", "input_tokens": 4, "output_tokens": 1},
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     trace = read_trace(put(tmp_path, text, "t.jsonl"))
@@ -91,10 +93,14 @@ def test_azure_2024(tmp_path):
 
 
 def test_failed_requests_are_dropped_and_counted(tmp_path):
-    """No output token means a failed request."""
-    trace = read_trace(put(tmp_path, HEADER + ROWS + "2,a,5,0\n"))
+    """No output token means a failed request; kept, it has one."""
+    path = put(tmp_path, HEADER + ROWS + "2,a,5,0\n")
+    trace = read_trace(path)
     assert len(trace) == 3
     assert trace.dropped == 1
+    kept = read_trace(path, keep_failed=True)
+    assert kept.output_tokens.tolist() == [5, 1, 7, 1]
+    assert kept.dropped == 0
 
 
 @pytest.mark.parametrize(
@@ -108,14 +114,22 @@ def test_failed_requests_are_dropped_and_counted(tmp_path):
         (HEADER + "0,a,1,1\nNaN,a,1,1\n", 3, "not a finite number"),
         (HEADER + "0,a,1,1\n1,a,,1\n", 3, "not a finite number"),
         (HEADER + "0,a,1,1\n1,a,x,1\n", 3, "'x' is not a finite number"),
-        (HEADER + "0,a,-5,1\n", 2, "-5 is not a whole number"),
-        (HEADER + "0,a,5,-1\n", 2, "-1 is not a whole number"),
-        (HEADER + "0,a,1.5,1\n", 2, "1.5 is not a whole number"),
-        (HEADER + "5,a,1,1\n4,a,1,1\n", 3, "not sorted"),
-        (HEADER + "-5,a,1,1\n", 2, "negative"),
-        (HEADER + "0,,1,1\n", 2, "llm: empty"),
-        (HEADER + "0,a,1,1,9,9\n0,a,1,1\n", None, "CSV"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,1,1\n", 2, "time stamp"),
+        (HEADER + "0,a,-5,1\n", 2, "'-5' is not a whole number"),
+        (HEADER + "0,a,5,-1\n", 2, "'-1' is not a whole number"),
+        (HEADER + "0,a,1.5,1\n", 2, "'1.5' is not a whole number"),
+        (HEADER + "0,a,3000000000,1\n", 2, "from 1 to 2147483647"),
+        (HEADER + "0,a,1,0\n", None, "but 1 failed ones"),
+        (HEADER + "5,a,1,1\n4,a,1,1\n", 3, "sort the rows by arrival_s"),
+        (HEADER + "\n5,a,1,1\n\n4,a,1,1\n", 5, "not sorted"),
+        (HEADER + "-5,a,1,1\n", 2, "'-5' is less than 0"),
+        (HEADER + "0,,1,1\n", 2, "llm: '' is not a name"),
+        (HEADER + "0,a,1,1\n0,a,1,1,9\n", 3, "5 cells, but the header has 4"),
+        (HEADER + "0,a,1,1,9,9\n0,a,1,1\n", 2, "6 cells, but the header has 4"),
+        (HEADER + '0,"a,1,1\n', 2, "quote is not closed"),
+        ("llm,model," + HEADER + "x,a,0,x,1,1\n", 1, "two columns for 'llm'"),
+        (HEADER.strip() + "," + AZURE + "0,a,1,1,x,1,1\n", 1, "canonical, azure"),
+        (AZURE + "noon,1,1\n", 2, "time stamp"),
+        (AZURE + "2024-05-10 00:00:05,1,1\n2024-05-10,1,1\n", 3, "by TIMESTAMP"),
     ],
 )
 def test_broken_files_are_named_in_one_line(tmp_path, text, line, expected):
@@ -129,6 +143,43 @@ def test_broken_files_are_named_in_one_line(tmp_path, text, line, expected):
     assert "\n" not in message
     if line is not None:
         assert caught.value.line == line
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "expected"),
+    [
+        ("", None, "empty file"),
+        ("{}\n", 1, "unknown trace format"),
+        ("[1]\n", 1, "not a JSON object"),
+        (OBJECT + "{\n", 2, "not valid JSON"),
+        (OBJECT + OBJECT.replace('"a"', "null"), 2, "llm: 'None' is not a name"),
+        (OBJECT + '\n{"arrival_s": 3}\n', 3, "llm: 'nan' is not a name"),
+        (OBJECT.replace("7", "true"), 1, "'True' is not a finite number"),
+        (OBJECT.replace("7", "NaN"), 1, "'nan' is not a finite number"),
+        (OBJECT + OBJECT.replace("2", "1"), 2, "sort the rows by arrival_s"),
+    ],
+)
+def test_broken_json_lines(tmp_path, text, line, expected):
+    """The same for JSONL: a row that is no object, a key left out, null, true."""
+    with pytest.raises(InvalidInput, match=re.escape(expected)) as caught:
+        read_trace(put(tmp_path, text, "t.jsonl"))
+    assert caught.value.line == line
+
+
+def test_lines_are_right_in_every_chunk(tmp_path, monkeypatch):
+    """Rows read two at a time: the fault in the sixth line is still in the sixth line,
+    times are compared across chunks, and LLMs keep one index."""
+    monkeypatch.setattr(files, "CHUNK_ROWS", 2)
+    good = HEADER + "0,b,1,1\n1,a,1,1\n2,a,1,1\n3,b,1,1\n"
+    trace = read_trace(put(tmp_path, good))
+    assert [trace.llms[i] for i in trace.llm] == ["b", "a", "a", "b"]
+    for row in ("2,a,1,1\n", "4,a,x,1\n", "4,a,1,1,1\n"):
+        with pytest.raises(InvalidInput) as caught:
+            read_trace(put(tmp_path, good + row))
+        assert caught.value.line == 6
+    stamps = [f"2024-05-10 00:00:0{i}+00:00,1,1\n" for i in range(5)]
+    trace = read_trace(put(tmp_path, AZURE + "".join(stamps)))
+    assert trace.arrival_s.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_files_that_are_not_text(tmp_path):
@@ -154,8 +205,8 @@ def test_round_trip(tmp_path, name):
     assert again.llms == trace.llms
     for column in ("arrival_s", "llm", "input_tokens", "output_tokens"):
         assert (getattr(again, column) == getattr(trace, column)).all()
-    meta = json.loads((tmp_path / f"{name}.meta.json").read_text())
-    assert meta == {"source": "here"}
+    assert read_meta(tmp_path / name) == {"source": "here"}
+    assert read_meta(tmp_path / "other.csv") == {}
 
 
 def test_merge_keeps_time_order():
@@ -166,75 +217,55 @@ def test_merge_keeps_time_order():
     assert both.llm.tolist() == [0, 1, 0, 1]
 
 
-def test_demand_by_hand():
-    """Three requests of 10 s at 0, 5 and 12, epochs of 10 s, end at 20.
-
-    In flight: 1 on [0,5), 2 on [5,10), 1 on [10,12), 2 on [12,15), 1 on [15,20).
-    """
-    trace = make([0, 5, 12])
-    demand = bin_demand(trace, epoch_s=10, busy_s=np.full(3, 10.0), end_s=20)
-    assert demand.rate_rps.tolist() == [[0.2, 0.1]]
-    assert demand.mean_load.tolist() == [[1.5, 1.3]]
-    assert demand.peak_load.tolist() == [[2, 2]]
-    assert demand.input_tokens.tolist() == [[10, 10]]
+@pytest.mark.parametrize(("name", "llms"), [("azure-2023", 2), ("fleet-day", 12)])
+def test_shipped_samples(name, llms):
+    """The samples read, and hold what their notes and their README say."""
+    path = sample_path(name)
+    trace, meta = read_trace(path), read_meta(path)
+    assert len(trace) == meta["rows"]
+    assert len(trace.llms) == llms
+    assert meta["licence"] in ("CC-BY-4.0", "Apache-2.0")
+    assert f"{len(trace):,} requests" in (path.parent / "README.md").read_text()
 
 
-def test_peak_starts_at_what_is_carried_over():
-    """A long request counts in every epoch it is in flight, not only where it came."""
-    demand = bin_demand(make([1]), epoch_s=10, busy_s=np.array([25.0]), end_s=40)
-    assert demand.peak_load.tolist() == [[1, 1, 1, 0]]
-    assert demand.mean_load.tolist() == [[0.9, 1.0, 0.6, 0.0]]
-
-
-def test_partial_last_epoch_is_over_its_elapsed_time():
-    """15 s of trace in epochs of 10: the second epoch is 5 s long."""
-    demand = bin_demand(make([12, 13]), epoch_s=10, busy_s=np.full(2, 9.0), end_s=15)
-    assert demand.rate_rps.tolist() == [[0, 0.4]]
-    assert demand.mean_load[0, 1] == pytest.approx((3 + 2) / 5)
-
-
-def test_demand_table_round_trip(tmp_path):
-    """What is written for monitoring reads back; absent rows are zero."""
-    trace = make([0, 5, 12, 41], [0, 0, 1, 0], ("a", "b"))
-    demand = bin_demand(trace, epoch_s=10, busy_s=np.full(4, 4.0), end_s=50)
-    write_demand(demand, tmp_path / "d.csv.gz")
-    again = read_demand(tmp_path / "d.csv.gz")
-    assert again.llms == demand.llms
-    assert again.epoch_s == 10
-    for column in ("rate_rps", "mean_load", "peak_load", "output_tokens"):
-        assert getattr(again, column) == pytest.approx(
-            getattr(demand, column), rel=1e-3
-        )
-
-
-def test_past_select_and_join():
-    """`upto` hides the future, `select` orders and pads, `then` joins."""
-    demand = bin_demand(make([1, 11]), epoch_s=10, busy_s=np.ones(2), end_s=20)
-    past, rest = demand.upto(1), demand.upto(2)
-    assert past.num_epochs == 1
-    assert past.then(rest).rate_rps.tolist() == [[0.1, 0.1, 0.1]]
-    assert demand.select(("z", "a")).rate_rps.tolist() == [[0, 0], [0.1, 0.1]]
+def test_description_by_hand():
+    """Gaps of 1, 1 and 4 s: CV sqrt(2)/2. Tokens 10: every quantile is 10. No minute has
+    more than two requests."""
+    trace = merge([make([58, 59, 60, 64]), make([70], llms=("b",))])
+    info = describe(trace)
+    a, b = info.llms
+    assert (info.requests, info.span_s, a.requests, b.requests) == (5, 70, 4, 1)
+    assert a.arrival_cv == pytest.approx(0.5**0.5)
+    assert (a.input_mean, a.input_p50, a.output_p90, a.output_p99) == (10, 10, 10, 10)
+    assert a.peak_minute_rps == pytest.approx(2 / 60)
+    assert b.arrival_cv == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "llms"), [("azure-2023", 28_185, 2), ("fleet-day", 132_486, 12)]
+    "change",
+    [
+        {"arrival_s": [1.0, 0.0]},
+        {"arrival_s": [-1.0, 0.0]},
+        {"arrival_s": [0.0, np.nan]},
+        {"arrival_s": [0.0]},
+        {"llm": [0, 1]},
+        {"llm": [0, -1]},
+        {"output_tokens": [1, 0]},
+        {"llms": ("a", "a")},
+    ],
 )
-def test_shipped_samples(name, rows, llms):
-    """The samples read, and hold what their notes say."""
-    trace = read_trace(sample_path(name))
-    assert len(trace) == rows
-    assert len(trace.llms) == llms
-    meta = json.loads(
-        (sample_path(name).parent / f"{name}.csv.gz.meta.json").read_text()
-    )
-    assert meta["rows"] == rows
-    assert meta["licence"] in ("CC-BY-4.0", "Apache-2.0")
-    info = describe(trace)
-    assert sum(row.requests for row in info.llms) == rows
-
-
-def test_shipped_history_is_seven_days():
-    """2,016 epochs of five minutes, of the same LLMs as the day that follows."""
-    history = read_demand(sample_path("fleet-history"))
-    assert history.num_epochs == 7 * 288
-    assert set(history.llms) == set(read_trace(sample_path("fleet-day")).llms)
+def test_a_trace_that_exists_is_sound(change):
+    """Order, range, length and index are checked when it is made."""
+    columns = {key: np.array(v) for key, v in change.items() if key != "llms"}
+    kinds = {"arrival_s": np.float64}
+    good = make([0, 1])
+    with pytest.raises(InvalidInput):
+        replace(
+            good,
+            llms=change.get("llms", good.llms),
+            **{k: v.astype(kinds.get(k, np.int32)) for k, v in columns.items()},
+        )
+    with pytest.raises(InvalidInput, match="int32"):
+        replace(good, llm=np.zeros(2))
+    with pytest.raises(ValueError, match="read-only"):
+        good.arrival_s[0] = 5

@@ -1,28 +1,38 @@
-"""Trace files: canonical CSV and JSONL, the Azure LLM traces, demand tables; all also
-gzipped. The format is told from the header.
+"""Trace files: canonical CSV and JSONL, the Azure LLM traces; all also gzipped. The
+format is told from the header.
 
-A fault in a file is one `InvalidInput` line with the line number and what to do about it.
+To add a format: a generator from chunks of cells to `Rows`, and its columns in
+`FORMATS`. A fault in a file is one `InvalidInput` line that says where and what to do.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import os
-import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from foreserve.models.codec import did_you_mean, dump_json, write_text
+from foreserve.models.codec import dump_json, write_text
 from foreserve.models.errors import InvalidInput
-from foreserve.traces.trace import Demand, Floats, Trace
+from foreserve.traces.files import (
+    check,
+    counts,
+    is_jsonl,
+    names,
+    need_columns,
+    numbers,
+    read_frames,
+    write_file,
+)
+from foreserve.traces.trace import Floats, Ints, Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,264 +42,172 @@ ALIASES = {"model": "llm", "prefix_id": "prefix"}
 OPTIONAL = ("tenant", "slo_class", "prefix")
 """Known columns that this version reads past."""
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-DEMAND = (
-    "t_s",
-    "width_s",
-    "llm",
-    "requests",
-    "mean_in_flight",
-    "peak_in_flight",
-    "input_tokens",
-    "output_tokens",
-)
-CHUNK_ROWS = 500_000
-
-Columns = dict[str, Any]
-"""Column name -> values of one chunk, after conversion."""
 
 
-def read_trace(path: str | os.PathLike[str], *, llm: str | None = None) -> Trace:
-    """Read a trace; ``llm`` names the requests of a file without such a column
-    (default: the file's name up to the first dot)."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rows:
+    """One chunk of a trace file in our terms, whatever its format; [request] each."""
+
+    arrival_s: Floats
+    time: pd.Series[Any]
+    """The cells ``arrival_s`` is from, for messages."""
+    llm: pd.Series[str]
+    input_tokens: Ints
+    output_tokens: Ints
+    """0 is a failed request."""
+
+
+Frames = Iterator["pd.DataFrame"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A kind of trace file: its header has all ``columns``, or aliases of them."""
+
+    columns: tuple[str, ...]
+    convert: Callable[[str, Frames, str], Iterator[Rows]]
+    """``convert(file, chunks, llm)``: ``llm`` names the requests of a file that does not
+    say. All chunks of a file go through one call, in order."""
+
+
+def _canonical(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
+    for frame in frames:
+        yield Rows(
+            arrival_s=numbers(file, frame["arrival_s"], least=0),
+            time=frame["arrival_s"],
+            llm=names(file, frame["llm"]),
+            input_tokens=counts(file, frame["input_tokens"], least=1),
+            output_tokens=counts(file, frame["output_tokens"], least=0),
+        )
+
+
+def _azure(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
+    """Stamps with or without zone and decimals; the first one becomes 0."""
+    import pandas as pd
+
+    first_ns = None
+    for frame in frames:
+        cells = frame["TIMESTAMP"]
+        stamps = pd.to_datetime(
+            cells.astype(str).str.strip(), format="ISO8601", utc=True, errors="coerce"
+        )
+        check(file, cells, stamps.isna().to_numpy(), "is not a time stamp")
+        # Whole nanoseconds: seconds since 1970 would lose the seventh decimal.
+        since_1970_ns = stamps.dt.as_unit("ns").astype("int64").to_numpy()
+        if first_ns is None and len(frame):
+            first_ns = since_1970_ns[0]
+        yield Rows(
+            arrival_s=(since_1970_ns - (first_ns or 0)) / 1e9,
+            time=cells,
+            llm=pd.Series(llm, index=frame.index),
+            input_tokens=counts(file, frame["ContextTokens"], least=1),
+            output_tokens=counts(file, frame["GeneratedTokens"], least=0),
+        )
+
+
+FORMATS = {
+    "canonical": Format(columns=CANONICAL, convert=_canonical),
+    "azure": Format(columns=AZURE, convert=_azure),
+}
+
+
+def read_trace(
+    path: str | os.PathLike[str], *, llm: str | None = None, keep_failed: bool = False
+) -> Trace:
+    """Read a trace file.
+
+    ``llm`` names the requests of a format without such a column (default: the file's
+    name up to the first dot). Failed requests (no output) are dropped and counted;
+    ``keep_failed`` keeps them with one output token, for they still took their input.
+    """
     file = os.fspath(path)
-    name = llm or Path(file).name.split(".")[0]
-    if ".jsonl" in Path(file).name:
-        chunks = _read_jsonl(file)
-        return _to_trace(file, [_canonical(file, *chunk) for chunk in chunks])
-    frames = _read_csv(file)
-    header, first_line, frame = next(frames)
-    convert = _detect(file, header, name)
-    parts = [convert(file, frame, first_line)]
-    parts += [convert(file, frame, line) for _, line, frame in frames]
-    return _to_trace(file, parts)
+    frames = (frame.rename(columns=ALIASES) for frame in read_frames(file))
+    first = next(frames)
+    convert = _detect(file, list(first.columns)).convert
+    llm = llm or Path(file).name.split(".")[0]
+    return _collect(file, convert(file, chain([first], frames), llm), keep_failed)
 
 
-def _detect(file: str, header: Sequence[str], name: str) -> Callable[..., Columns]:
-    present = {ALIASES.get(column, column) for column in header}
-    if set(AZURE) <= present:
-        return lambda file, frame, line: _azure(file, frame, line, name)
-    if set(CANONICAL) <= present:
-        return _canonical
-    known = {*CANONICAL, *OPTIONAL}
-    if len(present & known) >= 2:
-        missing = next(column for column in CANONICAL if column not in present)
-        strange = sorted(set(header) - known - set(ALIASES))
-        for column in strange:
-            hint = did_you_mean(column, [missing])
-            if hint.startswith("did"):
-                raise InvalidInput(
-                    f"unknown column {column!r}", file=file, line=1, hint=hint
-                )
+def _detect(file: str, header: Sequence[str]) -> Format:
+    """The one format whose columns are all there; else what is wrong with the header."""
+    shared = {
+        name: len(set(header).intersection(each.columns))
+        for name, each in FORMATS.items()
+    }
+    fits = [name for name, n in shared.items() if n == len(FORMATS[name].columns)]
+    if len(fits) > 1:
         raise InvalidInput(
-            f"column {missing!r} is missing",
+            f"the header fits several formats: {', '.join(fits)}",
             file=file,
             line=1,
-            hint="a trace has the columns " + ",".join(CANONICAL),
+            hint="keep only the columns of one",
         )
-    raise InvalidInput(
-        f"unknown trace format with columns {','.join(header)[:80]}",
-        file=file,
-        line=1,
-        hint=f"known headers: {','.join(CANONICAL)} or {','.join(AZURE)}",
-    )
+    nearest = max(shared, key=lambda name: shared[name])
+    if shared[nearest] < 2:
+        known = (",".join(each.columns) for each in FORMATS.values())
+        raise InvalidInput(
+            f"unknown trace format with columns {','.join(header)[:80]}",
+            file=file,
+            line=1,
+            hint=f"known headers: {' or '.join(known)}",
+        )
+    need_columns(file, header, FORMATS[nearest].columns, OPTIONAL)
+    return FORMATS[nearest]
 
 
-def _canonical(file: str, frame: pd.DataFrame, line: int) -> Columns:
-    frame = frame.rename(columns=ALIASES)
-    llm = frame["llm"].astype(str).str.strip()
-    empty = np.flatnonzero((llm == "").to_numpy())
-    if len(empty):
-        raise InvalidInput("empty", file=file, line=line + int(empty[0]), field="llm")
-    return {
-        "arrival_s": _numbers(file, frame["arrival_s"], line),
-        "llm": llm.to_numpy(dtype=object),
-        "input_tokens": _integers(file, frame["input_tokens"], line, 1),
-        "output_tokens": _integers(file, frame["output_tokens"], line, 0),
-        "line": line,
-    }
-
-
-def _azure(file: str, frame: pd.DataFrame, line: int, name: str) -> Columns:
+def _collect(file: str, chunks: Iterator[Rows], keep_failed: bool) -> Trace:
+    """All chunks as one trace, compact from the start; LLMs in order of their names."""
     import pandas as pd
 
-    times = pd.to_datetime(
-        frame["TIMESTAMP"].str.strip(), format="ISO8601", utc=True, errors="coerce"
-    )
-    bad = np.flatnonzero(times.isna().to_numpy())
-    if len(bad):
-        value = frame["TIMESTAMP"].iloc[bad[0]]
-        raise InvalidInput(
-            f"{value!r} is not a time stamp",
-            file=file,
-            line=line + int(bad[0]),
-            field="TIMESTAMP",
+    index: dict[str, int] = {}
+    parts: tuple[list[Any], ...] = ([], [], [], [])
+    latest_s, failed = 0.0, 0
+    for rows in chunks:
+        if not len(rows.arrival_s):
+            continue
+        before = np.concatenate([[latest_s], rows.arrival_s[:-1]])
+        check(
+            file,
+            rows.time,
+            rows.arrival_s < before,
+            "is before the row above: times are not sorted",
+            hint=f"sort the rows by {rows.time.name}",
         )
-    seconds = times.dt.as_unit("ns").astype("int64").to_numpy()
-    return {
-        # Nanoseconds since 1970: made relative to the first row by `_to_trace`.
-        "arrival_ns": seconds,
-        "llm": np.full(len(frame), name, dtype=object),
-        "input_tokens": _integers(file, frame["ContextTokens"], line, 1),
-        "output_tokens": _integers(file, frame["GeneratedTokens"], line, 0),
-        "line": line,
-    }
-
-
-def _to_trace(file: str, parts: Sequence[Columns]) -> Trace:
-    if not parts or not sum(len(part["llm"]) for part in parts):
-        raise InvalidInput("no requests in the file", file=file)
-    columns = {
-        key: np.concatenate([part[key] for part in parts])
-        for key in parts[0]
-        if key != "line"
-    }
-    if "arrival_ns" in columns:
-        stamps = columns.pop("arrival_ns")
-        columns["arrival_s"] = (stamps - stamps[0]) / 1e9
-    arrival = columns["arrival_s"]
-    first_line = parts[0]["line"]
-    if arrival[0] < 0 or (arrival < 0).any():
-        row = int(np.flatnonzero(arrival < 0)[0])
-        raise InvalidInput(
-            f"{arrival[row]:g} is negative",
-            file=file,
-            line=first_line + row,
-            field="arrival_s",
+        latest_s = float(rows.arrival_s[-1])
+        local, found = pd.factorize(rows.llm)
+        codes = np.array([index.setdefault(str(name), len(index)) for name in found])
+        columns: tuple[NDArray[Any], ...] = (
+            rows.arrival_s,
+            codes[local].astype(np.int32),
+            rows.input_tokens,
+            np.maximum(rows.output_tokens, 1),
         )
-    back = np.flatnonzero(np.diff(arrival) < 0)
-    if len(back):
-        row = int(back[0]) + 1
-        raise InvalidInput(
-            f"times are not sorted: {arrival[row]:g} after {arrival[row - 1]:g}",
-            file=file,
-            line=first_line + row,
-            field="arrival_s",
-            hint="sort the rows by time",
-        )
-    kept = columns["output_tokens"] > 0
-    llms, codes = np.unique(columns["llm"].astype(str), return_inverse=True)
+        succeeded = rows.output_tokens > 0
+        failed += int((~succeeded).sum())
+        for part, column in zip(parts, columns, strict=True):
+            part.append(column if keep_failed else column[succeeded])
+    if not any(map(len, parts[0])):
+        what = f"no requests in the file but {failed} failed ones (no output tokens)"
+        raise InvalidInput(what, file=file)
+    llms = tuple(sorted(index))
+    order = np.empty(len(llms), dtype=np.int32)
+    order[[index[name] for name in llms]] = np.arange(len(llms))
+    arrival_s, llm, inputs, outputs = (_joined(part) for part in parts)
     return Trace(
-        arrival_s=arrival[kept],
-        llm=codes.astype(np.int32)[kept],
-        llms=tuple(str(name) for name in llms),
-        input_tokens=columns["input_tokens"][kept].astype(np.int32),
-        output_tokens=columns["output_tokens"][kept].astype(np.int32),
-        dropped=int((~kept).sum()),
+        arrival_s=arrival_s,
+        llm=order[llm],
+        llms=llms,
+        input_tokens=inputs,
+        output_tokens=outputs,
+        dropped=0 if keep_failed else failed,
     )
 
 
-def _numbers(file: str, column: pd.Series[Any], line: int) -> Floats:
-    import pandas as pd
-
-    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise InvalidInput(
-            f"{str(column.iloc[bad[0]])!r} is not a finite number",
-            file=file,
-            line=line + int(bad[0]),
-            field=str(column.name),
-        )
-    return values
-
-
-def _integers(file: str, column: pd.Series[Any], line: int, least: int) -> Floats:
-    values = _numbers(file, column, line)
-    bad = np.flatnonzero((values < least) | (values != np.floor(values)))
-    if len(bad):
-        raise InvalidInput(
-            f"{values[bad[0]]:g} is not a whole number of at least {least}",
-            file=file,
-            line=line + int(bad[0]),
-            field=str(column.name),
-        )
-    return values
-
-
-def _read_csv(file: str) -> Iterator[tuple[list[str], int, pd.DataFrame]]:
-    """(header, number of the first line, cells as text) of each chunk."""
-    import pandas as pd
-
-    with _open_text(file) as handle:
-        line = 2
-        try:
-            reader = pd.read_csv(
-                handle,
-                dtype=str,
-                keep_default_na=False,
-                skip_blank_lines=False,
-                skipinitialspace=True,
-                index_col=False,
-                chunksize=CHUNK_ROWS,
-            )
-            for frame in _strict(reader):
-                frame.columns = [str(column).strip() for column in frame.columns]
-                # A blank line at the end is no row.
-                while len(frame) and not any(frame.iloc[-1].astype(str)):
-                    frame = frame.iloc[:-1]
-                yield list(frame.columns), line, frame
-                line += len(frame)
-        except pd.errors.EmptyDataError:
-            raise InvalidInput("empty file", file=file) from None
-        except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-            what = str(error).strip().splitlines()[-1]
-            raise InvalidInput(f"not a CSV table: {what}", file=file) from None
-
-
-def _strict(reader: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    """Chunks of a reader; rows longer than the header are an error, not a warning."""
-    import pandas as pd
-
-    while True:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = next(reader, None)
-        if frame is None:
-            return
-        yield frame
-
-
-def _read_jsonl(file: str) -> Iterator[tuple[pd.DataFrame, int]]:
-    import pandas as pd
-
-    rows: list[Mapping[str, Any]] = []
-    with _open_text(file) as handle:
-        for line, text in enumerate(handle, start=1):
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InvalidInput(
-                    f"not valid JSON: {error.msg}", file=file, line=line
-                ) from None
-            row = {ALIASES.get(k, k): v for k, v in dict(row).items()}
-            for column in CANONICAL:
-                if column not in row:
-                    raise InvalidInput(
-                        "required key is missing", file=file, line=line, field=column
-                    )
-            rows.append({column: row[column] for column in CANONICAL})
-    if not rows:
-        raise InvalidInput("empty file", file=file)
-    yield pd.DataFrame(rows).astype({"llm": str}), 1
-
-
-@contextmanager
-def _open_text(file: str) -> Iterator[IO[str]]:
-    """The (decompressed) text of a file; what goes wrong is an `InvalidInput`."""
-    try:
-        opener = gzip.open if file.endswith(".gz") else open
-        with opener(file, "rt", encoding="utf-8", newline=None) as handle:
-            yield handle
-    except FileNotFoundError:
-        raise InvalidInput("no such file", file=file) from None
-    except IsADirectoryError:
-        raise InvalidInput("is a folder, a file is needed", file=file) from None
-    except UnicodeDecodeError:
-        raise InvalidInput("not UTF-8 text", file=file) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise InvalidInput(
-            "not a whole gzip file", file=file, hint="is the file cut off?"
-        ) from None
+def _joined(parts: list[Any]) -> Any:
+    """Concatenate and empty the list: the pieces are not kept beside the whole."""
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def write_trace(
@@ -301,7 +219,6 @@ def write_trace(
 
     ``meta`` (source, licence, ...) goes into the sidecar ``<name>.meta.json``.
     """
-    jsonl = ".jsonl" in Path(path).name
     buffer = io.StringIO()
     rows = zip(
         trace.arrival_s.tolist(),
@@ -310,7 +227,7 @@ def write_trace(
         trace.output_tokens.tolist(),
         strict=True,
     )
-    if jsonl:
+    if is_jsonl(path):
         for values in rows:
             buffer.write(json.dumps(dict(zip(CANONICAL, values, strict=True))) + "\n")
     else:
@@ -318,94 +235,24 @@ def write_trace(
         writer.writerow(CANONICAL)
         for arrival_s, *rest in rows:
             writer.writerow([repr(arrival_s), *rest])
-    _write(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
     if meta is not None:
-        write_text(f"{os.fspath(path)}.meta.json", dump_json(dict(meta)))
+        write_text(_sidecar(path), dump_json(dict(meta)))
 
 
-def read_demand(path: str | os.PathLike[str]) -> Demand:
-    """Read a demand table: one row per LLM and epoch; absent rows are zero."""
-    file = os.fspath(path)
-    parts = []
-    for header, line, frame in _read_csv(file):
-        for column in DEMAND:
-            if column not in header:
-                raise InvalidInput(
-                    f"column {column!r} is missing",
-                    file=file,
-                    line=1,
-                    hint="a demand table has the columns " + ",".join(DEMAND),
-                )
-        parts.append(
-            {
-                name: frame[name].to_numpy(dtype=object)
-                if name == "llm"
-                else _numbers(file, frame[name], line)
-                for name in DEMAND
-            }
-        )
-    table = {name: np.concatenate([part[name] for part in parts]) for name in DEMAND}
-    widths = np.unique(table["width_s"])
-    if len(widths) != 1:
-        raise InvalidInput("no rows or unequal width_s", file=file, field="width_s")
-    epoch_s = float(widths[0])
-    llms, rows = np.unique(table["llm"].astype(str), return_inverse=True)
-    start_s = float(table["t_s"].min())
-    epochs = np.rint((table["t_s"] - start_s) / epoch_s).astype(int)
-    shape = (len(llms), int(epochs.max()) + 1)
-
-    def spread(name: str, scale: float = 1.0) -> Floats:
-        values = np.zeros(shape)
-        values[rows, epochs] = table[name] * scale
-        return values
-
-    return Demand(
-        epoch_s=epoch_s,
-        start_s=start_s,
-        llms=tuple(str(name) for name in llms),
-        rate_rps=spread("requests", 1 / epoch_s),
-        mean_load=spread("mean_in_flight"),
-        peak_load=spread("peak_in_flight"),
-        input_tokens=spread("input_tokens"),
-        output_tokens=spread("output_tokens"),
-    )
-
-
-def write_demand(demand: Demand, path: str | os.PathLike[str]) -> None:
-    """Write a demand table; epochs without any load are left out, but for the first
-    and the last, which give the table its span."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(DEMAND)
-    ends = (0, demand.num_epochs - 1)
-    for epoch in range(demand.num_epochs):
-        for row, llm in enumerate(demand.llms):
-            if demand.peak_load[row, epoch] == 0 and epoch not in ends:
-                continue
-            writer.writerow(
-                [
-                    f"{demand.start_s + epoch * demand.epoch_s:g}",
-                    f"{demand.epoch_s:g}",
-                    llm,
-                    round(float(demand.rate_rps[row, epoch]) * demand.epoch_s),
-                    f"{demand.mean_load[row, epoch]:.4g}",
-                    f"{demand.peak_load[row, epoch]:g}",
-                    f"{demand.input_tokens[row, epoch]:.5g}",
-                    f"{demand.output_tokens[row, epoch]:.5g}",
-                ]
-            )
-    _write(path, buffer.getvalue())
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    target = Path(path)
-    if target.suffix != ".gz":
-        write_text(target, text)
-        return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the sidecar of a trace file says; empty if there is none."""
+    sidecar = Path(_sidecar(path))
+    if not sidecar.exists():
+        return {}
     try:
-        # mtime 0: the same trace gives the same bytes.
-        temporary.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        meta = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidInput(f"not valid JSON: {error}", file=str(sidecar)) from None
+    if not isinstance(meta, dict):
+        raise InvalidInput("not a JSON object", file=str(sidecar))
+    return meta
+
+
+def _sidecar(path: str | os.PathLike[str]) -> str:
+    return f"{os.fspath(path)}.meta.json"

@@ -21,9 +21,11 @@ class LlmInfo:
     """Coefficient of variation of the gaps between arrivals; 1 is Poisson."""
     input_mean: float
     input_p50: float
+    input_p90: float
     input_p99: float
     output_mean: float
     output_p50: float
+    output_p90: float
     output_p99: float
 
 
@@ -51,7 +53,9 @@ def describe(trace: Trace) -> TraceInfo:
         varied = len(gaps) > 1 and gaps.mean() > 0
         minutes = np.bincount((arrival // 60).astype(int))
         tokens = [c[mask] for c in (trace.input_tokens, trace.output_tokens)]
-        (in50, in99), (out50, out99) = (np.percentile(t, (50, 99)) for t in tokens)
+        (in50, in90, in99), (out50, out90, out99) = (
+            np.percentile(column, (50, 90, 99)) for column in tokens
+        )
         rows.append(
             LlmInfo(
                 llm=name,
@@ -61,9 +65,11 @@ def describe(trace: Trace) -> TraceInfo:
                 arrival_cv=float(gaps.std() / gaps.mean()) if varied else 0.0,
                 input_mean=float(tokens[0].mean()),
                 input_p50=float(in50),
+                input_p90=float(in90),
                 input_p99=float(in99),
                 output_mean=float(tokens[1].mean()),
                 output_p50=float(out50),
+                output_p90=float(out90),
                 output_p99=float(out99),
             )
         )

@@ -34,13 +34,19 @@ class Trace:
 
     def __post_init__(self) -> None:
         columns = (self.arrival_s, self.llm, self.input_tokens, self.output_tokens)
-        if len({len(column) for column in columns}) != 1:
+        if len({column.shape for column in columns}) != 1 or self.arrival_s.ndim != 1:
             raise InvalidInput("trace: columns of unequal length")
+        if [c.dtype.name for c in columns] != ["float64", "int32", "int32", "int32"]:
+            raise InvalidInput("trace: float64 arrival_s and int32 columns are needed")
+        if len(set(self.llms)) != len(self.llms):
+            raise InvalidInput("trace: an LLM comes twice in llms")
         if len(self.arrival_s):
             if not np.isfinite(self.arrival_s).all() or self.arrival_s[0] < 0:
                 raise InvalidInput("trace: arrival_s must be finite and not negative")
-            if (np.diff(self.arrival_s) < 0).any():
+            if (self.arrival_s[1:] < self.arrival_s[:-1]).any():
                 raise InvalidInput("trace: arrival_s must not decrease")
+            if self.llm.min() < 0 or self.llm.max() >= len(self.llms):
+                raise InvalidInput("trace: llm must be an index into llms")
             if min(self.input_tokens.min(), self.output_tokens.min()) < 1:
                 raise InvalidInput("trace: token counts must be at least 1")
         for column in columns:
@@ -181,25 +187,41 @@ class Demand:
 
 
 def bin_demand(
-    trace: Trace, *, epoch_s: float, busy_s: Floats, end_s: float | None = None
+    trace: Trace,
+    *,
+    epoch_s: float,
+    busy_s: Floats,
+    start_s: float = 0.0,
+    end_s: float | None = None,
 ) -> Demand:
-    """Count a trace into epochs of ``epoch_s`` seconds, from 0 to ``end_s``.
+    """Count a trace into epochs of ``epoch_s`` seconds, from ``start_s`` to ``end_s``.
 
     ``busy_s`` ([request]) is how long each request is in flight, as a cost model
-    estimates it. The last epoch may be partial: its means are over its elapsed time.
+    estimates it. Requests from before ``start_s`` count while they are in flight, those
+    from ``end_s`` on do not. The last epoch may be partial: its means are over its
+    elapsed time. Without ``end_s`` the trace ends with its last arrival, or a second
+    into that epoch, lest a lone request there be taken for a high rate.
     Exact, by +1/-1 events; O(n log n) per LLM.
     """
-    end_s = trace.span_s if end_s is None else end_s
-    count = max(1, int(np.ceil(round(end_s / epoch_s, 9))))
-    edges = np.minimum(np.arange(count + 1) * epoch_s, max(end_s, 1e-9))
+    if busy_s.shape != trace.arrival_s.shape or not (busy_s >= 0).all():
+        raise InvalidInput("demand: busy_s needs a number of at least 0 per request")
+    span_s = (trace.span_s if end_s is None else end_s) - start_s
+    if epoch_s <= 0 or (end_s is not None and span_s <= 0):
+        raise InvalidInput("demand: epoch_s and the time counted must be positive")
+    count = max(1, int(np.ceil(round(span_s / epoch_s, 9))))
+    edges: Floats = start_s + np.arange(count + 1, dtype=np.float64) * epoch_s
+    if end_s is None:
+        least_s = edges[-2] + min(1.0, epoch_s)
+        end_s = float(np.nextafter(max(trace.span_s, least_s), np.inf))
+    edges[-1] = end_s
     width = np.diff(edges)
-    width[-1] = max(width[-1], 1e-9)
     shape = (len(trace.llms), count)
     rate, mean, peak, inputs, outputs = (np.zeros(shape) for _ in range(5))
     for row in range(len(trace.llms)):
         mask = trace.llm == row
-        arrival = trace.arrival_s[mask]
-        epoch = np.minimum((arrival / epoch_s).astype(np.int64), count - 1)
+        mean[row], peak[row] = _in_flight(trace.arrival_s[mask], busy_s[mask], edges)
+        mask &= (trace.arrival_s >= start_s) & (trace.arrival_s < end_s)
+        epoch = np.searchsorted(edges, trace.arrival_s[mask], side="right") - 1
         number = np.bincount(epoch, minlength=count)
         for column, tokens in (
             (inputs, trace.input_tokens),
@@ -208,10 +230,9 @@ def bin_demand(
             total = np.bincount(epoch, weights=tokens[mask], minlength=count)
             column[row] = total / np.maximum(number, 1)
         rate[row] = number / width
-        mean[row], peak[row] = _in_flight(arrival, busy_s[mask], edges)
     return Demand(
         epoch_s=epoch_s,
-        start_s=0.0,
+        start_s=start_s,
         llms=trace.llms,
         rate_rps=rate,
         mean_load=mean,
@@ -224,16 +245,13 @@ def bin_demand(
 def _in_flight(arrival: Floats, busy_s: Floats, edges: Floats) -> tuple[Floats, Floats]:
     """Time-weighted mean and maximum number in flight between consecutive edges."""
     # Marks at the edges change nothing; they make each epoch start with a known level.
-    times = np.concatenate([edges, arrival + busy_s, arrival])
-    steps = np.concatenate(
-        [np.zeros(len(edges)), -np.ones(len(arrival)), np.ones(len(arrival))]
-    )
-    # At equal times an edge comes first, then ends, then starts.
+    # At equal times ends come first, then an edge, then starts.
+    times = np.concatenate([arrival + busy_s, edges, arrival])
+    steps = np.repeat([-1.0, 0.0, 1.0], [len(arrival), len(edges), len(arrival)])
     order = np.argsort(times, kind="stable")
-    times, steps = times[order], steps[order]
-    level = np.cumsum(steps)
+    times, level = times[order], np.cumsum(steps[order])
     held = np.diff(times, append=times[-1]) * level
-    at = np.searchsorted(times, edges, side="left")
-    mean = np.add.reduceat(held, at)[:-1] / np.maximum(np.diff(edges), 1e-9)
+    at = np.flatnonzero(steps[order] == 0)
+    mean = np.add.reduceat(held, at)[:-1] / np.diff(edges)
     peak = np.maximum.reduceat(level, at)[:-1]
     return mean, peak

@@ -91,7 +91,7 @@ def read_traces(names: Sequence[str], inputs: dict[str, str]) -> Trace:
 
 def read_history(scenario: Scenario, inputs: dict[str, str]) -> Demand | None:
     """The scenario's demand table of the time before the trace, if it names one."""
-    from foreserve.traces.formats import read_demand
+    from foreserve.traces.demand_table import read_demand
 
     if scenario.forecast.history is None:
         return None

@@ -192,12 +192,13 @@ def info(traces: tuple[str, ...], as_json: bool) -> None:
     rows = plain.pop("llms")
     out.print(", ".join(f"{key}: {_number(value)}" for key, value in plain.items()))
     table = Table(box=None, padding=(0, 1, 0, 0))
-    for key in rows[0]:
+    shown = [key for key in rows[0] if not key.endswith("_p90")]  # a narrow terminal
+    for key in shown:
         label = key.replace("input_", "in ").replace("output_", "out ")
         justify: Literal["left", "right"] = "left" if key == "llm" else "right"
         table.add_column(label.replace("_", " "), justify=justify, no_wrap=key == "llm")
     for row in rows:
-        table.add_row(*(_number(value) for value in row.values()))
+        table.add_row(*(_number(row[key]) for key in shown))
     out.print(table)
 
 

@@ -1,0 +1,227 @@
+"""Tables in text files, plain or gzipped: read in chunks, check cells, write whole files.
+
+A chunk's index holds the line numbers of the file, so a fault in a cell is one
+`InvalidInput` that says where it is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreserve.models.codec import write_text
+from foreserve.models.errors import InvalidInput
+from foreserve.traces.trace import Floats, Ints
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CHUNK_ROWS = 500_000
+GZIP_MAGIC = b"\x1f\x8b"
+MAX_COUNT = np.iinfo(np.int32).max
+
+
+def read_frames(file: str) -> Iterator[pd.DataFrame]:
+    """The rows of a CSV or (by its name) JSONL file in chunks; blank lines are skipped.
+
+    Cells are text (CSV) or what JSON makes of them; columns are those of the header or
+    of the first object. The index is the line number, from 1. At least one chunk comes,
+    without rows if there is only a header.
+    """
+    with _open_text(file) as handle:
+        if is_jsonl(file):
+            yield from _jsonl_frames(file, handle)
+        else:
+            yield from _csv_frames(file, handle)
+
+
+def is_jsonl(path: str | os.PathLike[str]) -> bool:
+    """Whether the name says JSON lines."""
+    return Path(path).name.removesuffix(".gz").endswith(".jsonl")
+
+
+def _csv_frames(file: str, handle: IO[str]) -> Iterator[pd.DataFrame]:
+    import pandas as pd
+
+    header: list[str] = []
+    line = 1
+    try:
+        # The header is read as a row: pandas would rename a column that comes twice.
+        for frame in pd.read_csv(
+            handle,
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            skipinitialspace=True,
+            chunksize=CHUNK_ROWS,
+        ):
+            frame.index = pd.RangeIndex(line, line + len(frame))
+            line += len(frame)
+            if not header:
+                header = [str(cell).strip() for cell in frame.iloc[0]]
+                frame = frame.iloc[1:]
+            frame.columns = pd.Index(header)
+            if (frame.iloc[:, 0] == "").any():
+                frame = frame[(frame != "").any(axis=1)]
+            yield frame
+    except pd.errors.EmptyDataError:
+        raise InvalidInput("empty file", file=file) from None
+    except pd.errors.ParserError as error:
+        raise _not_a_table(file, str(error)) from None
+
+
+def _not_a_table(file: str, text: str) -> InvalidInput:
+    what, line = text.strip().splitlines()[-1], None
+    if found := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", text):
+        what = f"{found[3]} cells, but the header has {found[1]}"
+        line = int(found[2])
+    elif found := re.search(r"inside string starting at row (\d+)", text):
+        what, line = "a quote is not closed", int(found[1]) + 1
+    return InvalidInput(f"not a CSV table: {what}", file=file, line=line)
+
+
+def _jsonl_frames(file: str, handle: IO[str]) -> Iterator[pd.DataFrame]:
+    import pandas as pd
+
+    header: list[str] | None = None
+    rows: dict[int, dict[str, Any]] = {}
+
+    def frame() -> pd.DataFrame:
+        table = pd.DataFrame(list(rows.values()), columns=header, dtype=object)
+        table.index = pd.Index(list(rows))
+        return table
+
+    for line, text in enumerate(handle, start=1):
+        if text.isspace():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            what = f"not valid JSON: {error}"
+            raise InvalidInput(what, file=file, line=line) from None
+        if not isinstance(row, dict):
+            raise InvalidInput("not a JSON object", file=file, line=line)
+        header = list(row) if header is None else header
+        rows[line] = row
+        if len(rows) == CHUNK_ROWS:
+            yield frame()
+            rows = {}
+    if header is None:
+        raise InvalidInput("empty file", file=file)
+    yield frame()
+
+
+@contextmanager
+def _open_text(file: str) -> Iterator[IO[str]]:
+    """The (decompressed) text of a file; what goes wrong is an `InvalidInput`."""
+    try:
+        with open(file, "rb") as raw:
+            start = raw.peek(2)[:2]
+            if file.endswith(".gz") and start not in (GZIP_MAGIC, b""):
+                raise gzip.BadGzipFile
+            plain = gzip.GzipFile(fileobj=raw) if start == GZIP_MAGIC else raw
+            with io.TextIOWrapper(plain, encoding="utf-8") as handle:
+                yield handle
+    except FileNotFoundError:
+        raise InvalidInput("no such file", file=file) from None
+    except IsADirectoryError:
+        raise InvalidInput("is a folder, a file is needed", file=file) from None
+    except UnicodeDecodeError:
+        raise InvalidInput(
+            "not UTF-8 text", file=file, hint="save it with the encoding UTF-8"
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise InvalidInput(
+            "not a whole gzip file", file=file, hint="is it cut off, or not compressed?"
+        ) from None
+
+
+def need_columns(
+    file: str, header: Sequence[str], needed: Sequence[str], also: Sequence[str] = ()
+) -> None:
+    """Each needed column is there once, else `InvalidInput`; ``also`` are known too."""
+    for column in needed:
+        if header.count(column) > 1:
+            raise InvalidInput(f"two columns for {column!r}", file=file, line=1)
+        if column in header:
+            continue
+        hint = f"the columns are {','.join(needed)}"
+        for strange in set(header).difference(needed, also):
+            if get_close_matches(strange, [column]):
+                hint = f"did you mean it by {strange!r}?"
+        what = f"column {column!r} is missing"
+        raise InvalidInput(what, file=file, line=1, hint=hint)
+
+
+def check(
+    file: str,
+    column: pd.Series[Any],
+    wrong: NDArray[np.bool_],
+    what: str,
+    hint: str | None = None,
+) -> None:
+    """Raise `InvalidInput` at the first cell that is ``wrong``: "'x' is not a number"."""
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InvalidInput(
+            f"{str(column.iloc[row])!r} {what}",
+            file=file,
+            line=int(column.index[row]),
+            field=str(column.name),
+            hint=hint,
+        )
+
+
+def numbers(file: str, column: pd.Series[Any], *, least: float = -np.inf) -> Floats:
+    """The column as finite numbers of at least ``least``."""
+    import pandas as pd
+
+    # As text first: to_numeric would take JSON's true for 1.
+    cells = pd.to_numeric(column.astype(str), errors="coerce")
+    values: Floats = cells.to_numpy(dtype=np.float64)
+    check(file, column, ~np.isfinite(values), "is not a finite number")
+    check(file, column, values < least, f"is less than {least:g}")
+    return values
+
+
+def counts(file: str, column: pd.Series[Any], *, least: int) -> Ints:
+    """The column as whole numbers of at least ``least`` that fit 32 bits."""
+    values = numbers(file, column)
+    wrong = (values < least) | (values > MAX_COUNT) | (values != np.floor(values))
+    check(file, column, wrong, f"is not a whole number from {least} to {MAX_COUNT}")
+    return values.astype(np.int32)
+
+
+def names(file: str, column: pd.Series[Any]) -> pd.Series[str]:
+    """The column as text without blanks around it; none may be empty."""
+    text = column.astype(str).str.strip()
+    check(file, column, (column.isna() | (text == "")).to_numpy(), "is not a name")
+    return text
+
+
+def write_file(path: str | os.PathLike[str], text: str) -> None:
+    """Write text, gzipped if the name says so: whole or not at all, same bytes always."""
+    target = Path(path)
+    if target.suffix != ".gz":
+        write_text(target, text)
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        # mtime 0: no time stamp in the header.
+        temporary.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
