@@ -217,6 +217,32 @@ class Board:
             if cost_s < total_s:
                 self.__dict__, total_s = without.__dict__, cost_s
 
+    def polish(self, trials: int) -> None:
+        """Move WARM replicas, one at a time, where the referee likes them better; the
+        scores of `prewarm` do not see which bursts come together. At most ``trials``
+        placements are tried."""
+        total_s = self.cost()
+        moved = True
+        while moved:
+            moved = False
+            warm = [r for held in self.of.values() for r in held if r.state == "WARM"]
+            for replica in warm:
+                for option, block in self.choices[replica.llm]:
+                    if block == replica.gpus or not self.serving.isdisjoint(block):
+                        continue
+                    other = self.copy()
+                    other.remove(replica)
+                    if not other.fits(option, block, "WARM"):
+                        continue
+                    if trials == 0:
+                        return
+                    trials -= 1
+                    other.add(option, block, "WARM")
+                    cost_s = other.cost()
+                    if cost_s < total_s:
+                        self.__dict__, total_s, moved = other.__dict__, cost_s, True
+                        break
+
     def _take(self, replica: Replica, state: State) -> bool:
         """Hold a replica of the placement before; False if it may not be held."""
         fleet = self.problem.fleet

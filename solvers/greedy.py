@@ -16,6 +16,9 @@ from foreserve.solvers.result import Schedule, Solved, SolveOptions, SolveReport
 from foreserve.solvers.shares import perfect_bound
 
 
+POLISH_TRIALS = 100
+
+
 def solve(
     problem: Problem, options: SolveOptions, start: Schedule | None = None
 ) -> Solved:
@@ -97,4 +100,6 @@ def _epoch(problem: Problem, epoch: int, before: Placement) -> Placement | None:
             variants += [warm, pruned]
     if not variants:
         return None
-    return min(variants, key=Board.cost).placement()
+    best = min(variants, key=Board.cost)
+    best.polish(POLISH_TRIALS)
+    return best.placement()

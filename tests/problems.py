@@ -86,11 +86,13 @@ def realistic(
 ) -> Problem:
     """LLMs of 3 to 70 billion parameters on 80 GiB GPUs, from an empty cluster.
 
-    The mean demand takes about ``busy`` of the GPUs; scenarios draw each LLM's peak at
-    one to five times its mean load, so bursts ask for 0 to a few instances each.
+    Half of the LLMs have a steady demand, about ``busy`` of the GPUs in all, and peaks
+    of one to five times their mean load; the others are asked for now and then only. GPU
+    hours and slowness count little, as where the GPUs are there anyway.
     """
     served, options, demand, loads = [], [], [], []
     share = rng.dirichlet(np.ones(llms)) * busy * sum(nodes)
+    share[llms // 2 :] = 0.0
     for i in range(llms):
         name = f"llm{i:02d}"
         kind = rng.choice(len(SIZES), p=[0.2, 0.35, 0.2, 0.15, 0.1])
@@ -117,8 +119,12 @@ def realistic(
         hours = np.arange(epochs) / 4
         day = 1 + 0.6 * np.sin((hours / 24 + rng.random()) * 2 * np.pi)
         demand.append(tuple(round_rate(rate_rps * level) for level in day))
-        bursts = np.clip(rng.lognormal(0.5, 0.6, (scenarios, 1)), 1, 5)
-        loads.append(rate_rps * 3 * exec_s * bursts * day)
+        if rate_rps > 0:
+            bursts = np.clip(rng.lognormal(0.5, 0.6, (scenarios, 1)), 1, 5)
+            loads.append(rate_rps * 3 * exec_s * bursts * day)
+        else:
+            asked = rng.random((scenarios, epochs)) < 0.4
+            loads.append(asked * rng.uniform(1, 50, (scenarios, epochs)))
         served.append(
             ServedLlm(
                 name=name,
@@ -134,7 +140,7 @@ def realistic(
             options=tuple(options),
         ),
         epoch_s=300.0,
-        prices=Prices(usd_s=1.0, slower_s=0.1),
+        prices=Prices(usd_s=0.1, load_s=0.05, demote_s=0.05, slower_s=0.01),
         demand_rps=tuple(demand),
         scenario_probability=(1 / scenarios,) * scenarios,
         peak_load=tuple(
