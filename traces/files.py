@@ -28,7 +28,7 @@ from foreserve.traces.trace import Floats, Ints
 if TYPE_CHECKING:
     import pandas as pd
 
-CHUNK_ROWS = 500_000
+CHUNK_ROWS = 200_000
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_COUNT = np.iinfo(np.int32).max
 

@@ -160,7 +160,8 @@ def _collect(file: str, chunks: Iterator[Rows], keep_failed: bool) -> Trace:
     import pandas as pd
 
     index: dict[str, int] = {}
-    parts: tuple[list[Any], ...] = ([], [], [], [])
+    # Buffers grow in place: a long trace is never in memory twice.
+    buffers = (bytearray(), bytearray(), bytearray(), bytearray())
     latest_s, failed = 0.0, 0
     for rows in chunks:
         if not len(rows.arrival_s):
@@ -184,30 +185,23 @@ def _collect(file: str, chunks: Iterator[Rows], keep_failed: bool) -> Trace:
         )
         succeeded = rows.output_tokens > 0
         failed += int((~succeeded).sum())
-        for part, column in zip(parts, columns, strict=True):
-            part.append(column if keep_failed else column[succeeded])
-    if not any(map(len, parts[0])):
+        for buffer, column in zip(buffers, columns, strict=True):
+            buffer += (column if keep_failed else column[succeeded]).tobytes()
+    if not buffers[0]:
         what = f"no requests in the file but {failed} failed ones (no output tokens)"
         raise InvalidInput(what, file=file)
     llms = tuple(sorted(index))
     order = np.empty(len(llms), dtype=np.int32)
     order[[index[name] for name in llms]] = np.arange(len(llms))
-    arrival_s, llm, inputs, outputs = (_joined(part) for part in parts)
+    llm, inputs, outputs = (np.frombuffer(each, np.int32) for each in buffers[1:])
     return Trace(
-        arrival_s=arrival_s,
+        arrival_s=np.frombuffer(buffers[0], np.float64),
         llm=order[llm],
         llms=llms,
         input_tokens=inputs,
         output_tokens=outputs,
         dropped=0 if keep_failed else failed,
     )
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Concatenate and empty the list: the pieces are not kept beside the whole."""
-    whole = np.concatenate(parts)
-    parts.clear()
-    return whole
 
 
 def write_trace(
