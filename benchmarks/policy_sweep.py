@@ -62,7 +62,10 @@ def main() -> None:
             )
             click.echo(json.dumps(rows[-1]))
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     plan = {
         key: value

@@ -15,7 +15,6 @@ from foreserve.solvers.board import Board
 from foreserve.solvers.result import Schedule, Solved, SolveOptions, SolveReport
 from foreserve.solvers.shares import perfect_bound
 
-
 POLISH_TRIALS = 100
 
 

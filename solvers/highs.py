@@ -132,7 +132,7 @@ def hand_over(m: Any) -> tuple[highspy.Highs, list[Any]]:
         upper.append(highspy.kHighsInf if high is None else pyo.value(high) - constant)
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(variables), len(lower)
-    bounds = [variable.bounds for variable in variables]
+    bounds = [(v.value, v.value) if v.fixed else v.bounds for v in variables]
     lp.col_lower_ = _array(-highspy.kHighsInf if b[0] is None else b[0] for b in bounds)
     lp.col_upper_ = _array(highspy.kHighsInf if b[1] is None else b[1] for b in bounds)
     lp.integrality_ = [

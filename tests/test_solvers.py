@@ -155,7 +155,9 @@ def test_solver_libraries_work_under_a_memory_cap(one: Problem) -> None:
 
 def test_no_child_is_left_after_ctrl_c() -> None:
     """An interrupted program takes the solving child with it."""
+    # A background job of a shell inherits an ignored SIGINT; a terminal's does not.
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from foreserve.solvers.base import SolverPool, SolveOptions\n"
         "from tests.test_solvers import problem, fleet, option\n"
         "pool = SolverPool('tests.fake_solvers:sleepy', SolveOptions(time_limit_s=60))\n"
