@@ -150,8 +150,9 @@ def client_day(
         exact = float(str(row.requests)) * scale
         count = int(exact) + int(rng.random() < exact - int(exact))
         cv = min(max(float(str(row.iat_cv)), 0.05), MAX_CV)
-        gaps = rng.gamma(1 / cv**2, 1.0, count + 1) + 1e-12
-        inside = np.cumsum(gaps)[:-1] / gaps.sum()
+        gaps = rng.gamma(1 / cv**2, 1.0, count) + 1e-12
+        # Turned by chance, else every window would begin with a burst, for all clients.
+        inside = (np.cumsum(gaps) / gaps.sum() + rng.random()) % 1.0
         arrivals.append(float(str(row.t_s)) - start_s + WINDOW_S * inside)
     arrival_s = np.round(np.sort(np.concatenate([*arrivals, np.zeros(0)])), 6)
     arrival_s = np.minimum(arrival_s, DAY_S - 1e-6)

@@ -228,6 +228,13 @@ def test_shipped_samples(name, llms):
     assert f"{len(trace):,} requests" in (path.parent / "README.md").read_text()
 
 
+def test_bursts_of_the_fleet_do_not_follow_the_recording():
+    """Counts were recorded per 600 s; the first second of such a window is like any
+    other: it has about 1 in 600 of the requests."""
+    at_s = read_trace(sample_path("fleet-day")).arrival_s % 600
+    assert (at_s < 1).mean() == pytest.approx(1 / 600, rel=0.5)
+
+
 def test_description_by_hand():
     """Gaps of 1, 1 and 4 s: CV sqrt(2)/2. Tokens 10: every quantile is 10. No minute has
     more than two requests."""
