@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from foreserve.models.llm import ModelSpec
 from foreserve.models.record import Record
-from foreserve.models.specs import GpuType, ModelSpec, Slo
+from foreserve.models.specs import GpuType, Slo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +144,7 @@ class Roofline:
         """Expected weight bytes an iteration of ``tokens`` tokens reads."""
         if llm.moe is None:
             return llm.weight_bytes
-        always = llm.active_params * llm.bytes_per_param
+        always = llm.active_weight_bytes
         one = llm.moe.experts_per_token / llm.moe.experts
         routed = llm.weight_bytes - always
         # `always` holds one token's experts; the rest is touched as tokens spread out.

@@ -1,4 +1,4 @@
-"""What an LLM, a GPU type, a node and a cluster ARE: static facts, no behaviour in time.
+"""What a GPU type, a node and a cluster ARE: static facts, no behaviour in time.
 
 Everything here is immutable and validated on construction: a `ClusterSpec` that exists is
 a usable one. Sizes are bytes, rates are per second, prices are US dollars per hour.
@@ -14,135 +14,6 @@ from typing import Any
 from foreserve.models.errors import InvalidInput
 from foreserve.models.record import Record
 
-TP_SIZES = (1, 2, 4, 8)
-"""Tensor-parallel sizes a plan may use; TP never crosses a node."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moe(Record):
-    """Mixture-of-experts feed-forward part of an LLM.
-
-    ``dense_layers`` of the first layers keep a dense feed-forward of the LLM's
-    ``intermediate`` width; each other layer routes a token to ``experts_per_token`` of
-    ``experts`` experts of width ``expert_intermediate``, plus ``shared_experts`` that
-    every token uses.
-    """
-
-    experts: int
-    experts_per_token: int
-    expert_intermediate: int
-    shared_experts: int = 0
-    dense_layers: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mla(Record):
-    """Multi-head latent attention: one latent per token instead of K and V per head."""
-
-    q_lora_rank: int | None = None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec(Record):
-    """Static facts of one LLM, under the names of a Hugging Face ``config.json``."""
-
-    name: str
-    hub_id: str
-    """Where the weights are published, e.g. ``meta-llama/Llama-3.1-8B-Instruct``."""
-    params: int
-    """Parameters in the checkpoint, as published."""
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    max_context_tokens: int
-    tied_embeddings: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    bytes_per_param: float = 2.0
-    kv_bytes_per_value: int = 2
-    moe: Moe | None = None
-    mla: Mla | None = None
-    tp: tuple[int, ...] = TP_SIZES
-    """TP sizes the engine accepts: each divides ``heads``."""
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """Field name -> where its value comes from; ``default`` covers the rest."""
-
-    def __post_init__(self) -> None:
-        bad = [k for k in self.tp if k not in TP_SIZES or self.heads % k]
-        if not self.tp or bad:
-            raise InvalidInput(
-                f"LLM {self.name!r}: tp {list(self.tp)} must be among {list(TP_SIZES)} "
-                f"and divide its {self.heads} attention heads"
-            )
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the whole checkpoint in the serving precision."""
-        return round(self.params * self.bytes_per_param)
-
-    def weight_bytes_per_gpu(self, tp: int) -> int:
-        """Bytes of one tensor-parallel shard (an even split)."""
-        return -(-self.weight_bytes // tp)
-
-    def kv_bytes_per_token_per_gpu(self, tp: int) -> int:
-        """KV-cache bytes one token takes on each of ``tp`` GPUs.
-
-        GQA splits the KV heads over the GPUs and repeats a head where there are fewer
-        heads than GPUs; MLA keeps its latent whole on every GPU.
-        """
-        if self.mla is not None:
-            values = self.mla.kv_lora_rank + self.mla.qk_rope_head_dim
-        else:
-            values = 2 * max(1, self.kv_heads // tp) * self.head_dim
-        return self.layers * values * self.kv_bytes_per_value
-
-    @property
-    def active_params(self) -> int:
-        """Parameters one token is multiplied with (differs from `params` for MoE)."""
-        if self.moe is None:
-            return self.params
-        idle = self.moe.experts - self.moe.experts_per_token
-        per_expert = 3 * self.hidden * self.moe.expert_intermediate
-        return self.params - (self.layers - self.moe.dense_layers) * idle * per_expert
-
-    def params_from_shape(self) -> int:
-        """Count the parameters from the shape; the catalogue's test of `params`."""
-        h, m = self.hidden, self.moe
-        if self.mla is not None:
-            a = self.mla
-            q_dim = self.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
-            q = (
-                h * q_dim
-                if a.q_lora_rank is None
-                else h * a.q_lora_rank + a.q_lora_rank + a.q_lora_rank * q_dim
-            )
-            kv = h * (a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank
-            kv += a.kv_lora_rank * self.heads * (a.qk_nope_head_dim + a.v_head_dim)
-            attention = q + kv + self.heads * a.v_head_dim * h
-        else:
-            q_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            attention = 2 * h * q_dim + 2 * h * kv_dim
-            attention += (q_dim + 2 * kv_dim) * self.qkv_bias
-            attention += 2 * self.head_dim * self.qk_norm
-        dense = 3 * h * self.intermediate
-        if m is None:
-            feed_forward = self.layers * dense
-        else:
-            expert = 3 * h * m.expert_intermediate
-            routed = (m.experts + m.shared_experts) * expert + m.experts * h
-            feed_forward = m.dense_layers * dense
-            feed_forward += (self.layers - m.dense_layers) * routed
-        embeddings = self.vocab * h * (1 if self.tied_embeddings else 2)
-        return embeddings + h + self.layers * (attention + 2 * h) + feed_forward
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuType(Record):
@@ -153,11 +24,16 @@ class GpuType(Record):
     hbm_bytes_per_s: float
     bf16_flop_per_s: float
     """Dense tensor-core peak (no sparsity)."""
+    fp8_flop_per_s: float | None = None
+    """Dense FP8 peak; None where the GPU multiplies in no such type."""
+    fp4_flop_per_s: float | None = None
     gpu_link_bytes_per_s: float
     """Between GPUs of one node, per GPU and direction."""
     host_link_bytes_per_s: float
     """Host memory to GPU, per GPU and direction."""
     price_usd_per_h: float
+    kernels: str | None = None
+    """Name of the measured kernel tables of this GPU, e.g. ``h100_sxm``."""
     sources: Mapping[str, str] = field(default_factory=dict)
 
 

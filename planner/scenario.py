@@ -19,9 +19,10 @@ from pydantic import BeforeValidator
 from foreserve.models import catalog
 from foreserve.models.codec import read_text, structure
 from foreserve.models.errors import InvalidInput
+from foreserve.models.llm import ModelSpec
 from foreserve.models.problem import Prices
 from foreserve.models.record import Record
-from foreserve.models.specs import ClusterSpec, GpuType, ModelSpec, Node, Slo
+from foreserve.models.specs import ClusterSpec, GpuType, Node, Slo
 
 API_VERSION = "foreserve/v1alpha1"
 MAX_BYTES = 1_000_000

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterable
 from math import inf
 
 from foreserve.models import referee
+from foreserve.models.llm import TP_SIZES
 from foreserve.models.placement import Placement, Replica, ReplicaId, State
 from foreserve.models.problem import Problem, ReplicaOption, ServedLlm, held_bytes
-from foreserve.models.specs import TP_SIZES, GpuId, Node
+from foreserve.models.specs import GpuId, Node
 from foreserve.solvers.prewarm import Wanted, place
 from foreserve.solvers.shares import with_shares
 

@@ -9,7 +9,8 @@ import pytest
 
 from foreserve.models import catalog
 from foreserve.models.errors import InvalidInput
-from foreserve.models.specs import GpuType, ModelSpec
+from foreserve.models.llm import ModelSpec
+from foreserve.models.specs import GpuType
 
 LLAMA_3_8B = """
 name = "llama"
@@ -63,7 +64,7 @@ def test_every_number_of_an_llm_has_a_source(llm: ModelSpec) -> None:
     assert set(llm.sources) <= {"default"} | {f.name for f in fields(llm)}
     assert all(text.strip() for text in llm.sources.values())
     # config.json knows neither of these, so `default` must not stand in for it.
-    assert {"params", "bytes_per_param", "kv_bytes_per_value", "tp"} <= set(llm.sources)
+    assert {"params", "weight_dtype", "kv_bytes_per_value", "tp"} <= set(llm.sources)
 
 
 @each_gpu
@@ -124,9 +125,16 @@ def test_kv_bytes_per_token() -> None:
 
 
 def test_weight_bytes() -> None:
-    """Llama-2-7B is 13.5 GB in 16 bits; DeepSeek-V3 in FP8 is one byte per parameter."""
+    """Llama-2-7B is 13.5 GB in 16 bits; DeepSeek-V3 in FP8 blocks is a sum.
+
+    DeepSeek-V3: 2 x 129280 x 7168 embedding values, 58 x 256 x 7168 router values, norms
+    (123 x 7168 + 61 x 2048) and 14,848 biases take 2 bytes, the rest 1 + 4/16384.
+    """
     assert catalog.llm("llama-2-7b").weight_bytes == 13_476_831_232
-    assert catalog.llm("deepseek-v3").weight_bytes == 671_026_419_200
+    deepseek = catalog.llm("deepseek-v3")
+    wide = 2 * 129280 * 7168 + 58 * 256 * 7168 + 123 * 7168 + 61 * 2048 + 14_848
+    narrow = deepseek.params - wide
+    assert deepseek.weight_bytes == round(2 * wide + narrow * (1 + 4 / 16384))
 
 
 @pytest.mark.parametrize(

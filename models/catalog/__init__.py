@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from foreserve.models.codec import did_you_mean, structure
 from foreserve.models.errors import InvalidInput
-from foreserve.models.specs import GpuType, ModelSpec
+from foreserve.models.llm import ModelSpec
+from foreserve.models.specs import GpuType
 
 Entry = TypeVar("Entry", ModelSpec, GpuType)
 

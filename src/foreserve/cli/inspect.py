@@ -20,7 +20,8 @@ from foreserve.cli.common import (
     read_traces,
 )
 from foreserve.models.errors import InvalidInput
-from foreserve.models.specs import GpuType, ModelSpec
+from foreserve.models.llm import ModelSpec
+from foreserve.models.specs import GpuType
 
 
 @click.command(epilog="Example: plan init scenario.yaml")
