@@ -168,7 +168,7 @@ class ModelSpec(Record):
     def _splits_over(self, tp: int) -> bool:
         # MLA has no KV heads: each GPU keeps the latent whole.
         kv = self.mla is not None or self.kv_heads % tp == 0 or tp % self.kv_heads == 0
-        linear = self.linear is None or self.linear.value_heads % tp == 0
+        linear = self.linear is None or self.linear.key_heads % tp == 0
         return self.heads % tp == 0 and kv and linear
 
     def quantised(self, dtype: WeightDtype) -> ModelSpec:
