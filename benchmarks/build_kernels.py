@@ -143,9 +143,16 @@ def _tables(kind: str, table: pd.DataFrame):
         if "bmm_dtype" in table:
             table = table[table["bmm_dtype"] == dtype]
         for op, group in table.groupby("op_name"):
-            yield f"bmm.{op.removeprefix('mla_gen_')}", group, ["num_heads"], ["num_tokens"]
+            yield (
+                f"bmm.{op.removeprefix('mla_gen_')}",
+                group,
+                ["num_heads"],
+                ["num_tokens"],
+            )
     elif kind == "custom_allreduce":
-        if "backend" in table:  # eager rows measure the launch of the kernel, not its run
+        if (
+            "backend" in table
+        ):  # eager rows measure the launch of the kernel, not its run
             table = table[~table["backend"].astype(str).str.endswith("eager")]
         yield "all_reduce", table, ["num_gpus"], ["message_size"]
 
@@ -173,7 +180,9 @@ def _add(
         shapes = np.zeros((1, 0), dtype=np.int32)
     where = {tuple(key): i for i, key in enumerate(shapes.tolist())}
     log_ms = np.full((len(shapes), *(len(t) for t in ticks)), np.nan)
-    position = [np.searchsorted(t, grid[axis]) for t, axis in zip(ticks, axes, strict=True)]
+    position = [
+        np.searchsorted(t, grid[axis]) for t, axis in zip(ticks, axes, strict=True)
+    ]
     if shape:
         first = [where[tuple(key)] for key in grid[shape].to_numpy().tolist()]
     else:

@@ -11,6 +11,7 @@ ratio of the two rooflines and flagged as extrapolated.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -54,7 +55,10 @@ class Composer:
         prompts: ArrayLike = 0,
     ) -> dict[str, Answer]:
         """Seconds by part, over all layers; arguments broadcast to one shape."""
-        arrays = [np.asarray(x, dtype=np.float64) for x in (decodes, context, chunk, past, prompts)]
+        arrays = [
+            np.asarray(x, dtype=np.float64)
+            for x in (decodes, context, chunk, past, prompts)
+        ]
         b, c, p, s, n = np.broadcast_arrays(*arrays)
         llm = self.llm
         tokens = np.maximum(b + n * p, 1e-9)
@@ -130,11 +134,19 @@ class Composer:
         kv = max(1, llm.kv_heads // self.tp)
         cache = "fp8" if llm.kv_bytes_per_value == 1 else "bf16"
         dims = sorted(
-            {int(name.split(".")[1]) for name in self.kernels.tables if name.startswith(phase + ".")},
+            {
+                int(name.split(".")[1])
+                for name in self.kernels.tables
+                if name.startswith(phase + ".")
+            },
             key=lambda dim: abs(np.log(dim / llm.head_dim)),
         )
         dim = dims[0]
-        names = [f"{phase}.{dim}.{w}.{kind}" for w in (window or 0, 0) for kind in (cache, "bf16")]
+        names = [
+            f"{phase}.{dim}.{w}.{kind}"
+            for w in (window or 0, 0)
+            for kind in (cache, "bf16")
+        ]
         found = self.kernels.find(*names)
         assert found is not None, "every set of tables has plain attention"
         table, exact = found
@@ -147,7 +159,9 @@ class Composer:
         if (values, kv_values) != (near, near_values):
             exact = False
         asked = self._attention_roof(self.gpu, phase, batch, length, values, kv_values)
-        had = self._attention_roof(self.kernels.peaks, phase, batch, length, near, near_values)
+        had = self._attention_roof(
+            self.kernels.peaks, phase, batch, length, near, near_values
+        )
         return _scaled(answer, asked / had, exact)
 
     def _attention_roof(
@@ -183,11 +197,15 @@ class Composer:
             answer = table.at(row, batch, length)
             shape = (llm.hidden, mla.q_lora_rank or 0)
             tokens = batch * (length if phase == "context" else 1)
-            asked = self._latent_roof(self.gpu, phase, batch, length, tokens, heads, shape)
+            asked = self._latent_roof(
+                self.gpu, phase, batch, length, tokens, heads, shape
+            )
             had = self._latent_roof(
                 self.kernels.peaks, phase, batch, length, tokens, near, _DEEPSEEK
             )
-            return _scaled(answer, asked / had, exact and near == heads and shape == _DEEPSEEK)
+            return _scaled(
+                answer, asked / had, exact and near == heads and shape == _DEEPSEEK
+            )
         core = self.kernels.find(f"{phase}_latent.bf16")
         assert core is not None, "every set of tables has latent attention"
         row, near, _ = _nearest_heads(core[0], heads, heads)
@@ -204,7 +222,11 @@ class Composer:
         assert mla is not None
         q = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
         latent = mla.kv_lora_rank + mla.qk_rope_head_dim
-        shapes = [(q, q_rank), (q_rank + latent, hidden)] if q_rank else [(q + latent, hidden)]
+        shapes = (
+            [(q, q_rank), (q_rank + latent, hidden)]
+            if q_rank
+            else [(q + latent, hidden)]
+        )
         up = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
         return [*shapes, (up, mla.kv_lora_rank), (hidden, heads * mla.v_head_dim)]
 
@@ -221,7 +243,9 @@ class Composer:
         mla, dtype = self.llm.mla, self.llm.weight_dtype
         assert mla is not None
         weights = sum(n * k for n, k in self._latent_gemms(heads, *shape))
-        linear = peaks.roof_s(dtype, 2 * tokens * weights, weights * BYTES_PER_WEIGHT[dtype])
+        linear = peaks.roof_s(
+            dtype, 2 * tokens * weights, weights * BYTES_PER_WEIGHT[dtype]
+        )
         if phase == "generation":
             latent = mla.kv_lora_rank + mla.qk_rope_head_dim
             flop = 2 * batch * length * heads * (latent + mla.kv_lora_rank)
@@ -302,14 +326,18 @@ class Composer:
         if row is None:
             log = np.log(table.shapes) - np.log(np.asarray(asked))
             row, exact = int(np.abs(log).sum(axis=1).argmin()), False
-        kind = _name(self.kernels, table).split(".")[1]
+        kind = cast("WeightDtype", _name(self.kernels, table).split(".")[1])
         near = table.shapes[row].tolist()
         roof = self._moe_roof(self.gpu, dtype, tokens, asked)
         had = self._moe_roof(self.kernels.peaks, kind, tokens, near)
         return total + _scaled(table.at(row, tokens), roof / had, exact)
 
     def _moe_roof(
-        self, peaks: Peaks, dtype: str, tokens: Floats, shape: list[int] | tuple[int, ...]
+        self,
+        peaks: Peaks,
+        dtype: WeightDtype,
+        tokens: Floats,
+        shape: list[int] | tuple[int, ...],
     ) -> Floats:
         hidden, inter, topk, experts, tp, ep = shape
         weights = (3 if self.llm.gated else 2) * hidden * inter / tp
@@ -323,7 +351,7 @@ class Composer:
         found = self.kernels.find(*(f"gemm.{kind}" for kind in _FALLBACK[dtype]))
         assert found is not None, "every set of tables has a bf16 GEMM"
         table, exact = found
-        kind = _name(self.kernels, table).split(".")[1]
+        kind = cast("WeightDtype", _name(self.kernels, table).split(".")[1])
         # Beyond the grid (vocabularies) columns are computed side by side.
         pieces = int(np.ceil(n / np.exp(table.axes[1][-1]) - 1e-9))
         answer = table.at(0, m, n / pieces, k).times(pieces)
@@ -332,7 +360,7 @@ class Composer:
         return _scaled(answer, asked / had, exact)
 
     def _gemm_roof(
-        self, peaks: Peaks, dtype: str, m: Floats, n: float, k: float
+        self, peaks: Peaks, dtype: WeightDtype, m: Floats, n: float, k: float
     ) -> Floats:
         moved = n * k * BYTES_PER_WEIGHT[dtype] + 2 * m * (n + k)
         return peaks.roof_s(dtype, 2 * m * n * k, moved)
@@ -373,4 +401,3 @@ def _where(condition: np.ndarray, answer: Answer) -> Answer:
     return Answer(
         np.where(condition, answer.seconds, 0.0), answer.extrapolated & condition
     )
-

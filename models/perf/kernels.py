@@ -46,11 +46,8 @@ class Answer:
             self.seconds + other.seconds, self.extrapolated | other.extrapolated
         )
 
-    def times(self, factor: ArrayLike) -> Answer:
+    def times(self, factor: float) -> Answer:
         return Answer(self.seconds * factor, self.extrapolated)
-
-    def flagged(self) -> Answer:
-        return Answer(self.seconds, np.ones_like(self.extrapolated))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,9 +84,9 @@ class Table:
                 up = corner >> bit & 1
                 weight = weight * (share if up else 1 - share)
                 index.append(low + up)
-            at = (row, *index)
-            log_s = log_s + weight * self.log_s[at]
-            outside = outside | (self.filled[at] & (np.abs(weight) > 0.01))
+            at = tuple(index)
+            log_s = log_s + weight * self.log_s[row][at]
+            outside = outside | (self.filled[row][at] & (np.abs(weight) > 0.01))
         return Answer(np.exp(log_s), outside)
 
 
@@ -163,7 +160,9 @@ def kernels(gpu: str, backend: str) -> Kernels | None:
         versions = dict(
             part.split("=") for part in str(arrays["versions"]).split(";") if part
         )
-        names = [key.removesuffix("/values") for key in arrays if key.endswith("/values")]
+        names = [
+            key.removesuffix("/values") for key in arrays if key.endswith("/values")
+        ]
         tables = {name: _table(arrays.__getitem__, name) for name in names}
         peaks = Peaks(*(float(peak) for peak in arrays["peaks"]))
     return Kernels(f"{gpu}/{backend} {versions.get('gemm', '')}", peaks, tables)
@@ -172,7 +171,7 @@ def kernels(gpu: str, backend: str) -> Kernels | None:
 def _table(read: Callable[[str], object], name: str) -> Table:
     code = cast("NDArray[np.uint16]", read(f"{name}/values"))
     log_ms = (code & ~FILLED).astype(np.float32) / _STEPS_PER_E + _LOW_LOG_MS
-    axes = []
+    axes: list[Floats] = []
     while len(axes) < code.ndim - 1:
         tick = cast("NDArray[np.int32]", read(f"{name}/axis{len(axes)}"))
         axes.append(np.log(np.maximum(tick, 1).astype(np.float64)))

@@ -1,9 +1,9 @@
 """The measured cost model: composed kernels plus what an engine adds to them.
 
-An iteration takes ``kernels * kernel_factor + layers * layer_s + step_s``: launches,
-normalisation and sampling are not in the kernel tables, so they are fitted, one set of
-three numbers for each engine, on deployments that are never those it is judged by
-(`data/corrections.json`, written by `plan perf calibrate` and benchmarks/fit_corrections.py).
+A decode step takes ``kernels * kernel_factor + layers * layer_s + step_s``; prompt tokens
+add their kernels times ``prefill_factor``. Launches, normalisation, scheduling and HTTP
+are in no kernel table, so they are fitted (`calibrate`), never on the deployments that
+the model is judged by.
 """
 
 from __future__ import annotations
@@ -17,22 +17,37 @@ from numpy.typing import ArrayLike
 from foreserve.models.errors import InvalidInput
 from foreserve.models.llm import ModelSpec
 from foreserve.models.perf.compose import Composer
-from foreserve.models.perf.kernels import Answer, Peaks, kernels
+from foreserve.models.perf.kernels import Answer, Bools, Floats, Peaks, kernels
 from foreserve.models.perf.timing import Estimate
 from foreserve.models.record import Record
 from foreserve.models.specs import GpuType
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corrections(Record):
-    """What an engine adds to its kernels."""
+    """What an engine adds to its kernels.
+
+    The defaults are typical of a tuned engine with CUDA graphs and stand where nothing
+    was measured.
+    """
 
     kernel_factor: float = 1.0
+    """On the kernels of a decode step."""
     prefill_factor: float = 1.0
-    layer_s: float = 0.0
-    step_s: float = 0.0
-    request_s: float = 0.0
-    interval: tuple[float, float] = (0.8, 1.25)
-    source: str = "uncorrected"
+    """On the kernels that prompt tokens add."""
+    layer_s: float = 3e-6
+    """Normalisation, rotary embedding, activation and launches, per layer."""
+    step_s: float = 0.5e-3
+    """Scheduling, sampling and input preparation, per iteration."""
+    request_s: float = 15e-3
+    """HTTP, tokenisation and the way to the scheduler, per request."""
+    admission_steps: float = 0.0
+    """Decode steps until a request is seen or its first token sent (polling, batches of
+    streamed tokens)."""
+    ttft_interval: tuple[float, float] = (0.4, 2.5)
+    tpot_interval: tuple[float, float] = (0.7, 1.4)
+    """Factors between which 9 of 10 measurements lie."""
+    source: str = "typical"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,12 +82,13 @@ class MeasuredTiming:
     def prefill(
         self, tokens: ArrayLike, *, past: ArrayLike = 0, prompts: ArrayLike = 1
     ) -> Estimate:
-        return self._estimate(
-            self.composer.parts(chunk=tokens, past=past, prompts=prompts)
-        )
+        parts = self.composer.parts(chunk=tokens, past=past, prompts=prompts)
+        total, outside = _sum(parts)
+        return self._estimate(total * self.corrections.prefill_factor, outside)
 
     def decode(self, batch: ArrayLike, context: ArrayLike) -> Estimate:
-        return self._estimate(self.composer.parts(decodes=batch, context=context))
+        total, outside = _sum(self.composer.parts(decodes=batch, context=context))
+        return self._estimate(total * self.corrections.kernel_factor, outside)
 
     def mixed(
         self,
@@ -81,16 +97,25 @@ class MeasuredTiming:
         tokens: ArrayLike,
         *,
         past: ArrayLike = 0,
+        prompts: ArrayLike = 1,
     ) -> Estimate:
-        return self._estimate(
-            self.composer.parts(
-                decodes=batch, context=context, chunk=tokens, past=past, prompts=1
-            )
+        parts = self.composer.parts(
+            decodes=batch, context=context, chunk=tokens, past=past, prompts=prompts
         )
-
-    def _estimate(self, parts: dict[str, Answer]) -> Estimate:
+        total, outside = _sum(parts)
+        alone, _ = _sum(self.composer.parts(decodes=batch, context=context))
         c = self.corrections
-        total = sum(part.seconds for part in parts.values())
-        seconds = total * c.kernel_factor + self.llm.layers * c.layer_s + c.step_s
-        outside = np.logical_or.reduce([part.extrapolated for part in parts.values()])
-        return Estimate.within(seconds, c.interval, outside, self.source)
+        added = np.maximum(total - alone, 0.0) * c.prefill_factor
+        return self._estimate(alone * c.kernel_factor + added, outside)
+
+    def _estimate(self, seconds: Floats, outside: Bools) -> Estimate:
+        c = self.corrections
+        seconds = seconds + self.llm.layers * c.layer_s + c.step_s
+        return Estimate.within(seconds, c.tpot_interval, outside, self.source)
+
+
+def _sum(parts: dict[str, Answer]) -> tuple[Floats, Bools]:
+    answers = list(parts.values())
+    seconds = np.sum([answer.seconds for answer in answers], axis=0)
+    outside = np.logical_or.reduce([answer.extrapolated for answer in answers])
+    return seconds, outside

@@ -71,6 +71,7 @@ class Timing(Protocol):
         tokens: ArrayLike,
         *,
         past: ArrayLike = 0,
+        prompts: ArrayLike = 1,
     ) -> Estimate:
-        """One decode step that also works on a chunk of ``tokens`` prompt tokens."""
+        """One decode step that also works on ``prompts`` chunks of ``tokens`` tokens."""
         ...

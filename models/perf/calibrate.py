@@ -1,0 +1,209 @@
+"""Fit what an engine adds to its kernels, from measurements.
+
+TTFT and TPOT of a closed-loop run are close to linear in the corrections, so a
+measurement is one row of a small linear system: its prediction with the default
+corrections, and the slopes. The fit is a robust regression of *relative* errors (medians,
+not means: single runs are far off for reasons of their own), in which each group of
+measurements counts alike, pulled towards the defaults as by a few measurements.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreserve.models.perf.closed_loop import Benchmark, Scheduler, SteadyState, play
+from foreserve.models.perf.kernels import Floats
+from foreserve.models.perf.measured import Corrections, MeasuredTiming
+
+FITTED = (
+    "kernel_factor",
+    "prefill_factor",
+    "layer_s",
+    "step_s",
+    "request_s",
+    "admission_steps",
+)
+_DEFAULTS = np.array([getattr(Corrections(), name) for name in FITTED])
+_DOUBTS = np.array([0.15, 0.15, 3e-6, 0.5e-3, 10e-3, 10.0])
+"""How far each correction may plausibly lie from its default."""
+_LEAST = np.array([0.6, 0.6, 0.0, 0.0, 0.0, 0.0])
+_TTFT_WEIGHT = 0.5
+"""TTFT scatters more than TPOT between repeats of one run."""
+_PRIOR_RUNS = 2.0
+"""Runs that the defaults weigh as much as."""
+_OUTLIER = 0.7
+"""Relative error (logarithm) from which a run has next to no say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Deployment:
+    """A closed-loop run on real GPUs, as far as it is known."""
+
+    timing: MeasuredTiming
+    run: Benchmark
+    scheduler: Scheduler
+    kv_tokens: float
+    ttft_s: float
+    tpot_s: float
+    group: Hashable
+    """What is held out together, e.g. (GPU, LLM)."""
+
+    def predict(self, corrections: Corrections) -> SteadyState:
+        """Play the run with ``corrections``; every call meets the same arrivals."""
+        return play(
+            replace(self.timing, corrections=corrections),
+            self.run,
+            self.scheduler,
+            kv_tokens=self.kv_tokens,
+            rng=np.random.default_rng(0),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slopes:
+    """Predictions of many runs, linear in the corrections: ``at + by @ corrections``."""
+
+    groups: NDArray[np.int64]
+    ttft_s: Floats
+    tpot_s: Floats
+    ttft_at: Floats
+    tpot_at: Floats
+    ttft_by: Floats
+    tpot_by: Floats
+
+    @classmethod
+    def of(
+        cls,
+        deployments: Sequence[Deployment],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Slopes:
+        base = Corrections()
+        names: dict[Hashable, int] = {}
+        n, m = len(deployments), len(FITTED)
+        at, by = np.zeros((2, n)), np.zeros((2, n, m))
+        for i, deployment in enumerate(deployments):
+            names.setdefault(deployment.group, len(names))
+            first = deployment.predict(base)
+            at[:, i] = first.ttft_s, first.tpot_s
+            for j, name in enumerate(FITTED):
+                if name in ("request_s", "admission_steps"):
+                    continue
+                step = _DOUBTS[j]
+                moved = replace(base, **{name: _DEFAULTS[j] + step})
+                other = deployment.predict(moved)
+                by[0, i, j] = (other.ttft_s - first.ttft_s) / step
+                by[1, i, j] = (other.tpot_s - first.tpot_s) / step
+            # These two are added to the TTFT as they are (`play`).
+            by[0, i, FITTED.index("request_s")] = 1.0
+            by[0, i, FITTED.index("admission_steps")] = first.tpot_s
+            progress(i + 1)
+        at -= np.einsum("inj,j->in", by, _DEFAULTS)
+        return cls(
+            groups=np.array([names[d.group] for d in deployments], dtype=np.int64),
+            ttft_s=np.array([d.ttft_s for d in deployments]),
+            tpot_s=np.array([d.tpot_s for d in deployments]),
+            ttft_at=at[0],
+            tpot_at=at[1],
+            ttft_by=by[0],
+            tpot_by=by[1],
+        )
+
+    def select(self, rows: NDArray[np.bool_]) -> Slopes:
+        return Slopes(
+            *(getattr(self, name)[rows] for name in self.__dataclass_fields__)
+        )
+
+    def log_errors(self, corrections: Floats) -> tuple[Floats, Floats]:
+        """Logarithms of predicted over measured TTFT and TPOT."""
+        ttft = self.ttft_at + self.ttft_by @ corrections
+        tpot = self.tpot_at + self.tpot_by @ corrections
+        return (
+            np.log(np.maximum(ttft / self.ttft_s, 1e-2)),
+            np.log(np.maximum(tpot / self.tpot_s, 1e-2)),
+        )
+
+
+def fit(slopes: Slopes) -> Floats:
+    """Corrections in the order of `FITTED` with the least robust relative error."""
+    by = np.vstack(
+        [
+            slopes.ttft_by / slopes.ttft_s[:, None],
+            slopes.tpot_by / slopes.tpot_s[:, None],
+        ]
+    )
+    to = np.concatenate(
+        [1 - slopes.ttft_at / slopes.ttft_s, 1 - slopes.tpot_at / slopes.tpot_s]
+    )
+    _, index, sizes = np.unique(slopes.groups, return_inverse=True, return_counts=True)
+    share = len(slopes.groups) / len(sizes) / sizes[index]
+    say = np.concatenate([_TTFT_WEIGHT * share, share])
+    found: Floats = _DEFAULTS.copy()
+    for _ in range(40):
+        error = np.log(np.maximum(by @ found - to + 1, 0.05))
+        size = np.maximum(np.abs(error), 0.03)
+        # Least absolute deviations as reweighted least squares; the second factor
+        # carries the relative error over to its logarithm.
+        weight = say / size * np.where(size > _OUTLIER, 0.05, 1.0)
+        weight = weight / np.maximum(1 + error / 2, 0.3) ** 2
+        pull = _PRIOR_RUNS / _DOUBTS**2
+        after = _bounded_least_squares(by, to, weight, pull)
+        if np.abs((after - found) / _DOUBTS).max() < 1e-3:
+            return after
+        found = (found + after) / 2
+    return found
+
+
+def _bounded_least_squares(
+    by: Floats, to: Floats, weight: Floats, pull: Floats
+) -> Floats:
+    """min weight . (by x - to)^2 + pull . (x - defaults)^2 over x >= least, exactly.
+
+    Six unknowns: the best of all choices of which of them sit on their bound.
+    """
+    square = by.T @ (by * weight[:, None]) + np.diag(pull)
+    right = by.T @ (to * weight) + pull * _DEFAULTS
+    best, best_loss = _LEAST, np.inf
+    for choice in itertools.product((True, False), repeat=len(FITTED)):
+        free = np.array(choice)
+        x = _LEAST.copy()
+        if free.any():
+            rest = right[free] - square[np.ix_(free, ~free)] @ x[~free]
+            x[free] = np.linalg.solve(square[np.ix_(free, free)], rest)
+            if (x[free] < _LEAST[free]).any():
+                continue
+        loss = float(x @ square @ x - 2 * right @ x)
+        if loss < best_loss:
+            best, best_loss = x, loss
+    return best
+
+
+def interval(log_errors: Floats, coverage: float = 0.9) -> tuple[float, float]:
+    """Factors on a prediction between which ``coverage`` of the measurements lie."""
+    tail = (1 - coverage) / 2
+    low, high = np.quantile(-log_errors, [tail, 1 - tail])
+    return float(min(1.0, np.exp(low))), float(max(1.0, np.exp(high)))
+
+
+def corrections(
+    found: Floats,
+    *,
+    ttft_interval: tuple[float, float],
+    tpot_interval: tuple[float, float],
+    source: str,
+) -> Corrections:
+    """The fitted numbers as a value, with the intervals of their errors."""
+    values = {
+        name: float(f"{value:.4g}") for name, value in zip(FITTED, found, strict=True)
+    }
+    return replace(
+        Corrections(),
+        **values,
+        ttft_interval=ttft_interval,
+        tpot_interval=tpot_interval,
+        source=source,
+    )
