@@ -114,6 +114,17 @@ class _Reader:
             raise InvalidInput("required key is missing", field=names[0], hint=hint)
         return default
 
+    def count(self, name: str) -> int:
+        """The whole number at ``name``; 0 where it is missing, null or 0."""
+        return self.number(name) if self.config.get(name) else 0
+
+    def listed(self, name: str) -> list[Any] | None:
+        """The list at ``name``, if there is one."""
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, list):
+            raise InvalidInput(f"a list is expected, got {value!r}", field=name)
+        return value
+
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.config.get(name)
         return default if value is None else bool(value)
@@ -201,39 +212,30 @@ class _Reader:
         return default or "head"
 
     def _moe(self) -> Moe | None:
-        names = (
-            "n_routed_experts",
-            "num_experts",
-            "num_local_experts",
-            "moe_num_experts",
-        )
-        experts = next((self.config[n] for n in names if self.config.get(n)), 0)
-        if not isinstance(experts, int) or experts <= 1:
+        names = ("n_routed_experts", "num_experts", "num_local_experts")
+        experts = next((self.number(n) for n in names if self.config.get(n)), 1)
+        if experts == 1:
             return None
-        per_token = (
-            "num_experts_per_tok",
-            "experts_per_token",
-            "num_experts_per_token",
-        )
+        per_token = self.number("num_experts_per_tok", "experts_per_token")
+        if per_token > experts:
+            raise InvalidInput(
+                f"{per_token} of {experts} experts", field="num_experts_per_tok"
+            )
         width = self.number("moe_intermediate_size", "intermediate_size")
-        shared = self.config.get("n_shared_experts") or self.config.get(
-            "num_shared_experts"
-        )
-        if not shared:
-            keys = ("shared_expert_intermediate_size", "shared_intermediate_size")
-            key = next((k for k in keys if self.config.get(k)), keys[0])
-            total = self.config.get(key) or 0
-            if total % width:
+        shared = self.count("n_shared_experts") or self.count("num_shared_experts")
+        for key in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+            if shared:
+                break
+            shared, rest = divmod(self.count(key), width)
+            if rest:
                 raise InvalidInput(
-                    f"{total} is not a multiple of the experts' width {width}",
-                    field=key,
+                    f"not a multiple of the experts' width {width}", field=key
                 )
-            shared = total // width
         if self.model_type == "llama4_text":
             shared = 1
         return Moe(
             experts=experts,
-            experts_per_token=self.number(*per_token),
+            experts_per_token=per_token,
             expert_intermediate=width,
             shared_experts=shared,
             dense_layers=self._dense_layers(),
@@ -241,16 +243,14 @@ class _Reader:
 
     def _dense_layers(self) -> int:
         """Layers without experts, by any of the ways in which families say it."""
-        pattern = self.config.get("moe_layer_freq", 1)
-        if isinstance(pattern, list):
+        pattern = self.config.get("moe_layer_freq")
+        if isinstance(pattern, list) and len(pattern) == self.layers:
             return self.layers - sum(map(bool, pattern))
-        first = self.config.get("first_k_dense_replace") or 0
-        period = pattern if pattern != 1 else self.config.get("decoder_sparse_step", 1)
-        period = self.config.get("interleave_moe_layer_step", period)
-        if not isinstance(first, int) or not isinstance(period, int) or period < 1:
-            raise InvalidInput("not a pattern of layers", field="moe_layer_freq")
+        first = min(self.layers, self.count("first_k_dense_replace"))
+        names = ("interleave_moe_layer_step", "moe_layer_freq", "decoder_sparse_step")
+        period = max(self.count(name) for name in names) or 1
         if period == 1:
-            listed = self.config.get("mlp_only_layers") or ()
+            listed = self.listed("mlp_only_layers") or ()
             return min(self.layers, first + len(listed))
         return self.layers - (self.layers - first) // period
 
@@ -271,7 +271,7 @@ class _Reader:
 
     def _layer_types(self) -> list[str]:
         """What each layer attends with: full, a window, or linear attention."""
-        types = self.config.get("layer_types")
+        types = self.listed("layer_types")
         if types is None:
             if "linear_num_value_heads" in self.config:
                 return self._periodic("full_attention_interval", "linear_attention", 4)
@@ -294,8 +294,8 @@ class _Reader:
 
     def _periodic(self, key: str, other: str, default: int) -> list[str]:
         """Every n-th layer is full attention (n of ``key``), the rest ``other``."""
-        period = self.config.get(key, default) or self.layers + 1
-        full = self.layers // int(period)
+        period = self.number(key, default=default)
+        full = self.layers // period if period else 0
         return ["full_attention"] * full + [other] * (self.layers - full)
 
     def _window_tokens(self) -> int | None:
@@ -332,14 +332,17 @@ class _Reader:
         )
 
     def _weight_types(self, moe: Moe | None) -> WeightTypes:
-        found = self.config.get("quantization_config")
-        found = found or self.config.get("compression_config")
+        names = ("quantization_config", "compression_config")
+        name = next((n for n in names if self.config.get(n)), names[0])
+        found = self.config.get(name)
+        if found is not None and not isinstance(found, dict):
+            raise InvalidInput("a mapping is expected", field=name)
         try:
             return weight_types(found, experts=moe is not None)
         except InvalidInput as error:
             raise InvalidInput(
                 error.message,
-                field=f"quantization_config.{error.field}",
+                field=f"{name}.{error.field}",
                 hint=error.hint,
             ) from None
 

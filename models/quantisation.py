@@ -57,7 +57,8 @@ def weight_types(config: Mapping[str, Any] | None, *, experts: bool) -> WeightTy
     if not config:
         return WeightTypes()
     # ModelOpt's own file, hf_quant_config.json, nests what config.json has flat.
-    config = {**config, **config.get("quantization", {})}
+    inner = config.get("quantization")
+    config = {**config, **inner} if isinstance(inner, Mapping) else config
     dtype = _dtype(config)
     kv = 1 if _has_fp8_cache(config) else 2
     if not _keeps_attention(config):
@@ -101,9 +102,11 @@ def _dtype(config: Mapping[str, Any]) -> WeightDtype:
     return "fp8_block" if dtype == "fp8" and config.get("weight_block_size") else dtype
 
 
-def _of_groups(groups: Mapping[str, Any]) -> WeightDtype:
+def _of_groups(groups: object) -> WeightDtype:
     """The one weight type of compressed-tensors' ``config_groups``."""
-    found = {_of_group(group.get("weights") or {}) for group in groups.values()}
+    listed = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [g.get("weights") if isinstance(g, Mapping) else None for g in listed]
+    found = {_of_group(w) if isinstance(w, Mapping) else None for w in weights}
     if len(found) != 1 or None in found:
         raise InvalidInput(
             "the weight types of its groups are unknown or differ",
@@ -139,7 +142,9 @@ def _ignore_field(config: Mapping[str, Any]) -> str:
 
 def _keeps_attention(config: Mapping[str, Any]) -> bool:
     """Whether whole attention blocks are left out (not only norms or an indexer)."""
-    left_out = config.get(_ignore_field(config)) or ()
+    left_out = config.get(_ignore_field(config))
+    if not isinstance(left_out, list):
+        return False
     return any(
         re.search(r"(self_attn|attention)[.*]*$", str(name)) for name in left_out
     )

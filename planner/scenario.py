@@ -139,7 +139,8 @@ class LlmPart(Record):
 
     name: str
     llm: str | None = None
-    """Catalogue name, where it differs from ``name``."""
+    """Catalogue name, where it differs from ``name``; or a path, relative to the scenario,
+    of a catalogue file or a ``config.json``."""
     spec: ModelSpec | None = None
     """Full description, for an LLM that is not in the catalogue."""
     tp: tuple[int, ...] | None = None
@@ -280,10 +281,20 @@ def parse_scenario(text: str, file: str | None = None) -> Scenario:
             file=file,
             hint="`plan init` writes a commented scenario to start from",
         )
+    _resolve_paths(plain.get("spec", plain), file)
     if "spec" in plain:
         envelope: _Envelope = structure(_Envelope, plain, text=text, file=file)
         return envelope.spec
     return structure(Scenario, plain, text=text, file=file)
+
+
+def _resolve_paths(spec: object, file: str | None) -> None:
+    """Make the paths of LLMs, which are relative to ``file``, paths from here."""
+    parts = spec.get("models") if isinstance(spec, dict) else None
+    for part in parts if isinstance(parts, list) else ():
+        llm = part.get("llm") if isinstance(part, dict) else None
+        if isinstance(llm, str) and catalog.is_path(llm):
+            part["llm"] = os.path.join(os.path.dirname(file or ""), llm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ VERBS = {
     "demo": "foreserve.cli.demo:demo",
     "init": "foreserve.cli.inspect:init",
     "validate": "foreserve.cli.inspect:validate",
-    "catalog": "foreserve.cli.inspect:catalog",
+    "catalog": "foreserve.cli.catalog:catalog",
     "trace": "foreserve.cli.inspect:trace",
     "solve": "foreserve.cli.solve:solve",
     "simulate": "foreserve.cli.simulate:simulate",

@@ -1,8 +1,7 @@
-"""`plan init`, `validate`, `catalog` and `trace`: look before you plan."""
+"""`plan init`, `validate` and `trace`: look before you plan."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -20,8 +19,6 @@ from foreserve.cli.common import (
     read_traces,
 )
 from foreserve.models.errors import InvalidInput
-from foreserve.models.llm import ModelSpec
-from foreserve.models.specs import GpuType
 
 
 @click.command(epilog="Example: plan init scenario.yaml")
@@ -89,87 +86,6 @@ def validate(
         click.echo(f"{path}: valid {found['kind']} ({facts})")
 
 
-@click.group(epilog="Example: plan catalog show llama-3.1-8b")
-def catalog() -> None:
-    """LLMs and GPU types that are known by name."""
-
-
-@catalog.command("list", epilog="Example: plan catalog list --json")
-@json_option
-def list_catalog(as_json: bool) -> None:
-    """All LLMs and GPU types."""
-    from rich.table import Table
-
-    from foreserve.models.catalog import gpus, llms
-
-    llm_rows = [
-        {
-            "name": llm.name,
-            "params": llm.params,
-            "active_params": llm.active_params,
-            "weights_gib": round(llm.weight_bytes / 2**30, 2),
-            "kv_kib_per_token": round(llm.kv_bytes_per_token_per_gpu(1) / 2**10, 1),
-            "tp": list(llm.tp),
-        }
-        for llm in llms()
-    ]
-    gpu_rows = [
-        {
-            "name": gpu.name,
-            "memory_gib": round(gpu.memory_bytes / 2**30, 1),
-            "hbm_tb_per_s": gpu.hbm_bytes_per_s / 1e12,
-            "bf16_tflop_per_s": gpu.bf16_flop_per_s / 1e12,
-            "price_usd_per_h": gpu.price_usd_per_h,
-        }
-        for gpu in gpus()
-    ]
-    if as_json:
-        echo_json({"llms": llm_rows, "gpus": gpu_rows})
-        return
-    out, _ = consoles(quiet=False)
-    for title, rows in (("LLMs", llm_rows), ("GPU types", gpu_rows)):
-        table = Table(title=title, title_justify="left", box=None)
-        for key in rows[0]:
-            table.add_column(key, justify="left" if key == "name" else "right")
-        for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
-        out.print(table)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-@catalog.command("show", epilog="Example: plan catalog show h100 --json")
-@click.argument("name")
-@json_option
-def show_catalog(name: str, as_json: bool) -> None:
-    """One LLM or GPU type, with the source of each number."""
-    from foreserve.models import catalog as known
-    from foreserve.models.codec import did_you_mean, to_json
-
-    items: dict[str, ModelSpec | GpuType] = {llm.name: llm for llm in known.llms()}
-    items |= {gpu.name: gpu for gpu in known.gpus()}
-    if name not in items:
-        hint = did_you_mean(name, list(items))
-        raise InvalidInput(f"{name!r} is not in the catalogue", hint=hint)
-    item = items[name]
-    if as_json:
-        click.echo(to_json(item), nl=False)
-        return
-    plain = json.loads(to_json(item))
-    sources = plain.pop("sources")
-    width = max(map(len, plain))
-    for key, value in plain.items():
-        source = sources.get(key, "")
-        shown = value if isinstance(value, str) else json.dumps(value)
-        click.echo(f"{key:<{width}}  {shown}" + (f"  [{source}]" if source else ""))
-    if "default" in sources:
-        click.echo(f"source of the rest: {sources['default']}")
-
-
 @click.group(epilog="Example: plan trace info sample:azure-2023")
 def trace() -> None:
     """Look at traces."""
@@ -204,4 +120,6 @@ def info(traces: tuple[str, ...], as_json: bool) -> None:
 
 
 def _number(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else _cell(value)
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
