@@ -20,18 +20,19 @@ from foreserve.models.perf.closed_loop import Benchmark, Scheduler, SteadyState,
 from foreserve.models.perf.kernels import Floats
 from foreserve.models.perf.measured import Corrections, MeasuredTiming
 
-FITTED = (
-    "kernel_factor",
-    "prefill_factor",
-    "layer_s",
-    "step_s",
-    "request_s",
-    "admission_steps",
-)
-_DEFAULTS = np.array([getattr(Corrections(), name) for name in FITTED])
-_DOUBTS = np.array([0.15, 0.15, 3e-6, 0.5e-3, 10e-3, 10.0])
+FITTED = ("kernel_factor", "prefill_factor", "layer_s", "step_s", "request_s")
+"""Corrections fitted for all engines together; `admission_steps` follows from how an
+engine polls and streams, so it is fitted for each."""
+_DOUBTS = {
+    "kernel_factor": 0.15,
+    "prefill_factor": 0.15,
+    "layer_s": 3e-6,
+    "step_s": 0.5e-3,
+    "request_s": 10e-3,
+    "admission_steps": 10.0,
+}
 """How far each correction may plausibly lie from its default."""
-_LEAST = np.array([0.6, 0.6, 0.0, 0.0, 0.0, 0.0])
+_LEAST = {"kernel_factor": 0.6, "prefill_factor": 0.6}
 _TTFT_WEIGHT = 0.5
 """TTFT scatters more than TPOT between repeats of one run."""
 _PRIOR_RUNS = 2.0
@@ -66,8 +67,12 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slopes:
-    """Predictions of many runs, linear in the corrections: ``at + by @ corrections``."""
+    """Predictions of many runs, linear in the corrections: ``at + by @ corrections``.
 
+    The corrections are those of `FITTED`, then `admission_steps` of each engine.
+    """
+
+    engines: tuple[str, ...]
     groups: NDArray[np.int64]
     ttft_s: Floats
     tpot_s: Floats
@@ -84,26 +89,29 @@ class Slopes:
     ) -> Slopes:
         base = Corrections()
         names: dict[Hashable, int] = {}
-        n, m = len(deployments), len(FITTED)
+        engines = tuple(sorted({d.timing.engine for d in deployments}))
+        n, m = len(deployments), len(FITTED) + len(engines)
         at, by = np.zeros((2, n)), np.zeros((2, n, m))
         for i, deployment in enumerate(deployments):
             names.setdefault(deployment.group, len(names))
             first = deployment.predict(base)
             at[:, i] = first.ttft_s, first.tpot_s
             for j, name in enumerate(FITTED):
-                if name in ("request_s", "admission_steps"):
+                if name == "request_s":
                     continue
-                step = _DOUBTS[j]
-                moved = replace(base, **{name: _DEFAULTS[j] + step})
+                step = _DOUBTS[name]
+                moved = replace(base, **{name: getattr(base, name) + step})
                 other = deployment.predict(moved)
                 by[0, i, j] = (other.ttft_s - first.ttft_s) / step
                 by[1, i, j] = (other.tpot_s - first.tpot_s) / step
             # These two are added to the TTFT as they are (`play`).
             by[0, i, FITTED.index("request_s")] = 1.0
-            by[0, i, FITTED.index("admission_steps")] = first.tpot_s
+            engine = engines.index(deployment.timing.engine)
+            by[0, i, len(FITTED) + engine] = first.tpot_s
             progress(i + 1)
-        at -= np.einsum("inj,j->in", by, _DEFAULTS)
+        at -= np.einsum("inj,j->in", by, _values(engines))
         return cls(
+            engines=engines,
             groups=np.array([names[d.group] for d in deployments], dtype=np.int64),
             ttft_s=np.array([d.ttft_s for d in deployments]),
             tpot_s=np.array([d.tpot_s for d in deployments]),
@@ -114,9 +122,8 @@ class Slopes:
         )
 
     def select(self, rows: NDArray[np.bool_]) -> Slopes:
-        return Slopes(
-            *(getattr(self, name)[rows] for name in self.__dataclass_fields__)
-        )
+        fields = [name for name in self.__dataclass_fields__ if name != "engines"]
+        return Slopes(self.engines, *(getattr(self, name)[rows] for name in fields))
 
     def log_errors(self, corrections: Floats) -> tuple[Floats, Floats]:
         """Logarithms of predicted over measured TTFT and TPOT."""
@@ -128,8 +135,15 @@ class Slopes:
         )
 
 
+def _values(engines: tuple[str, ...], of: dict[str, float] | None = None) -> Floats:
+    """One value for each unknown: of ``of``, or else the default."""
+    names = [*FITTED, *("admission_steps" for _ in engines)]
+    values = [getattr(Corrections(), n) if of is None else of.get(n, 0) for n in names]
+    return np.array(values, dtype=np.float64)
+
+
 def fit(slopes: Slopes) -> Floats:
-    """Corrections in the order of `FITTED` with the least robust relative error."""
+    """Corrections in the order of `Slopes` with the least robust relative error."""
     by = np.vstack(
         [
             slopes.ttft_by / slopes.ttft_s[:, None],
@@ -142,40 +156,46 @@ def fit(slopes: Slopes) -> Floats:
     _, index, sizes = np.unique(slopes.groups, return_inverse=True, return_counts=True)
     share = len(slopes.groups) / len(sizes) / sizes[index]
     say = np.concatenate([_TTFT_WEIGHT * share, share])
-    found: Floats = _DEFAULTS.copy()
-    for _ in range(40):
-        error = np.log(np.maximum(by @ found - to + 1, 0.05))
+    defaults = _values(slopes.engines)
+    doubts = _values(slopes.engines, _DOUBTS)
+    least = _values(slopes.engines, _LEAST)
+    found = defaults
+    for _ in range(60):
+        # Gauss-Newton on the logarithm of predicted over measured; least absolute
+        # deviations as reweighted least squares.
+        ratio = np.maximum(by @ found - to + 1, 0.05)
+        error = np.log(ratio)
+        slope = by / ratio[:, None]
         size = np.maximum(np.abs(error), 0.03)
-        # Least absolute deviations as reweighted least squares; the second factor
-        # carries the relative error over to its logarithm.
         weight = say / size * np.where(size > _OUTLIER, 0.05, 1.0)
-        weight = weight / np.maximum(1 + error / 2, 0.3) ** 2
-        pull = _PRIOR_RUNS / _DOUBTS**2
-        after = _bounded_least_squares(by, to, weight, pull)
-        if np.abs((after - found) / _DOUBTS).max() < 1e-3:
+        pull = _PRIOR_RUNS / doubts**2
+        target = slope @ found - error
+        square = slope.T @ (slope * weight[:, None]) + np.diag(pull)
+        right = slope.T @ (target * weight) + pull * defaults
+        after = _bounded_minimum(square, right, least)
+        if np.abs((after - found) / doubts).max() < 1e-3:
             return after
         found = (found + after) / 2
     return found
 
 
-def _bounded_least_squares(
-    by: Floats, to: Floats, weight: Floats, pull: Floats
-) -> Floats:
-    """min weight . (by x - to)^2 + pull . (x - defaults)^2 over x >= least, exactly.
+def _bounded_minimum(square: Floats, right: Floats, least: Floats) -> Floats:
+    """min x' square x - 2 right' x over x >= least, exactly.
 
-    Six unknowns: the best of all choices of which of them sit on their bound.
+    Few unknowns: the best of all choices of which of them sit on their bound, starting
+    with the choice that is nearly always right, none.
     """
-    square = by.T @ (by * weight[:, None]) + np.diag(pull)
-    right = by.T @ (to * weight) + pull * _DEFAULTS
-    best, best_loss = _LEAST, np.inf
-    for choice in itertools.product((True, False), repeat=len(FITTED)):
+    best, best_loss = least, np.inf
+    for choice in itertools.product((True, False), repeat=len(least)):
         free = np.array(choice)
-        x = _LEAST.copy()
+        x = least.copy()
         if free.any():
             rest = right[free] - square[np.ix_(free, ~free)] @ x[~free]
             x[free] = np.linalg.solve(square[np.ix_(free, free)], rest)
-            if (x[free] < _LEAST[free]).any():
+            if (x[free] < least[free]).any():
                 continue
+        if free.all():
+            return x
         loss = float(x @ square @ x - 2 * right @ x)
         if loss < best_loss:
             best, best_loss = x, loss
@@ -186,24 +206,28 @@ def interval(log_errors: Floats, coverage: float = 0.9) -> tuple[float, float]:
     """Factors on a prediction between which ``coverage`` of the measurements lie."""
     tail = (1 - coverage) / 2
     low, high = np.quantile(-log_errors, [tail, 1 - tail])
-    return float(min(1.0, np.exp(low))), float(max(1.0, np.exp(high)))
+    ends = min(1.0, np.exp(low)), max(1.0, np.exp(high))
+    return float(f"{ends[0]:.4g}"), float(f"{ends[1]:.4g}")
 
 
 def corrections(
+    slopes: Slopes,
     found: Floats,
     *,
     ttft_interval: tuple[float, float],
     tpot_interval: tuple[float, float],
     source: str,
-) -> Corrections:
-    """The fitted numbers as a value, with the intervals of their errors."""
-    values = {
-        name: float(f"{value:.4g}") for name, value in zip(FITTED, found, strict=True)
-    }
-    return replace(
+) -> dict[str, Corrections]:
+    """The fitted numbers as values by engine, with the intervals of their errors."""
+    rounded = [float(f"{value:.4g}") for value in found]
+    common = replace(
         Corrections(),
-        **values,
+        **dict(zip(FITTED, rounded, strict=False)),
         ttft_interval=ttft_interval,
         tpot_interval=tpot_interval,
         source=source,
     )
+    return {
+        engine: replace(common, admission_steps=steps)
+        for engine, steps in zip(slopes.engines, rounded[len(FITTED) :], strict=True)
+    }

@@ -187,33 +187,57 @@ class Composer:
         assert mla is not None
         heads = max(1, llm.heads // self.tp)
         dtype = llm.weight_dtype
-        names = [f"mla_{phase}.{kind}.bf16" for kind in _FALLBACK[dtype]]
-        found = self.kernels.find(*names)
+        cache = "fp8" if llm.kv_bytes_per_value == 1 else "bf16"
+        tokens = batch * (length if phase == "context" else 1)
+        index = self._index(phase, batch, length, tokens)
         if mla.index_topk is not None and phase == "generation":
             length = np.minimum(length, mla.index_topk)
+        names = [
+            f"mla_{phase}.{kind}.{kv}"
+            for kind in _FALLBACK[dtype]
+            for kv in (cache, "bf16")
+        ]
+        found = self.kernels.find(*names)
         if found is not None:
             table, exact = found
             row, near, _ = _nearest_heads(table, heads, heads)
-            answer = table.at(row, batch, length)
             shape = (llm.hidden, mla.q_lora_rank or 0)
-            tokens = batch * (length if phase == "context" else 1)
             asked = self._latent_roof(
                 self.gpu, phase, batch, length, tokens, heads, shape
             )
             had = self._latent_roof(
                 self.kernels.peaks, phase, batch, length, tokens, near, _DEEPSEEK
             )
-            return _scaled(
-                answer, asked / had, exact and near == heads and shape == _DEEPSEEK
-            )
-        core = self.kernels.find(f"{phase}_latent.bf16")
+            exact = exact and near == heads and shape == _DEEPSEEK
+            return _scaled(table.at(row, batch, length), asked / had, exact) + index
+        core = self.kernels.find(f"{phase}_latent.{cache}", f"{phase}_latent.bf16")
         assert core is not None, "every set of tables has latent attention"
         row, near, _ = _nearest_heads(core[0], heads, heads)
-        tokens = batch * (length if phase == "context" else 1)
         answer = core[0].at(row, batch, length)
         for n, k in self._latent_gemms(heads, llm.hidden, mla.q_lora_rank or 0):
             answer = answer + self._gemm(dtype, tokens, n, k)
-        return answer
+        return answer + index
+
+    def _index(
+        self, phase: str, batch: Floats, length: Floats, tokens: Floats
+    ) -> Answer:
+        """The indexer of sparse attention: its projections, scores and selection."""
+        mla = self.llm.mla
+        zero = Answer(np.zeros_like(batch), np.zeros_like(batch, dtype=bool))
+        if mla is None or mla.index_topk is None:
+            return zero
+        width, rank = mla.index_heads * mla.index_head_dim, mla.q_lora_rank
+        answer = self._gemm(
+            self.llm.weight_dtype, tokens, width, rank or self.llm.hidden
+        )
+        answer = answer + self._gemm(
+            "bf16", tokens, mla.index_head_dim, self.llm.hidden
+        )
+        pairs = batch * length * (1 if phase == "generation" else length / 2)
+        # Scores in FP8, then read three times in float32 to select; no table has them.
+        moved = batch * length * mla.index_head_dim + 12 * pairs
+        scores = self.gpu.roof_s("fp8", 2 * pairs * width, moved) / 0.5
+        return answer + Answer(scores, np.ones_like(zero.extrapolated))
 
     def _latent_gemms(
         self, heads: int, hidden: int, q_rank: int
@@ -316,21 +340,39 @@ class Composer:
             moe_tp,
             self.ep,
         )
-        names = [f"moe.{kind}.skewed" for kind in _FALLBACK[dtype]]
-        found = self.kernels.find(*names)
+        found = self._moe_table(dtype, asked)
         if found is None:
             seconds = self._moe_roof(self.gpu, dtype, tokens, asked) / 0.5
             return total + Answer(seconds, np.ones_like(tokens, dtype=bool))
-        table, exact = found
-        row = table.row(asked)
-        if row is None:
-            log = np.log(table.shapes) - np.log(np.asarray(asked))
-            row, exact = int(np.abs(log).sum(axis=1).argmin()), False
-        kind = cast("WeightDtype", _name(self.kernels, table).split(".")[1])
+        table, kind, row, exact = found
         near = table.shapes[row].tolist()
         roof = self._moe_roof(self.gpu, dtype, tokens, asked)
         had = self._moe_roof(self.kernels.peaks, kind, tokens, near)
         return total + _scaled(table.at(row, tokens), roof / had, exact)
+
+    def _moe_table(
+        self, dtype: WeightDtype, shape: tuple[int, ...]
+    ) -> tuple[Table, WeightDtype, int, bool] | None:
+        """Table, its precision, row, and whether shape and precision are those asked.
+
+        The same shape with weights of the same width beats the same precision with
+        another shape; else the nearest shape of the nearest precision.
+        """
+        tables = [
+            (kind, self.kernels.tables[f"moe.{kind}.skewed"])
+            for kind in _FALLBACK[dtype]
+            if f"moe.{kind}.skewed" in self.kernels.tables
+        ]
+        for kind, table in tables:
+            row = table.row(shape)
+            width = BYTES_PER_WEIGHT[kind] / BYTES_PER_WEIGHT[dtype]
+            if row is not None and abs(width - 1) < 0.1:
+                return table, kind, row, kind == dtype
+        if not tables:
+            return None
+        kind, table = tables[0]
+        log = np.log(table.shapes) - np.log(np.asarray(shape))
+        return table, kind, int(np.abs(log).sum(axis=1).argmin()), False
 
     def _moe_roof(
         self,

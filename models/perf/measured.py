@@ -8,7 +8,7 @@ the model is judged by.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -17,7 +17,14 @@ from numpy.typing import ArrayLike
 from foreserve.models.errors import InvalidInput
 from foreserve.models.llm import ModelSpec
 from foreserve.models.perf.compose import Composer
-from foreserve.models.perf.kernels import Answer, Bools, Floats, Peaks, kernels
+from foreserve.models.perf.kernels import (
+    Answer,
+    Bools,
+    Floats,
+    Kernels,
+    Peaks,
+    kernels,
+)
 from foreserve.models.perf.timing import Estimate
 from foreserve.models.record import Record
 from foreserve.models.specs import GpuType
@@ -72,7 +79,7 @@ class MeasuredTiming:
             tp=self.tp,
             ep=self.ep,
             kernels=found,
-            gpu=Peaks.of(self.gpu),
+            gpu=_own_or_borrowed(found, Peaks.of(self.gpu)),
         )
 
     @property
@@ -110,8 +117,17 @@ class MeasuredTiming:
 
     def _estimate(self, seconds: Floats, outside: Bools) -> Estimate:
         c = self.corrections
+        if self.composer.gpu is not self.composer.kernels.peaks:
+            outside = np.ones_like(outside)
         seconds = seconds + self.llm.layers * c.layer_s + c.step_s
         return Estimate.within(seconds, c.tpot_interval, outside, self.source)
+
+
+def _own_or_borrowed(tables: Kernels, asked: Peaks) -> Peaks:
+    """The tables' peaks if they are this GPU's (data sheets differ by a few percent)."""
+    pairs = zip(astuple(tables.peaks), astuple(asked), strict=True)
+    own = all(abs(there / here - 1) < 0.06 for there, here in pairs)
+    return tables.peaks if own else asked
 
 
 def _sum(parts: dict[str, Answer]) -> tuple[Floats, Bools]:
