@@ -66,8 +66,8 @@ def _fitted(slopes: Slopes, pairs: np.ndarray, source: str) -> dict[str, object]
     made = corrections(
         here,
         fit(here),
-        ttft_interval=interval(ttft),
-        tpot_interval=interval(tpot),
+        ttft_interval=interval(ttft, len(pairs)),
+        tpot_interval=interval(tpot, len(pairs)),
         source=source,
     )
     return {engine: asdict(known) for engine, known in made.items()}

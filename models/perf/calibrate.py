@@ -202,10 +202,17 @@ def _bounded_minimum(square: Floats, right: Floats, least: Floats) -> Floats:
     return best
 
 
-def interval(log_errors: Floats, coverage: float = 0.9) -> tuple[float, float]:
-    """Factors on a prediction between which ``coverage`` of the measurements lie."""
-    tail = (1 - coverage) / 2
-    low, high = np.quantile(-log_errors, [tail, 1 - tail])
+def interval(
+    log_errors: Floats, groups: int, coverage: float = 0.9
+) -> tuple[float, float]:
+    """Factors on a prediction between which ``coverage`` of the measurements lie.
+
+    The errors are those of ``groups`` groups; a new group differs from all of them, so
+    the quantiles are taken at ``coverage * (groups + 1) / groups`` as in split-conformal
+    prediction (0.95 at most: the tails are runs gone wrong).
+    """
+    level = min(0.95, coverage * (groups + 1) / groups)
+    low, high = np.quantile(-log_errors, [(1 - level) / 2, (1 + level) / 2])
     ends = min(1.0, np.exp(low)), max(1.0, np.exp(high))
     return float(f"{ends[0]:.4g}"), float(f"{ends[1]:.4g}")
 
