@@ -37,7 +37,7 @@ def main(shared: str, into: str) -> None:
         members = [d for d in measured.deployments if family(d.timing.llm) == kind]
         with click.progressbar(length=len(members), label=kind) as bar:
             slopes = Slopes.of(members, lambda done: bar.update(1))
-        pairs = list(dict.fromkeys(d.group for d in members))
+        pairs = list(dict.fromkeys(d.pair for d in members))
         names = [pair_name(*pair) for pair in pairs]
         source = f"silicon_e2e, {kind}: {len(members)} runs of {len(pairs)} pairs"
         every = np.arange(len(pairs))

@@ -120,7 +120,7 @@ def read_deployments(path: str) -> Measured:
         if isinstance(made, str):
             skipped[made] += 1
             continue
-        gpu, llm = cast("tuple[str, str]", made.group)
+        gpu, llm = made.pair
         deployments.append(made)
         rows.append({**row, "gpu": gpu, "llm": llm})
     return Measured(
@@ -165,7 +165,7 @@ def _deployment(row: Mapping[str, Any]) -> Deployment | str:
         kv_tokens=_kv_tokens(llm, gpu, tp, engine),
         ttft_s=float(row["ttft_ms"]) / 1e3,
         tpot_s=float(row["tpot_ms"]) / 1e3,
-        group=(gpu.name, published.name),
+        pair=(gpu.name, published.name),
     )
 
 

@@ -104,15 +104,16 @@ def validate_steady(
     inside: dict[Metric, list[bool]] = {"tpot": [], "ttft": []}
     extrapolated = []
     for i, deployment in enumerate(measured.deployments):
-        gpu, llm = deployment.group  # type: ignore[misc]
+        gpu, llm = deployment.pair
         known = corrections or shipped(
             deployment.timing.llm, deployment.timing.engine, pair_name(gpu, llm)
         )
         state = deployment.predict(known)
-        for metric, value, truth, (low, high) in (
-            ("tpot", state.tpot_s, deployment.tpot_s, known.tpot_interval),
-            ("ttft", state.ttft_s, deployment.ttft_s, known.ttft_interval),
-        ):
+        values: dict[Metric, tuple[float, float, tuple[float, float]]] = {
+            "tpot": (state.tpot_s, deployment.tpot_s, known.tpot_interval),
+            "ttft": (state.ttft_s, deployment.ttft_s, known.ttft_interval),
+        }
+        for metric, (value, truth, (low, high)) in values.items():
             predicted[metric].append(value)
             inside[metric].append(low * value <= truth <= high * value)
         extrapolated.append(state.extrapolated)

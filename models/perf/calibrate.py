@@ -10,7 +10,7 @@ measurements counts alike, pulled towards the defaults as by a few measurements.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,8 +51,8 @@ class Deployment:
     kv_tokens: float
     ttft_s: float
     tpot_s: float
-    group: Hashable
-    """What is held out together, e.g. (GPU, LLM)."""
+    pair: tuple[str, str]
+    """GPU and LLM by catalogue names: what is held out together."""
 
     def predict(self, corrections: Corrections) -> SteadyState:
         """Play the run with ``corrections``; every call meets the same arrivals."""
@@ -88,12 +88,12 @@ class Slopes:
         progress: Callable[[int], None] = lambda done: None,
     ) -> Slopes:
         base = Corrections()
-        names: dict[Hashable, int] = {}
+        names: dict[tuple[str, str], int] = {}
         engines = tuple(sorted({d.timing.engine for d in deployments}))
         n, m = len(deployments), len(FITTED) + len(engines)
         at, by = np.zeros((2, n)), np.zeros((2, n, m))
         for i, deployment in enumerate(deployments):
-            names.setdefault(deployment.group, len(names))
+            names.setdefault(deployment.pair, len(names))
             first = deployment.predict(base)
             at[:, i] = first.ttft_s, first.tpot_s
             for j, name in enumerate(FITTED):
@@ -112,7 +112,7 @@ class Slopes:
         at -= np.einsum("inj,j->in", by, _values(engines))
         return cls(
             engines=engines,
-            groups=np.array([names[d.group] for d in deployments], dtype=np.int64),
+            groups=np.array([names[d.pair] for d in deployments], dtype=np.int64),
             ttft_s=np.array([d.ttft_s for d in deployments]),
             tpot_s=np.array([d.tpot_s for d in deployments]),
             ttft_at=at[0],
