@@ -2,7 +2,8 @@
 
     python benchmarks/fit_corrections.py --shared ../shared
 
-Reads `silicon_e2e` and writes `models/perf/data/corrections.json`: for dense LLMs and for
+Reads `silicon_e2e`, keeps the columns and rows that `plan perf validate` needs in
+`models/perf/data/silicon.csv.gz`, and writes `models/perf/data/corrections.json`: for dense LLMs and for
 mixtures of experts the corrections fitted on everything, and for each (GPU, LLM) pair
 those fitted on all other pairs, with intervals from the errors on pairs that were in turn
 left out of *their* fit. Five numbers for each
@@ -17,11 +18,33 @@ from pathlib import Path
 
 import click
 import numpy as np
+import pandas as pd
 
 from foreserve.models.codec import write_text
 from foreserve.models.perf.calibrate import Slopes, corrections, fit, interval
 from foreserve.models.perf.shipped import family, pair_name
 from foreserve.planner.deployments import read_deployments
+
+
+COLUMNS = [
+    "system",
+    "model_path",
+    "backend",
+    "backend_version",
+    "precision",
+    "isl",
+    "osl",
+    "concurrency",
+    "tp_size",
+    "pp_size",
+    "attention_dp_size",
+    "moe_ep_size",
+    "gemm_quant_mode",
+    "moe_quant_mode",
+    "ttft_ms",
+    "tpot_ms",
+    "source",
+]
 
 
 @click.command()
@@ -30,7 +53,12 @@ from foreserve.planner.deployments import read_deployments
 def main(shared: str, into: str) -> None:
     """Write the shipped corrections."""
     path = Path(shared) / "data" / "silicon_e2e" / "silicon_dev.csv.gz"
-    measured = read_deployments(str(path))
+    table = pd.read_csv(path, low_memory=False)
+    table = table.loc[table["mode"] == "agg", COLUMNS]
+    kept = Path(into).with_name("silicon.csv.gz")
+    # A fixed header, so the same rows give the same bytes.
+    table.to_csv(kept, index=False, compression={"method": "gzip", "mtime": 0})
+    measured = read_deployments(str(kept))
     click.echo(f"{len(measured.deployments)} deployments; left out: {measured.skipped}")
     sets: dict[str, dict[str, dict[str, object]]] = {"all": {}}
     for kind in ("dense", "moe"):

@@ -19,13 +19,17 @@ from foreserve.models.specs import GpuType, Slo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationTime(Record):
-    """Time of one engine iteration, linear in what the iteration works on.
+    """Time of one engine iteration in a few coefficients; the form of solver and simulator.
 
-    A prefill of prompts of lengths ``x`` takes
-    ``prefill_base_s + prefill_s_per_token * sum(x) + prefill_s_per_token2 * sum(x^2)``;
-    a decode step of ``b`` sequences with ``c`` context tokens in all takes
-    ``decode_base_s + decode_s_per_seq * b + decode_s_per_context_token * c``
-    (the functional form of DistServe's fits).
+    A prefill of prompts of lengths ``x`` takes ``prefill_base_s + prefill_s_per_token *
+    sum(x) + prefill_s_per_token2 * sum(x^2)``, and at least ``prefill_floor_s`` (the
+    weights are read however short the prompt). A decode step of ``b`` sequences with
+    ``c`` context tokens in all takes ``decode_base_s + decode_s_per_seq * b +
+    decode_s_per_context_token * c`` (the functional form of DistServe's fits), plus
+    ``decode_experts_s`` times the share of the experts that ``b`` tokens touch, each
+    touching ``expert_share`` of them.
+
+    `perf.compact.decode_many` evaluates many of these at once.
     """
 
     prefill_base_s: float
@@ -37,21 +41,31 @@ class IterationTime(Record):
     relative_error: float
     """Half width of the interval around every answer, as a share of it."""
     source: str
+    prefill_floor_s: float = 0.0
+    decode_experts_s: float = 0.0
+    expert_share: float = 0.0
+    fit_error: float = 0.0
+    """Median relative difference between these coefficients and what they stand for."""
+    extrapolated: bool = False
+    """Some of it lies outside what was measured."""
 
     def prefill_s(self, tokens: float, tokens2: float) -> float:
         """Seconds to prefill ``tokens`` prompt tokens, ``tokens2`` their squares' sum."""
-        return (
-            self.prefill_base_s
-            + self.prefill_s_per_token * tokens
-            + self.prefill_s_per_token2 * tokens2
-        )
+        seconds = self.prefill_base_s + self.chunk_s(tokens, tokens2)
+        return seconds if seconds > self.prefill_floor_s else self.prefill_floor_s
+
+    def chunk_s(self, tokens: float, tokens2: float) -> float:
+        """Seconds that prompt tokens add to an iteration that decodes anyway."""
+        return self.prefill_s_per_token * tokens + self.prefill_s_per_token2 * tokens2
 
     def decode_s(self, batch: float, context_tokens: float) -> float:
         """Seconds of one decode step of ``batch`` sequences."""
+        touched = 1 - (1 - self.expert_share) ** batch if self.expert_share else 0.0
         return (
             self.decode_base_s
             + self.decode_s_per_seq * batch
             + self.decode_s_per_context_token * context_tokens
+            + self.decode_experts_s * touched
         )
 
     def isolated_s(self, input_tokens: float, output_tokens: float) -> float:

@@ -108,6 +108,7 @@ def draw_scatter(panels: Sequence[Scatter], path: str) -> None:
             ylabel=f"predicted, {panel.unit}",
         )
         axes.legend(loc="upper left", markerscale=2, fontsize=8)
+        _plain_ticks(axes)
     _save(figure, path)
 
 
@@ -130,7 +131,18 @@ def draw_curves(panels: Sequence[Panel], path: str) -> None:
             ylabel=panel.y_label,
         )
         axes.legend(fontsize=8)
+        _plain_ticks(axes)
     _save(figure, path)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Numbers as people write them, at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _figure(columns: int) -> Figure:

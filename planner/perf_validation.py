@@ -93,19 +93,20 @@ class Steady:
 def validate_steady(
     measured: Measured,
     *,
-    corrections: Corrections | None = None,
+    corrections: Mapping[str, Corrections] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Steady:
     """Predict every deployment with corrections that its (GPU, LLM) pair had no part in.
 
-    ``corrections`` of the user's own take the place of the shipped ones.
+    ``corrections`` of the user's own, by engine, take the place of the shipped ones.
     """
     predicted: dict[Metric, list[float]] = {"tpot": [], "ttft": []}
     inside: dict[Metric, list[bool]] = {"tpot": [], "ttft": []}
     extrapolated = []
     for i, deployment in enumerate(measured.deployments):
         gpu, llm = deployment.pair
-        known = corrections or shipped(
+        own = (corrections or {}).get(deployment.timing.engine)
+        known = own or shipped(
             deployment.timing.llm, deployment.timing.engine, pair_name(gpu, llm)
         )
         state = deployment.predict(known)

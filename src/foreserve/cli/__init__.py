@@ -18,6 +18,7 @@ VERBS = {
     "init": "foreserve.cli.inspect:init",
     "validate": "foreserve.cli.inspect:validate",
     "catalog": "foreserve.cli.catalog:catalog",
+    "perf": "foreserve.cli.perf:perf",
     "trace": "foreserve.cli.inspect:trace",
     "solve": "foreserve.cli.solve:solve",
     "simulate": "foreserve.cli.simulate:simulate",

@@ -1,0 +1,219 @@
+"""What the cost model says about one replica, as tables and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from foreserve.models.cost import IterationTime
+from foreserve.models.llm import ModelSpec
+from foreserve.models.perf.compact import compact
+from foreserve.models.perf.measured import Corrections, MeasuredTiming
+from foreserve.models.perf.model import Measured
+from foreserve.models.perf.timing import Estimate
+from foreserve.models.specs import GpuType, Slo
+from foreserve.planner.perf_pictures import Curve, Panel, draw_curves
+
+BATCHES = (1, 8, 32, 64, 128, 256)
+CONTEXTS = (512, 2048, 8192)
+PROMPTS = (128, 512, 2048, 8192)
+SHARE_CACHED = 0.5
+
+
+class Part(NamedTuple):
+    """One table of the sheet; a star in a cell marks what was extrapolated."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sheet:
+    title: str
+    source: str
+    parts: Sequence[Part]
+    document: Mapping[str, Any]
+    panels: Sequence[Panel]
+
+    def plain(self) -> Mapping[str, Any]:
+        return self.document
+
+
+def draw_sheet(sheet: Sheet, path: str) -> None:
+    draw_curves(sheet.panels, path)
+
+
+def make_sheet(
+    llm: ModelSpec,
+    gpu: GpuType,
+    tp: int,
+    *,
+    ep: int,
+    engine: str,
+    slo: Slo,
+    input_tokens: float,
+    output_tokens: float,
+    corrections: Mapping[str, Corrections] | None = None,
+) -> Sheet:
+    """Everything about one replica of ``llm`` on ``tp`` GPUs of type ``gpu``."""
+    perf = Measured(engine=engine, corrections=tuple((corrections or {}).items()))
+    timing = perf.timing(llm, gpu, tp, ep=ep)
+    time = compact(timing) if timing else perf.fallback.iteration(llm, gpu, tp)
+    parts: list[Part] = []
+    panels: list[Panel] = []
+    document: dict[str, Any] = {
+        "llm": llm.name,
+        "gpu": gpu.name,
+        "tp": tp,
+        "ep": ep,
+        "engine": engine,
+        "source": time.source,
+        "weights": llm.weight_dtype,
+        "extrapolated": time.extrapolated,
+    }
+    if timing is not None:
+        decode, prefill = _iterations(timing, document)
+        parts += [decode, prefill, _breakdown(timing, document)]
+        panels = _panels(timing)
+    parts.append(_coefficients(time, document))
+    known = timing.corrections.source if timing else "hardware peaks, nothing measured"
+    return Sheet(
+        title=f"{llm.name} on {tp} x {gpu.name}, {engine}, {llm.weight_dtype} weights",
+        source=f"kernels: {time.source}; engine overheads: {known}",
+        parts=parts,
+        document=document,
+        panels=panels,
+    )
+
+
+def _iterations(timing: MeasuredTiming, document: dict[str, Any]) -> tuple[Part, Part]:
+    batch, context = np.meshgrid(BATCHES, CONTEXTS, indexing="ij")
+    steps = timing.decode(batch, context)
+    rows = [
+        [str(b), *(_cell(steps, (i, j)) for j in range(len(CONTEXTS)))]
+        for i, b in enumerate(BATCHES)
+    ]
+    decode = Part(
+        "Decode step, ms",
+        ["batch", *(f"context {c:,}" for c in CONTEXTS)],
+        rows,
+        "in brackets the 90 % interval of a measured TPOT; * outside the measurements",
+    )
+    tokens = np.array(PROMPTS)
+    whole = timing.prefill(tokens)
+    cached = timing.prefill(tokens * (1 - SHARE_CACHED), past=tokens * SHARE_CACHED)
+    beside = timing.mixed(32, 2048, tokens)
+    alone = timing.decode(32, 2048)
+    rows = [
+        [
+            f"{p:,}",
+            _cell(whole, (i,)),
+            _cell(cached, (i,)),
+            f"{(beside.seconds[i] - alone.seconds) * 1e3:.1f}",
+        ]
+        for i, p in enumerate(PROMPTS)
+    ]
+    prefill = Part(
+        "Prefill, ms",
+        ["prompt tokens", "alone", "half of it cached", "added to a step of 32"],
+        rows,
+    )
+    document["decode"] = _plain(steps, batch=batch, context_tokens=context)
+    document["prefill"] = _plain(whole, tokens=tokens)
+    document["prefill_half_cached"] = _plain(cached, tokens=tokens)
+    return decode, prefill
+
+
+def _breakdown(timing: MeasuredTiming, document: dict[str, Any]) -> Part:
+    """Where a step of 32 sequences and a prompt of 2,048 tokens spend their time."""
+    step = timing.composer.parts(decodes=32, context=2048)
+    prompt = timing.composer.parts(chunk=2048, prompts=1)
+    c = timing.corrections
+    overhead = timing.llm.layers * c.layer_s + c.step_s
+    columns = {
+        "step": {k: float(v.seconds) * c.kernel_factor for k, v in step.items()},
+        "prompt": {k: float(v.seconds) * c.prefill_factor for k, v in prompt.items()},
+    }
+    for column in columns.values():
+        column["between kernels"] = overhead
+    totals = {name: sum(column.values()) for name, column in columns.items()}
+    rows = []
+    for name in columns["step"]:
+        step_s, prompt_s = columns["step"][name], columns["prompt"][name]
+        star = "*" if name in step and bool(step[name].extrapolated) else ""
+        rows.append(
+            [
+                name + star,
+                f"{step_s * 1e3:.2f} ({step_s / totals['step']:.0%})",
+                f"{prompt_s * 1e3:.2f} ({prompt_s / totals['prompt']:.0%})",
+            ]
+        )
+    document["breakdown_s"] = columns
+    return Part(
+        "Where the time goes, ms",
+        ["part", "step of 32 at context 2,048", "prompt of 2,048"],
+        rows,
+    )
+
+
+def _coefficients(time: IterationTime, document: dict[str, Any]) -> Part:
+    fields = [
+        name
+        for name in time.__dataclass_fields__
+        if name not in ("source", "extrapolated")
+    ]
+    document["compact"] = {name: getattr(time, name) for name in fields}
+    return Part(
+        "Compact form, as solver and simulator use it",
+        ["coefficient", "value"],
+        [[name, f"{getattr(time, name):.4g}"] for name in fields],
+    )
+
+
+def _panels(timing: MeasuredTiming) -> list[Panel]:
+    batch = np.geomspace(1, 256, 33)
+    tokens = np.geomspace(32, 16384, 37)
+    curves = []
+    for context in CONTEXTS:
+        step = timing.decode(batch, context)
+        curves.append(_curve(f"context {context:,}", batch, step))
+    prompt = timing.prefill(tokens)
+    return [
+        Panel("Decode step", "sequences", "ms", curves),
+        Panel("Prefill", "prompt tokens", "ms", [_curve("no prefix", tokens, prompt)]),
+    ]
+
+
+def _curve(label: str, x: Any, estimate: Estimate) -> Curve:
+    ms = 1e3
+    return Curve(label, x, estimate.seconds * ms, estimate.low * ms, estimate.high * ms)
+
+
+def _cell(estimate: Estimate, at: tuple[int, ...]) -> str:
+    star = "*" if estimate.extrapolated[at] else ""
+    value, low, high = (
+        float(part[at]) * 1e3
+        for part in (estimate.seconds, estimate.low, estimate.high)
+    )
+    digits = 1 if value < 100 else 0
+    return f"{value:.{digits}f}{star} [{low:.{digits}f}-{high:.{digits}f}]"
+
+
+def _plain(estimate: Estimate, **sizes: Any) -> list[dict[str, Any]]:
+    """Rows of numbers for ``--json``."""
+    arrays = {name: np.asarray(size).ravel() for name, size in sizes.items()}
+    return [
+        {
+            **{name: float(array[i]) for name, array in arrays.items()},
+            "seconds": float(estimate.seconds.ravel()[i]),
+            "low_s": float(estimate.low.ravel()[i]),
+            "high_s": float(estimate.high.ravel()[i]),
+            "extrapolated": bool(estimate.extrapolated.ravel()[i]),
+        }
+        for i in range(estimate.seconds.size)
+    ]
