@@ -3,7 +3,7 @@
     python benchmarks/fit_corrections.py --shared ../shared
 
 Reads `silicon_e2e`, keeps the columns and rows that `plan perf validate` needs in
-`models/perf/data/silicon.csv.gz`, and writes `models/perf/data/corrections.json`: for dense LLMs and for
+`models/perf/data/silicon.csv.gz`, and writes `corrections.json` beside it: for dense LLMs and for
 mixtures of experts the corrections fitted on everything, and for each (GPU, LLM) pair
 those fitted on all other pairs, with intervals from the errors on pairs that were in turn
 left out of *their* fit. Five numbers for each
@@ -24,7 +24,6 @@ from foreserve.models.codec import write_text
 from foreserve.models.perf.calibrate import Slopes, corrections, fit, interval
 from foreserve.models.perf.shipped import family, pair_name
 from foreserve.planner.deployments import read_deployments
-
 
 COLUMNS = [
     "system",
