@@ -8,7 +8,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from foreserve.models import footprint, loading
 from foreserve.models.errors import InvalidInput
+from foreserve.models.footprint import Check
+from foreserve.models.loading import LoadCheck
 from foreserve.models.perf.measured import Corrections
 from foreserve.planner.deployments import ASSUMED, read_deployments
 from foreserve.planner.perf_pictures import Scatter, draw_scatter
@@ -31,6 +34,8 @@ class Validation:
 
     data: str
     steady: Steady
+    memory: tuple[Check, ...]
+    loading: tuple[LoadCheck, ...]
 
     def plain(self) -> Mapping[str, Any]:
         """For ``--json``."""
@@ -59,10 +64,16 @@ class Validation:
                 "worst": ["/".join(map(str, cell)) for cell in steady.worst()[:3]],
                 "left_out": dict(steady.skipped),
             },
+            "memory": [{**c._asdict(), "error": c.error} for c in self.memory],
+            "loading": [{**c._asdict(), "error": c.error} for c in self.loading],
         }
 
     def tables(self) -> list[Part]:
-        return [*_steady_tables(self.steady)]
+        return [
+            *_steady_tables(self.steady),
+            _memory_table(self.memory),
+            _loading_table(self.loading),
+        ]
 
 
 def run(
@@ -88,7 +99,12 @@ def run(
         corrections=corrections,
         progress=lambda done: update(done, total),
     )
-    return Validation(data=data or "shipped: silicon_e2e", steady=steady)
+    return Validation(
+        data=data or "shipped: silicon_e2e",
+        steady=steady,
+        memory=tuple(footprint.checks()),
+        loading=tuple(loading.checks()),
+    )
 
 
 def draw(found: Validation, path: str) -> None:
@@ -166,6 +182,46 @@ def _steady_tables(steady: Steady) -> list[Part]:
     names = ["GPU, LLM", "TP", "engine", "runs", "TPOT", "bias", "TTFT", "bias"]
     note = "median errors; * some of its runs lie outside the kernel tables"
     return [summary, Part("By GPU, LLM and TP", names, cells, note)]
+
+
+def _memory_table(checks: Sequence[Check]) -> Part:
+    rows = [
+        [
+            c.what,
+            c.part,
+            f"{c.predicted:,.2f}".removesuffix(".00"),
+            f"{c.measured:,.2f}".removesuffix(".00"),
+            f"{c.error:+.1%}",
+            c.role,
+        ]
+        for c in checks
+    ]
+    return Part(
+        "Memory of an engine, GiB per GPU (tokens where it says so)",
+        ["deployment", "part", "predicted", "measured", "error", ""],
+        rows,
+        "fitted: a constant was taken from it; checked: it was not",
+    )
+
+
+def _loading_table(checks: Sequence[LoadCheck]) -> Part:
+    rows = [
+        [
+            c.what,
+            f"{c.predicted_s:.2f}",
+            f"{c.measured_s:.2f}",
+            f"{c.error:+.1%}",
+            "yes" if c.covered else "no",
+            c.role,
+        ]
+        for c in checks
+    ]
+    return Part(
+        "Loading weights, seconds (medians)",
+        ["LLM, loader, access", "predicted", "measured", "error", "covered", ""],
+        rows,
+        "covered: the interval holds the 5th to 95th percentile of the repeats",
+    )
 
 
 def _cells(errors: Errors, asked: str) -> Sequence[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from foreserve.models.cost import IterationTime
+from foreserve.models.footprint import GIB, footprint
 from foreserve.models.llm import ModelSpec
+from foreserve.models.loading import LOADERS, load_times, switch_times
 from foreserve.models.perf.compact import compact
 from foreserve.models.perf.measured import Corrections, MeasuredTiming
 from foreserve.models.perf.model import Measured
@@ -80,7 +82,11 @@ def make_sheet(
         decode, prefill = _iterations(timing, document)
         parts += [decode, prefill, _breakdown(timing, document)]
         panels = _panels(timing)
-    parts.append(_coefficients(time, document))
+    parts += [
+        _memory(llm, gpu, tp, document),
+        _loading(llm, gpu, tp, document),
+        _coefficients(time, document),
+    ]
     known = timing.corrections.source if timing else "hardware peaks, nothing measured"
     return Sheet(
         title=f"{llm.name} on {tp} x {gpu.name}, {engine}, {llm.weight_dtype} weights",
@@ -159,6 +165,67 @@ def _breakdown(timing: MeasuredTiming, document: dict[str, Any]) -> Part:
         ["part", "step of 32 at context 2,048", "prompt of 2,048"],
         rows,
     )
+
+
+def _memory(llm: ModelSpec, gpu: GpuType, tp: int, document: dict[str, Any]) -> Part:
+    found = footprint(llm, gpu, tp)
+    rows = [
+        [
+            row.kind + ("" if row.inside else " (on top)"),
+            f"{row.num_bytes / GIB:.2f}",
+            f"{row.low_bytes / GIB:.2f}-{row.high_bytes / GIB:.2f}",
+            row.source,
+        ]
+        for row in found.rows
+    ]
+    rows.append(["free", f"{found.free_bytes / GIB:.2f}", "", ""])
+    low, middle, high = (num_bytes / GIB for num_bytes in found.residue_bytes)
+    document["memory"] = {
+        "rows": [asdict(row) for row in found.rows],
+        "reported_bytes": found.reported_bytes,
+        "kv_tokens": found.kv_tokens,
+        "pinned_bytes": found.pinned_bytes,
+        "residue_bytes": list(found.residue_bytes),
+    }
+    return Part(
+        "Memory of each GPU, GiB (vLLM, utilization 0.9, 256 sequences)",
+        ["part", "GiB", "interval", "source"],
+        rows,
+        f"KV cache of {found.kv_tokens:,} tokens; asleep it keeps {middle:.1f} GiB "
+        f"({low:.1f}-{high:.1f}) on each GPU and pins {found.pinned_bytes / GIB:.1f} GiB "
+        "of host memory",
+    )
+
+
+def _loading(llm: ModelSpec, gpu: GpuType, tp: int, document: dict[str, Any]) -> Part:
+    storage = 3e9
+    loads = {
+        f"{loader} loader, {where}": load_times(
+            llm, gpu, tp, loader=loader, storage_bytes_per_s=rate
+        )
+        for loader in LOADERS
+        for where, rate in (("host memory", None), ("storage of 3 GB/s", storage))
+    }
+    rows = [
+        [name, f"{found.total_s:.2f}", f"{found.low_s:.2f}-{found.high_s:.2f}"]
+        for name, found in loads.items()
+    ]
+    switches = switch_times(llm, gpu, tp)
+    rows += [
+        [stage.name, f"{stage.seconds:.2f}", f"{stage.low_s:.2f}-{stage.high_s:.2f}"]
+        for stage in switches
+    ]
+    document["loading"] = {
+        name: {
+            "total_s": found.total_s,
+            "low_s": found.low_s,
+            "high_s": found.high_s,
+            "stages": [asdict(stage) for stage in found.stages],
+        }
+        for name, found in loads.items()
+    }
+    document["switching"] = [asdict(stage) for stage in switches]
+    return Part("Loading and switching, seconds", ["", "seconds", "interval"], rows)
 
 
 def _coefficients(time: IterationTime, document: dict[str, Any]) -> Part:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from foreserve.models.cost import IterationTime, Roofline
 from foreserve.models.llm import ModelSpec
+from foreserve.models.loading import load_times
 from foreserve.models.perf.compact import compact
 from foreserve.models.perf.kernels import kernels
 from foreserve.models.perf.measured import Corrections, MeasuredTiming
@@ -51,7 +52,7 @@ class Measured:
         tp: int,
         storage_bytes_per_s: float | None = None,
     ) -> float:
-        return self.fallback.load_s(llm, gpu, tp, storage_bytes_per_s)
+        return load_times(llm, gpu, tp, storage_bytes_per_s=storage_bytes_per_s).total_s
 
     def activate_s(self, llm: ModelSpec, gpu: GpuType, tp: int) -> float:
         return self.fallback.activate_s(llm, gpu, tp)
