@@ -23,10 +23,11 @@ WEIGHT_BYTES = {
 }
 """Two bytes for each published parameter."""
 HEAD = """\
-# Seconds to load an LLM's weights onto one GPU, by loader. Source: ServerlessLLM/ServerlessLLM,
-# commit 9f50241baa5386e06a9321c51f19a9ef5f964c2b, benchmarks/results (Apache-2.0).
-# h100_2025: H100 SXM, PCIe 5.0, NVMe 29.4 GB/s; a5000_2024: PCIe 4.0. access random: another
-# copy on the NVMe each time; cached: in host memory already.
+# Seconds to load an LLM's weights onto one GPU, by loader.
+# Source: ServerlessLLM/ServerlessLLM, commit 9f50241baa5386e06a9321c51f19a9ef5f964c2b,
+# benchmarks/results (Apache-2.0). h100_2025: H100 SXM, PCIe 5.0, NVMe 29.4 GB/s;
+# a5000_2024: PCIe 4.0. access random: another copy on the NVMe each time; cached: in
+# host memory already.
 """
 
 

@@ -3,11 +3,11 @@
     python benchmarks/fit_corrections.py --shared ../shared
 
 Reads `silicon_e2e`, keeps the columns and rows that `plan perf validate` needs in
-`models/perf/data/silicon.csv.gz`, and writes `corrections.json` beside it: for dense LLMs and for
-mixtures of experts the corrections fitted on everything, and for each (GPU, LLM) pair
-those fitted on all other pairs, with intervals from the errors on pairs that were in turn
-left out of *their* fit. Five numbers for each
-family and one for each engine in it; nothing else is fitted.
+`models/perf/data/silicon.csv.gz`, and writes `corrections.json` beside it: for dense LLMs
+and for mixtures of experts the corrections fitted on everything, and for each (GPU, LLM)
+pair those fitted on all other pairs, with intervals from the errors on pairs that were in
+turn left out of *their* fit. Five numbers for each family and one for each engine in it;
+nothing else is fitted.
 """
 
 from __future__ import annotations
