@@ -83,7 +83,7 @@ def calibrate_requests(
     _check_enough(total, "finished requests of more than one token")
     keep = max(1, -(-total // MOST_REQUESTS))
     parts = [
-        _slopes_of_replica(group, timings(replica), served, keep)
+        slopes_of_replica(group, timings(replica), served, keep)
         for group, (replica, served) in enumerate(sorted(by_replica.items()))
     ]
     engines = tuple(sorted({part.engines[0] for part in parts}))
@@ -98,7 +98,7 @@ def _check_enough(found: int, what: str) -> None:
         )
 
 
-def _slopes_of_replica(
+def slopes_of_replica(
     group: int, timing: MeasuredTiming, served: Sequence[Served], keep: int
 ) -> Slopes:
     """One row of the linear system for every ``keep``-th request of a replica."""
@@ -233,7 +233,7 @@ def _calibrate(slopes: Slopes, known: Corrections) -> Calibration:
 
 def _errors(slopes: Slopes, values: Floats) -> dict[str, float]:
     ttft, tpot = slopes.log_errors(values)
-    # Rows that say nothing about the TTFT are met exactly (`_slopes_of_replica`).
+    # Rows that say nothing about the TTFT are met exactly (`slopes_of_replica`).
     said = (slopes.ttft_by != 0).any(axis=1)
     return {"ttft": _median(ttft[said]), "tpot": _median(tpot)}
 

@@ -15,6 +15,7 @@ from foreserve.models.loading import LOADERS, load_times, switch_times
 from foreserve.models.perf.compact import compact
 from foreserve.models.perf.measured import Corrections, MeasuredTiming
 from foreserve.models.perf.model import Measured
+from foreserve.models.perf.tables import second_opinions
 from foreserve.models.perf.timing import Estimate
 from foreserve.models.specs import GpuType, Slo
 from foreserve.planner.perf_pictures import Curve, Panel, draw_curves
@@ -82,7 +83,9 @@ def make_sheet(
         decode, prefill = _iterations(timing, document)
         parts += [decode, prefill, _breakdown(timing, document)]
         panels = _panels(timing)
+    opinions = _opinions(llm, gpu, tp, timing, document)
     parts += [
+        *opinions,
         _memory(llm, gpu, tp, document),
         _loading(llm, gpu, tp, document),
         _coefficients(time, document),
@@ -165,6 +168,45 @@ def _breakdown(timing: MeasuredTiming, document: dict[str, Any]) -> Part:
         ["part", "step of 32 at context 2,048", "prompt of 2,048"],
         rows,
     )
+
+
+def _opinions(
+    llm: ModelSpec,
+    gpu: GpuType,
+    tp: int,
+    timing: MeasuredTiming | None,
+    document: dict[str, Any],
+) -> list[Part]:
+    """What others published of the same LLM, GPU and TP size, beside ours."""
+    batch, context, prompt = np.array([1, 8, 32]), 512, np.array([512, 2048])
+    rows: list[list[str]] = []
+    said: list[dict[str, Any]] = []
+    for other in second_opinions(llm.name, gpu.name, tp):
+        answers = (other.decode(batch, context), other.prefill(prompt))
+        for estimate in answers:
+            said.append({"source": other.source, "seconds": estimate.seconds.tolist()})
+        if timing is None:
+            continue
+        ours = (timing.decode(batch, context), timing.prefill(prompt))
+        cells = []
+        for theirs, mine in zip(answers, ours, strict=True):
+            for i, value in enumerate(theirs.seconds):
+                star = "*" if theirs.extrapolated[i] else ""
+                ratio = mine.seconds[i] / value
+                cells.append(f"{value * 1e3:.1f}{star} ({ratio:.2f})")
+        rows.append([other.source, *cells])
+    document["second_opinions"] = said
+    if not rows:
+        return []
+    names = [f"step of {b}" for b in batch] + [f"prompt of {p:,}" for p in prompt]
+    return [
+        Part(
+            "Second opinions, ms (ours over theirs)",
+            ["source", *names],
+            rows,
+            f"steps at context {context}; published tables, of older engines mostly",
+        )
+    ]
 
 
 def _memory(llm: ModelSpec, gpu: GpuType, tp: int, document: dict[str, Any]) -> Part:

@@ -125,6 +125,12 @@ class Slopes:
         fields = [name for name in self.__dataclass_fields__ if name != "engines"]
         return Slopes(self.engines, *(getattr(self, name)[rows] for name in fields))
 
+    def predict_tpot(self, known: Corrections) -> Floats:
+        """Seconds per output token of each run with ``known``."""
+        values = [getattr(known, name) for name in FITTED]
+        values += [known.admission_steps] * len(self.engines)
+        return np.asarray(self.tpot_at + self.tpot_by @ np.array(values))
+
     def log_errors(self, corrections: Floats) -> tuple[Floats, Floats]:
         """Logarithms of predicted over measured TTFT and TPOT."""
         ttft = self.ttft_at + self.ttft_by @ corrections

@@ -8,7 +8,7 @@ answer is flagged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -160,12 +160,15 @@ def kernels(gpu: str, backend: str) -> Kernels | None:
         versions = dict(
             part.split("=") for part in str(arrays["versions"]).split(";") if part
         )
-        names = [
-            key.removesuffix("/values") for key in arrays if key.endswith("/values")
-        ]
-        tables = {name: _table(arrays.__getitem__, name) for name in names}
+        found = tables(arrays)
         peaks = Peaks(*(float(peak) for peak in arrays["peaks"]))
-    return Kernels(f"{gpu}/{backend} {versions.get('gemm', '')}", peaks, tables)
+    return Kernels(f"{gpu}/{backend} {versions.get('gemm', '')}", peaks, found)
+
+
+def tables(arrays: Mapping[str, object]) -> dict[str, Table]:
+    """All tables of an npz file, by name."""
+    names = [key.removesuffix("/values") for key in arrays if key.endswith("/values")]
+    return {name: _table(arrays.__getitem__, name) for name in names}
 
 
 def _table(read: Callable[[str], object], name: str) -> Table:

@@ -67,6 +67,8 @@ class MeasuredTiming:
     ep: int = 1
     engine: str = "vllm"
     corrections: Corrections = Corrections()
+    communicates: bool = True
+    """False leaves the all-reduce out, as profiles of single layers do."""
 
     @cached_property
     def composer(self) -> Composer:
@@ -90,11 +92,11 @@ class MeasuredTiming:
         self, tokens: ArrayLike, *, past: ArrayLike = 0, prompts: ArrayLike = 1
     ) -> Estimate:
         parts = self.composer.parts(chunk=tokens, past=past, prompts=prompts)
-        total, outside = _sum(parts)
+        total, outside = self._sum(parts)
         return self._estimate(total * self.corrections.prefill_factor, outside)
 
     def decode(self, batch: ArrayLike, context: ArrayLike) -> Estimate:
-        total, outside = _sum(self.composer.parts(decodes=batch, context=context))
+        total, outside = self._sum(self.composer.parts(decodes=batch, context=context))
         return self._estimate(total * self.corrections.kernel_factor, outside)
 
     def mixed(
@@ -109,11 +111,19 @@ class MeasuredTiming:
         parts = self.composer.parts(
             decodes=batch, context=context, chunk=tokens, past=past, prompts=prompts
         )
-        total, outside = _sum(parts)
-        alone, _ = _sum(self.composer.parts(decodes=batch, context=context))
+        total, outside = self._sum(parts)
+        alone, _ = self._sum(self.composer.parts(decodes=batch, context=context))
         c = self.corrections
         added = np.maximum(total - alone, 0.0) * c.prefill_factor
         return self._estimate(alone * c.kernel_factor + added, outside)
+
+    def _sum(self, parts: dict[str, Answer]) -> tuple[Floats, Bools]:
+        if not self.communicates:
+            parts.pop("all-reduce", None)
+        answers = list(parts.values())
+        seconds = np.sum([answer.seconds for answer in answers], axis=0)
+        outside = np.logical_or.reduce([answer.extrapolated for answer in answers])
+        return seconds, outside
 
     def _estimate(self, seconds: Floats, outside: Bools) -> Estimate:
         c = self.corrections
@@ -128,10 +138,3 @@ def _own_or_borrowed(tables: Kernels, asked: Peaks) -> Peaks:
     pairs = zip(astuple(tables.peaks), astuple(asked), strict=True)
     own = all(abs(there / here - 1) < 0.06 for there, here in pairs)
     return tables.peaks if own else asked
-
-
-def _sum(parts: dict[str, Answer]) -> tuple[Floats, Bools]:
-    answers = list(parts.values())
-    seconds = np.sum([answer.seconds for answer in answers], axis=0)
-    outside = np.logical_or.reduce([answer.extrapolated for answer in answers])
-    return seconds, outside
