@@ -1,20 +1,19 @@
-"""What serving costs in time: iterations, capacity, loading, switching.
+"""What serving costs in time: iterations, loading, switching.
 
 `PerfModel` is the seam: give it an LLM, a GPU type and a TP size and it answers with the
 few coefficients (`IterationTime`) that solver and simulator work with, each answer with
-its source and its error. `Roofline` is the first implementation: hardware peaks times
-stated efficiencies. Measured tables take its place behind the same protocol.
+its source and its error. `perf.model.Measured` answers from measurements; `Roofline`,
+hardware peaks times stated efficiencies, stands in where there are none.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 from foreserve.models.llm import ModelSpec
 from foreserve.models.record import Record
-from foreserve.models.specs import GpuType, Slo
+from foreserve.models.specs import GpuType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,67 +179,3 @@ class Roofline:
 
     def activate_s(self, llm: ModelSpec, gpu: GpuType, tp: int) -> float:
         return self.warm_to_active_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """What one replica holds within its SLO, at mean lengths (B_mk, mu_mk)."""
-
-    concurrency: int
-    rate_rps: float
-    ttft_s: float
-    tpot_s: float
-
-
-def capacity(
-    time: IterationTime,
-    slo: Slo,
-    *,
-    input_tokens: float,
-    output_tokens: float,
-    kv_tokens: float,
-    max_num_seqs: int,
-) -> Capacity | None:
-    """Largest concurrency whose TPOT and TTFT stay within ``slo``; None if even one fails.
-
-    In steady state ``b`` requests in flight bring ``b / output_tokens`` prefills to each
-    decode step, so ``tpot(b) = decode(b) + b / out * prefill(in)``, which grows with b:
-    binary search. ``kv_tokens`` bounds the sequences of ``in + out`` tokens held at once.
-    """
-    prefill_s = time.prefill_s(input_tokens, input_tokens**2)
-    output = max(1.0, output_tokens)
-
-    def tpot_s(batch: int) -> float:
-        context = batch * (input_tokens + output / 2)
-        return time.decode_s(batch, context) + batch / output * prefill_s
-
-    def fits(batch: int) -> bool:
-        ttft = prefill_s + tpot_s(batch)
-        held = batch * (input_tokens + output)
-        return tpot_s(batch) <= slo.tpot_s and ttft <= slo.ttft_s and held <= kv_tokens
-
-    if not fits(1):
-        return None
-    low, high = 1, max_num_seqs
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    residence_s = prefill_s + output * tpot_s(low)
-    return Capacity(
-        concurrency=low,
-        rate_rps=low / residence_s,
-        ttft_s=prefill_s + tpot_s(low),
-        tpot_s=tpot_s(low),
-    )
-
-
-def cold_loss_s(concurrency: float, cold_s: float, residence_s: float) -> float:
-    """Expected waiting-seconds of one missing instance (loss_m of (O2)).
-
-    A missing instance leaves half its slots' load uncovered on average (the rounding up
-    of the need). Those ``concurrency / 2`` requests turn over every ``residence_s``, so
-    ``concurrency / 2 * (1 + cold_s / residence_s)`` requests meet the cold start and wait
-    half of it on average.
-    """
-    affected = concurrency / 2 * (1 + cold_s / residence_s)
-    return affected * cold_s / 2 if math.isfinite(cold_s) else math.inf

@@ -9,8 +9,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from foreserve.models.cost import PerfModel, Roofline, capacity, cold_loss_s
+from foreserve.models.capacity import capacity, cold_loss_s
+from foreserve.models.cost import PerfModel
 from foreserve.models.errors import InvalidInput
+from foreserve.models.lengths import Lengths
+from foreserve.models.perf.compact import decode_many, prefill_many
+from foreserve.models.perf.model import Measured
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet, ReplicaOption, ServedLlm, round_rate
 from foreserve.models.specs import ClusterSpec, GpuType
@@ -21,9 +25,6 @@ TYPICAL_BATCH = 8
 """Batch at which a request's time in flight is estimated when load is counted."""
 LONGEST_REQUEST_TOKENS = 16_384
 """KV an ACTIVE replica keeps at least, memory and the LLM's context permitting."""
-
-Lengths = Mapping[str, tuple[float, float]]
-"""LLM -> mean input and output tokens."""
 
 
 def align(trace: Trace, names: tuple[str, ...]) -> Trace:
@@ -41,11 +42,19 @@ def align(trace: Trace, names: tuple[str, ...]) -> Trace:
     return replace(trace, llm=order[trace.llm], llms=names)
 
 
-def mean_lengths(scenario: Scenario, trace: Trace, history: Demand | None) -> Lengths:
-    """Mean lengths per LLM: as stated, else from the history, else from the trace."""
-    lengths = {}
+def request_lengths(
+    scenario: Scenario, trace: Trace, history: Demand | None
+) -> dict[str, Lengths]:
+    """Lengths of each LLM's requests: as stated, else from the history or the trace.
+
+    What is stated, and a history, are means alone: all requests are alike then. The trace
+    gives the distribution.
+    """
+    found = {}
     for index, llm in enumerate(scenario.models):
-        tokens = []
+        rows = trace.llm == index
+        inputs, outputs = trace.input_tokens[rows], trace.output_tokens[rows]
+        means: list[float | None] = []
         for stated, column in (
             (llm.input_tokens, "input_tokens"),
             (llm.output_tokens, "output_tokens"),
@@ -53,18 +62,23 @@ def mean_lengths(scenario: Scenario, trace: Trace, history: Demand | None) -> Le
             mean = stated
             if mean is None and history is not None:
                 mean = _history_mean(history, llm.name, column)
-            if mean is None:
-                of_llm = getattr(trace, column)[trace.llm == index]
-                mean = float(of_llm.mean()) if len(of_llm) else None
-            if mean is None:
+            if mean is None and not len(inputs):
                 raise InvalidInput(
                     f"no requests of {llm.name!r} to take its {column} from",
                     field=f"models.{index}.{column}",
                     hint=f"state {column} in the scenario",
                 )
-            tokens.append(mean)
-        lengths[llm.name] = (tokens[0], tokens[1])
-    return lengths
+            means.append(mean)
+        mean_input, mean_output = means
+        if mean_input is not None and mean_output is not None:
+            found[llm.name] = Lengths.fixed(mean_input, mean_output)
+            continue
+        seen = Lengths.of_requests(inputs, outputs)
+        found[llm.name] = seen.scaled(
+            seen.mean_input if mean_input is None else mean_input,
+            seen.mean_output if mean_output is None else mean_output,
+        )
+    return found
 
 
 def _history_mean(history: Demand, llm: str, column: str) -> float | None:
@@ -78,10 +92,10 @@ def _history_mean(history: Demand, llm: str, column: str) -> float | None:
 
 
 def build_fleet(
-    scenario: Scenario, lengths: Lengths, perf: PerfModel | None = None
+    scenario: Scenario, lengths: Mapping[str, Lengths], perf: PerfModel | None = None
 ) -> Fleet:
     """What can run where: one option per (LLM, GPU type, TP) that holds its SLO."""
-    perf = perf or Roofline()
+    perf = perf or Measured()
     cluster = scenario.cluster.cluster()
     options = [
         option
@@ -119,10 +133,11 @@ def _options(
     scenario: Scenario,
     llm: LlmPart,
     cluster: ClusterSpec,
-    lengths: tuple[float, float],
+    lengths: Lengths,
     perf: PerfModel,
 ) -> Iterator[ReplicaOption]:
-    spec, (input_tokens, output_tokens) = llm.model_spec(), lengths
+    spec = llm.model_spec()
+    input_tokens, output_tokens = lengths.mean_input, lengths.mean_output
     storage = _storage_bytes_per_s(scenario, cluster)
     for gpu in cluster.gpu_types:
         largest = max(node.gpus for node in cluster.nodes if node.gpu == gpu.name)
@@ -130,18 +145,19 @@ def _options(
             resident = spec.weight_bytes_per_gpu(tp) + scenario.runtime.residue
             free = _usable_bytes(cluster, gpu) - resident
             per_token = spec.kv_bytes_per_token_per_gpu(tp)
+            state = spec.kv_bytes_fixed_per_sequence_per_gpu(tp) / per_token
             time = perf.iteration(spec, gpu, tp)
             held = capacity(
                 time,
                 (llm.slo or scenario.slo).slo(),
-                input_tokens=input_tokens,
-                output_tokens=output_tokens,
+                lengths,
                 kv_tokens=free / per_token,
                 max_num_seqs=scenario.runtime.max_num_seqs,
+                state_tokens=state,
             )
             if held is None:
                 continue
-            kv_tokens = held.concurrency * (input_tokens + output_tokens)
+            kv_tokens = held.concurrency * (input_tokens + output_tokens + state)
             # One request of the longest allowed context must fit, memory permitting.
             kv_tokens = max(
                 kv_tokens, min(spec.max_context_tokens, LONGEST_REQUEST_TOKENS)
@@ -201,16 +217,8 @@ def busy_s(fleet: Fleet, trace: Trace) -> NDArray[np.float64]:
         tokens = trace.input_tokens[mask].astype(np.float64)
         output = trace.output_tokens[mask].astype(np.float64)
         context = TYPICAL_BATCH * (tokens + output / 2)
-        step_s = (
-            time.decode_base_s
-            + time.decode_s_per_seq * TYPICAL_BATCH
-            + time.decode_s_per_context_token * context
-        )
-        prefill_s = (
-            time.prefill_base_s
-            + time.prefill_s_per_token * tokens
-            + time.prefill_s_per_token2 * tokens**2
-        )
+        step_s = decode_many([time], TYPICAL_BATCH, context)[0]
+        prefill_s = prefill_many(time, tokens)
         seconds[mask] = prefill_s + output * step_s
     return seconds
 

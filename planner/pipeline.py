@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from foreserve import __version__
 from foreserve.models import referee
-from foreserve.models.cost import PerfModel, cold_loss_s
+from foreserve.models.capacity import cold_loss_s
+from foreserve.models.cost import PerfModel
 from foreserve.models.errors import InvalidInput
 from foreserve.models.placement import Placement
 from foreserve.models.plan import Certificate, Epoch, LlmDemand, Plan, SolverInfo
 from foreserve.models.problem import Fleet, Problem, round_rate
-from foreserve.planner.fleet import align, build_fleet, busy_s, mean_lengths
+from foreserve.planner.fleet import align, build_fleet, busy_s, request_lengths
 from foreserve.planner.scenario import Scenario
 from foreserve.solvers.base import SolverPool
 from foreserve.solvers.result import SolveOptions, SolveReport
@@ -126,7 +127,7 @@ def plan_trace(
     solver = solver or scenario.solver.name
     options = options or solve_options(scenario)
     trace = align(trace, tuple(llm.name for llm in scenario.models))
-    fleet = build_fleet(scenario, mean_lengths(scenario, trace, history), perf)
+    fleet = build_fleet(scenario, request_lengths(scenario, trace, history), perf)
     demand = bin_demand(trace, epoch_s=scenario.epoch, busy_s=busy_s(fleet, trace))
     past_epochs = 0
     if history is not None:

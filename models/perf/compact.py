@@ -64,10 +64,7 @@ def compact(timing: MeasuredTiming) -> IterationTime:
     again = np.concatenate(
         [
             decode_many([made], batch, batch * context)[0] / decode.seconds,
-            [
-                made.prefill_s(t, t**2) / s
-                for t, s in zip(tokens, prefill.seconds, strict=True)
-            ],
+            prefill_many(made, tokens) / prefill.seconds,
         ]
     )
     errors = np.abs(again - 1)
@@ -126,3 +123,10 @@ def decode_many(
     base, seq, token, experts, share = (column.reshape(shape) for column in table.T)
     touched = 1 - (1 - share) ** sizes[0] if share.any() else 0.0
     return np.asarray(base + seq * sizes[0] + token * sizes[1] + experts * touched)
+
+
+def prefill_many(time: IterationTime, tokens: Floats) -> Floats:
+    """Prompts of ``tokens`` each, alone: [prompts], seconds."""
+    seconds = time.prefill_base_s + time.prefill_s_per_token * tokens
+    seconds = seconds + time.prefill_s_per_token2 * tokens**2
+    return np.maximum(seconds, time.prefill_floor_s)

@@ -170,7 +170,9 @@ class Engine:
             # Attention of the tokens from p to q of a prompt: q^2 - p^2 of its square.
             tokens = sum(upto - job.prefilled for job, upto in self._chunks)
             tokens2 = sum(upto**2 - job.prefilled**2 for job, upto in self._chunks)
-            seconds += self.time.prefill_s(tokens, tokens2)
+            # Beside decodes the weights are read anyway.
+            cost_s = self.time.chunk_s if self._decoding else self.time.prefill_s
+            seconds += cost_s(tokens, tokens2)
         return seconds
 
     def _iterations_until(self, now_s: float) -> int:

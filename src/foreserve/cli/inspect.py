@@ -51,7 +51,7 @@ def validate(
     """Check a plan (by the referee) or a scenario; exit code 2 with the reason if not."""
     from foreserve.cli.simulate import check_plan
     from foreserve.models.codec import load_plan
-    from foreserve.planner.fleet import align, build_fleet, mean_lengths
+    from foreserve.planner.fleet import align, build_fleet, request_lengths
 
     if path.endswith(".json"):
         plan = load_plan(path)
@@ -75,7 +75,7 @@ def validate(
             names = tuple(llm.name for llm in wanted.models)
             trace = align(read_traces(traces, {}), names)
             history = read_history(wanted, {})
-            fleet = build_fleet(wanted, mean_lengths(wanted, trace, history))
+            fleet = build_fleet(wanted, request_lengths(wanted, trace, history))
             found["options"] = len(fleet.options)
     if as_json:
         echo_json({"valid": True, "file": path, **found})
