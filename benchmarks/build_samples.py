@@ -16,6 +16,7 @@ import click
 import numpy as np
 import pandas as pd
 
+from foreserve.models.lengths import Lengths
 from foreserve.planner.fleet import build_fleet, busy_s
 from foreserve.planner.scenario import load_scenario
 from foreserve.planner.scenarios import scenario_path
@@ -120,7 +121,7 @@ def fleet_day(shared: Path) -> None:
     ]
     history = merge(weeks)
     lengths_of = {
-        name: (
+        name: Lengths.fixed(
             float(history.input_tokens[history.llm == i].mean()),
             float(history.output_tokens[history.llm == i].mean()),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from foreserve.models.errors import InvalidInput
+from foreserve.models.lengths import Lengths
 from foreserve.planner.fleet import build_fleet
 from foreserve.planner.scenario import (
     load_scenario,
@@ -40,7 +41,7 @@ def test_units():
 def test_shipped_scenarios_are_valid(name):
     """What ships must read, and every LLM in it must fit somewhere."""
     scenario = load_scenario(scenario_path(name))
-    lengths = {llm.name: (1000.0, 200.0) for llm in scenario.models}
+    lengths = {llm.name: Lengths.fixed(1000.0, 200.0) for llm in scenario.models}
     fleet = build_fleet(scenario, lengths)
     assert {o.llm for o in fleet.options} == {llm.name for llm in scenario.models}
 
@@ -103,4 +104,4 @@ def test_an_llm_that_fits_nowhere_says_why():
     )
     scenario = parse_scenario(text.replace("llama-2-70b", "llama-2-70b, tp: [1]"))
     with pytest.raises(InvalidInput, match=r"128\.\d+ GiB .* 20\.\d+|fits nowhere"):
-        build_fleet(scenario, {"chat": (1000.0, 200.0)})
+        build_fleet(scenario, {"chat": Lengths.fixed(1000.0, 200.0)})

@@ -62,7 +62,8 @@ def per_token(time: IterationTime, kv_tokens: int, jobs: list[Job]) -> dict[int,
             tokens += after - before
             tokens2 += after**2 - before**2
         if tokens:
-            now_s += time.prefill_s(tokens, tokens2)
+            cost_s = time.chunk_s if decoding else time.prefill_s
+            now_s += cost_s(tokens, tokens2)
         if decoding:
             context = sum(job.input_tokens + given[job.request] for job in decoding)
             now_s += time.decode_s(len(decoding), context)
@@ -170,6 +171,9 @@ def test_engine_agrees_on_random_workloads(seed):
         decode_base_s=values[3] + 1e-3,
         decode_s_per_seq=values[4],
         decode_s_per_context_token=values[5],
+        prefill_floor_s=float(rng.choice([0.0, 0.02])),
+        decode_experts_s=float(rng.choice([0.0, 0.01])),
+        expert_share=float(rng.choice([0.0, 1 / 16])),
     )
     count = int(rng.integers(1, 30))
     rows = list(
@@ -194,9 +198,10 @@ def test_engine_one_request_by_hand():
 
 def test_engine_two_requests_batch_by_hand():
     """As above, twice: the second comes at 0.025, joins when the step 0.020 -> 0.0301
-    ends, and its prompt (20 ms) runs with a decode step of the first (10.1 ms)."""
+    ends, and its prompt's tokens (10 ms) run with a decode step of the first (10.1 ms),
+    which reads the weights anyway."""
     first, second = both(TIME, 4000, [(0.0, 1000, 11), (0.025, 1000, 11)])[0]
-    joined_s = 0.0301 + 0.0101 + 0.020
+    joined_s = 0.0301 + 0.0101 + 0.010
     assert second[0] == pytest.approx(joined_s)
     # Eight more steps of two (10.2 ms), then the second is alone for two.
     assert first[1] == pytest.approx(joined_s + 8 * 0.0102)
