@@ -1,26 +1,29 @@
-"""Latency of LLMs that share GPUs: three estimators, from coarse to fine.
+"""Latency of LLMs that share GPUs: three estimators, from coarse to fine; the TP size.
 
 Several services run on one group of GPUs, one iteration of one of them at a time. E1 is
-closed enough for a linear program, E2 knows priorities, E3 knows batching. Times in
+close enough to linear for a solver, E2 knows priorities, E3 knows batching. Times in
 seconds, rates per second; a service's latency is that of its mean request from arrival
-to last token. An overloaded group has infinite latencies, never an exception.
+to last token. An overloaded group has infinite latencies, never an exception. Sections
+are those of the SeaLLM reference; its formulas are this project's, not SeaLLM's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from foreserve.models.cost import IterationTime
-from foreserve.models.record import Record
 
 _DAMPING = 0.5
-_MOST_ROUNDS = 10_000
+_MOST_SLOWDOWN = 1e4
+"""A latency beyond this multiple of the isolated time has no fixed point."""
+TP_BATCH = 32
+"""Decode batch at which the GPU-seconds of TP sizes are compared (section 7)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Service(Record):
+class Service:
     """One LLM on the group: its requests, its part of the rate, and its iterations."""
 
     rate_rps: float
@@ -32,6 +35,7 @@ class Service(Record):
 
     @property
     def prefill_s(self) -> float:
+        """P: the prompt alone."""
         return self.time.prefill_s(self.input_tokens, self.input_tokens**2)
 
     @property
@@ -40,6 +44,7 @@ class Service(Record):
         return self.input_tokens + self.output_tokens / 2
 
     def decode_s(self, batch: float) -> float:
+        """One decode step of ``batch`` sequences."""
         return self.time.decode_s(batch, batch * self.context)
 
     @property
@@ -48,7 +53,8 @@ class Service(Record):
         return self.time.isolated_s(self.input_tokens, self.output_tokens)
 
     def demand_s(self, batch: float) -> float:
-        """d: the group's time for one request at decode batch ``batch`` (section 6)."""
+        """d: the group's time for one request at decode batch ``batch``; counts ``out``
+        decode steps, as E3 does (section 6)."""
         return self.prefill_s + self.output_tokens * self.decode_s(batch) / batch
 
 
@@ -75,16 +81,16 @@ def preemptive_priority_s(
     request. Where the services down to i fill the group, i and those below wait for ever.
     """
     latencies = []
-    above = upto = residual = 0.0
+    above = residual = 0.0
     for rate, demand, square in zip(rates_rps, demands_s, squares_s2, strict=True):
-        upto += rate * demand
+        upto = above + rate * demand
         residual += rate * square / 2
         if upto >= 1:
             latencies.append(math.inf)
         else:
             wait = residual / ((1 - above) * (1 - upto))
             latencies.append(demand / (1 - above) + wait)
-        above = min(upto, 1.0)
+        above = upto
     return tuple(latencies)
 
 
@@ -95,57 +101,85 @@ def batch_aware_s(
 
     A service's batch is what Little's law holds in flight (within its cache); each of
     its decode steps meets a step of every other service that has work, and prompts take
-    the group's time first. O(rounds * services).
+    the group's time first. Infinite for all where prompts alone fill the group or the
+    batches grow without bound; infinite for a service whose cache holds fewer sequences
+    than its rate keeps in flight, as its queue never ends. O(rounds * services).
     """
     prefill = [s.prefill_s for s in services]
     busy = sum(s.rate_rps * p for s, p in zip(services, prefill, strict=True))
-    if busy >= 1:
-        return (math.inf,) * len(services)
     latency = [s.isolated_s for s in services]
-    for _ in range(_MOST_ROUNDS):
-        batch = [
-            min(s.rate_rps * value, s.kv_sequences)
-            for s, value in zip(services, latency, strict=True)
-        ]
-        after = []
-        for i, service in enumerate(services):
-            step_s = service.decode_s(max(batch[i], 1.0))
-            for j, other in enumerate(services):
-                if j == i or batch[j] <= 0:
-                    continue
-                active = -math.expm1(-batch[j])
-                step_s += active * other.decode_s(max(1.0, batch[j] / active))
-            after.append((prefill[i] + service.output_tokens * step_s) / (1 - busy))
-        change = max(abs(a - b) for a, b in zip(after, latency, strict=True))
-        if not math.isfinite(change) or max(after) > 1e9:
+    most_s = _MOST_SLOWDOWN * max(latency, default=0.0)
+    change = math.inf
+    while change >= tolerance_s:
+        if busy >= 1 or max(latency, default=0.0) > most_s:
             return (math.inf,) * len(services)
-        latency = [
-            _DAMPING * a + (1 - _DAMPING) * b
-            for a, b in zip(after, latency, strict=True)
+        after = [
+            (alone + s.output_tokens * token_s) / (1 - busy)
+            for s, alone, token_s in zip(
+                services, prefill, _tokens_s(services, latency), strict=True
+            )
         ]
-        if change < tolerance_s:
-            return tuple(latency)
-    return (math.inf,) * len(services)
+        pairs = list(zip(after, latency, strict=True))
+        change = max((abs(new - old) for new, old in pairs), default=0.0)
+        latency = [_DAMPING * new + (1 - _DAMPING) * old for new, old in pairs]
+    return tuple(
+        value if s.rate_rps * value <= s.kv_sequences else math.inf
+        for s, value in zip(services, latency, strict=True)
+    )
 
 
-def best_tp(
-    at_tp: Callable[[int], Service | None],
-    tps: Sequence[int],
-    theta: float,
-    batch: float,
-) -> int | None:
+def _tokens_s(services: Sequence[Service], latency: Sequence[float]) -> list[float]:
+    """R of E3: seconds from one token of a service to its next, prompts apart."""
+    own, met = [], []
+    for service, value in zip(services, latency, strict=True):
+        batch = min(service.rate_rps * value, service.kv_sequences)
+        active = -math.expm1(-batch)
+        own.append(service.decode_s(max(batch, 1.0)))
+        # Given that there is a batch it has batch / active sequences, at least 1.
+        met.append(active * service.decode_s(batch / active) if active else 0.0)
+    total = sum(met)
+    return [mine + total - of_mine for mine, of_mine in zip(own, met, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TpCost:
+    """What one TP size means for a service."""
+
+    tp: int
+    isolated_s: float
+    """e_k."""
+    gpu_s: float
+    """g_k: GPU-seconds of one request, in batches."""
+
+
+def tp_costs(
+    at_tp: Mapping[int, Service], batch: float = TP_BATCH
+) -> tuple[TpCost, ...]:
+    """``g_k = k * d_k`` and e_k of a service at its feasible TP sizes, ascending."""
+    return tuple(
+        TpCost(tp=tp, isolated_s=s.isolated_s, gpu_s=tp * s.demand_s(batch))
+        for tp, s in sorted(at_tp.items())
+    )
+
+
+def pareto(costs: Sequence[TpCost]) -> tuple[TpCost, ...]:
+    """Those that none beats in time and GPU-seconds; of equals the smallest TP size."""
+    kept: list[TpCost] = []
+    for cost in sorted(costs, key=lambda c: (c.gpu_s, c.isolated_s, c.tp)):
+        if not kept or cost.isolated_s < kept[-1].isolated_s:
+            kept.append(cost)
+    return tuple(sorted(kept, key=lambda c: c.tp))
+
+
+def best_tp(costs: Sequence[TpCost], theta: float) -> int:
     """TP size of a service (section 7): shortest isolated time against GPU-seconds.
 
-    Minimises ``e_k / e + theta * g_k / min g`` with ``g_k = k * d_k`` at ``batch``;
-    ``theta`` grows with the cluster's load. Dominated sizes never win. None if no size
-    is feasible (``at_tp`` answers None).
+    Minimises ``e_k / e + theta * g_k / min g`` over the Pareto set; ``theta`` grows with
+    the cluster's load, 0 asks for the fastest.
     """
-    made = {k: service for k in tps if (service := at_tp(k)) is not None}
-    if not made:
-        return None
-    isolated = {k: s.isolated_s for k, s in made.items()}
-    spent = {k: k * s.demand_s(batch) for k, s in made.items()}
-    fastest, cheapest = min(isolated.values()), min(spent.values())
+    fastest = min(cost.isolated_s for cost in costs)
+    cheapest = min(cost.gpu_s for cost in costs)
     return min(
-        made, key=lambda k: (isolated[k] / fastest + theta * spent[k] / cheapest, k)
-    )
+        pareto(costs),
+        key=lambda c: (c.isolated_s / fastest + theta * c.gpu_s / cheapest, c.tp),
+    ).tp
