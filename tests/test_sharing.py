@@ -238,7 +238,8 @@ def at_tp(name: str, input_tokens: float, output_tokens: float) -> dict[int, Ser
     ],
 )
 def test_tp_costs_match_their_table(name, lengths, isolated_s, gpu_s):
-    """Section 7: isolated times and GPU-seconds per request at batch 32, to the printed digit (1 % where that is finer)."""
+    """Section 7: isolated times and GPU-seconds per request at batch 32, within 1 % or
+    the digits printed there."""
     costs = tp_costs(at_tp(name, *lengths))
     assert [c.tp for c in costs] == sorted(LLAMA[name])
     assert [c.isolated_s for c in costs] == pytest.approx(
