@@ -4,7 +4,7 @@ TTFT and TPOT of a closed-loop run are close to linear in the corrections, so a
 measurement is one row of a small linear system: its prediction with the default
 corrections, and the slopes. The fit is a robust regression of *relative* errors (medians,
 not means: single runs are far off for reasons of their own), in which each group of
-measurements counts alike, pulled towards the defaults as by a few measurements.
+measurements counts alike, pulled weakly towards the defaults.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _DOUBTS = {
 _LEAST = {"kernel_factor": 0.6, "prefill_factor": 0.6}
 _TTFT_WEIGHT = 0.5
 """TTFT scatters more than TPOT between repeats of one run."""
-_PRIOR_RUNS = 2.0
-"""Runs that the defaults weigh as much as."""
+_PRIOR = 0.1
+"""Weight of a doubt's square; a run that is 10 % off weighs as much."""
 _OUTLIER = 0.7
 """Relative error (logarithm) from which a run has next to no say."""
 
@@ -174,7 +174,7 @@ def fit(slopes: Slopes) -> Floats:
         slope = by / ratio[:, None]
         size = np.maximum(np.abs(error), 0.03)
         weight = say / size * np.where(size > _OUTLIER, 0.05, 1.0)
-        pull = _PRIOR_RUNS / doubts**2
+        pull = _PRIOR / doubts**2
         target = slope @ found - error
         square = slope.T @ (slope * weight[:, None]) + np.diag(pull)
         right = slope.T @ (target * weight) + pull * defaults
