@@ -12,8 +12,6 @@ from foreserve.models.lengths import Lengths
 from foreserve.models.record import Record
 from foreserve.models.specs import Slo
 
-PROMPT_BUDGET = 8192
-"""Prompt tokens that an iteration takes on."""
 _TAIL = 0.01
 """The share of requests that may miss (an `Slo` is a 99th percentile)."""
 _KV_SIGMAS = 2.33
@@ -45,15 +43,20 @@ def capacity(
 
     In steady state ``b`` sequences decode together. Long outputs are overrepresented
     among them, so each holds ``E[out * (in + out / 2)] / E[out]`` tokens of context.
-    Every step brings ``b / E[out]`` new prompts:
-    ``tpot(b) = decode(b) + b / E[out] * E[chunk]``. Prompts queue for iterations as in an
-    M/G/1 queue whose service is a prompt's share of its iterations: mean wait by
-    Pollaczek and Khinchine, its tail taken as exponential. The 99th percentile of the
-    TTFT is that of the wait plus that of the prompt alone plus a step (an upper bound
-    of the sum's). ``kv_tokens`` must hold the sequences in flight to their end, but for
-    one moment in a hundred; ``state_tokens`` is what a sequence keeps whatever its length
-    (windows, linear attention), counted in tokens. All of it grows with ``b``: binary search, O(n log b) for a
-    sample of n lengths.
+    Every step brings ``b / E[out]`` new prompts: the mean TPOT is ``decode(b) + b /
+    E[out] * E[chunk]``. A request's own varies with the prompts it happens to meet, as a
+    compound Poisson sum over its ``out`` steps (taken as normal, or as one prompt that
+    uses up all slack): the share of requests beyond the target, over all lengths, counts.
+
+    Prompts queue for the tokens of an iteration as in an M/G/1 queue whose service is
+    what a prompt adds: mean wait by Pollaczek and Khinchine, its tail taken as
+    exponential. The 99th percentile of the TTFT is that of the wait plus that of the
+    prompt alone plus the step under way and the own one (a bound on the sum's).
+
+    ``kv_tokens`` must hold the sequences in flight to their end, but for one moment in a
+    hundred; ``state_tokens`` is what a sequence keeps whatever its length (windows,
+    linear attention), counted in tokens. All of it grows with ``b``: binary search,
+    O(n log b) for a sample of n lengths.
     """
     inputs, outputs = lengths.input_tokens, np.maximum(1.0, lengths.output_tokens)
     mean_output = float(outputs.mean())
@@ -64,29 +67,44 @@ def capacity(
     held_sd = math.sqrt(max(0.0, float(weight @ held**2) - held_mean**2))
     chunk_s = np.array([time.chunk_s(x, x * x) for x in inputs.tolist()])
     alone_s = np.array([time.prefill_s(x, x * x) for x in inputs.tolist()])
-    passes = np.ceil(np.maximum(inputs, 1.0) / PROMPT_BUDGET)
+    chunk_mean_s, chunk2_mean_s2 = float(chunk_s.mean()), float((chunk_s**2).mean())
     long_s = float(np.quantile(alone_s, 1 - _TAIL))
 
     def step_s(batch: int) -> float:
         return time.decode_s(batch, batch * context)
 
     def tpot_s(batch: int) -> float:
-        return step_s(batch) + batch / mean_output * float(chunk_s.mean())
+        return step_s(batch) + batch / mean_output * chunk_mean_s
+
+    def rate_rps(batch: int) -> float:
+        return batch / (float(alone_s.mean()) + mean_output * tpot_s(batch))
+
+    sorted_s = np.sort(chunk_s)
+
+    def slow_share(batch: int) -> float:
+        """Requests whose TPOT is beyond the target: by many prompts or by one."""
+        mean_s, rate = tpot_s(batch), rate_rps(batch)
+        deviation = np.sqrt(2 * rate * chunk2_mean_s2 * mean_s / outputs + 1e-30)
+        many = [math.erfc(d) / 2 for d in ((slo.tpot_s - mean_s) / deviation).tolist()]
+        slack_s = outputs * (slo.tpot_s - step_s(batch))
+        longer = 1 - np.searchsorted(sorted_s, slack_s) / len(sorted_s)
+        one = -np.expm1(-rate * outputs * mean_s * longer)
+        return float(np.maximum(many, one).mean())
 
     def waits_s(batch: int) -> tuple[float, float]:
-        """Mean and 99th percentile of the wait for an iteration."""
-        service = chunk_s + passes * step_s(batch)
-        rate = batch / (float(alone_s.mean()) + mean_output * tpot_s(batch))
-        busy = min(rate * float(service.mean()), 0.999)
-        scale = float((service**2).mean()) / (2 * float(service.mean()) * (1 - busy))
-        tail = scale * math.log(busy / _TAIL) if busy > _TAIL else 0.0
-        return busy * scale, tail
+        """Mean and 99th percentile of the wait for room in an iteration."""
+        busy = min(rate_rps(batch) * chunk_mean_s, 0.999)
+        scale_s = chunk2_mean_s2 / (2 * chunk_mean_s * (1 - busy))
+        tail_s = scale_s * math.log(busy / _TAIL) if busy > _TAIL else 0.0
+        return busy * scale_s, tail_s
 
     def fits(batch: int) -> bool:
         held_tokens = batch * held_mean + _KV_SIGMAS * held_sd * math.sqrt(batch)
         if held_tokens > kv_tokens or tpot_s(batch) > slo.tpot_s:
             return False
-        return long_s + step_s(batch) + waits_s(batch)[1] <= slo.ttft_s
+        if long_s + 2 * step_s(batch) + waits_s(batch)[1] > slo.ttft_s:
+            return False
+        return slow_share(batch) <= _TAIL
 
     if not fits(1):
         return None
@@ -95,12 +113,12 @@ def capacity(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     wait_s, tail_s = waits_s(low)
-    ttft_s = float(alone_s.mean()) + step_s(low) + wait_s
+    ttft_s = float(alone_s.mean()) + 1.5 * step_s(low) + wait_s
     return Capacity(
         concurrency=low,
         rate_rps=low / (ttft_s + mean_output * tpot_s(low)),
         ttft_s=ttft_s,
-        ttft_p99_s=long_s + step_s(low) + tail_s,
+        ttft_p99_s=long_s + 2 * step_s(low) + tail_s,
         tpot_s=tpot_s(low),
     )
 

@@ -24,11 +24,21 @@ def held(lengths: Lengths, slo: Slo = LOOSE, **changes):
 
 
 def test_tpot_bounds_the_batch_by_hand():
-    """TIME: a step takes 10 + 0.1 b ms; 1000 in and 100 out add b/100 prompts of 10 ms:
-    tpot(b) = 10 + 0.2 b <= 20 ms holds up to 50."""
+    """TIME: a step takes 10 + 0.1 b ms; 1000 in and 10,000 out add b/10,000 prompts of
+    10 ms: the mean, 10 + 0.101 b, is within 20 ms up to 99. A request's own TPOT has a
+    standard deviation of sqrt(2 b) * 10 ms / 10,000 = 0.014 ms: at 99 half of them would
+    be beyond it, at 98 it is seven deviations off."""
+    found = held(Lengths.fixed(1000, 10_000), Slo(ttft_s=100, tpot_s=0.020))
+    assert found.concurrency == 98
+    assert found.tpot_s == pytest.approx(0.010 + 0.000101 * 98)
+
+
+def test_short_answers_need_slack_by_hand():
+    """With 100 out the mean 10 + 0.2 b allows 50, yet a request's own deviates by
+    sqrt(b) * 10 ms / 100: one in a hundred is 2.33 deviations slower. At 42 those are
+    1.51 ms of 1.6, at 43 1.53 of 1.4."""
     found = held(Lengths.fixed(1000, 100), Slo(ttft_s=100, tpot_s=0.020))
-    assert found.concurrency == 50
-    assert found.tpot_s == pytest.approx(0.020)
+    assert found.concurrency == 42
 
 
 def test_the_cache_bounds_the_batch_by_hand():
@@ -130,7 +140,7 @@ def simulated_ttft_p99_s(lengths: Lengths, rate_rps: float, kv_tokens: int) -> f
 
 def test_the_engine_meets_the_ttft_at_the_predicted_rate():
     """Uneven lengths: at 80 % of the predicted rate the simulated P99 TTFT is within the
-    target; at 160 % it is not."""
+    target; at 250 % it is not."""
     rng = np.random.default_rng(1)
     inputs = np.minimum(rng.lognormal(6, 1.2, 500), 20_000).astype(int) + 1
     outputs = np.minimum(rng.lognormal(4.5, 1.0, 500), 2_000).astype(int) + 1
@@ -138,7 +148,7 @@ def test_the_engine_meets_the_ttft_at_the_predicted_rate():
     slo = Slo(ttft_s=0.6, tpot_s=0.1)
     found = held(lengths, slo, kv_tokens=10**6)
     assert simulated_ttft_p99_s(lengths, 0.8 * found.rate_rps, 10**6) <= slo.ttft_s
-    assert simulated_ttft_p99_s(lengths, 1.6 * found.rate_rps, 10**6) > slo.ttft_s
+    assert simulated_ttft_p99_s(lengths, 2.5 * found.rate_rps, 10**6) > slo.ttft_s
 
 
 def test_capacity_needs_no_mean_of_zero():

@@ -1,0 +1,148 @@
+"""Predicted capacity against the simulated engine, for real length distributions.
+
+    python benchmarks/capacity_error.py
+
+For LLMs of two samples and two targets: the rate that `capacity` predicts with the
+distribution of lengths, and with their means alone, over the largest rate of Poisson
+arrivals at which the simulated engine keeps the 99th percentiles of TTFT and TPOT (by
+bisection, 4,000 requests each). Above 1 is optimistic. Writes
+benchmarks/results/capacity_error.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import click
+import numpy as np
+
+from foreserve.cli.common import read_traces
+from foreserve.models import catalog
+from foreserve.models.capacity import capacity
+from foreserve.models.codec import write_text
+from foreserve.models.cost import IterationTime
+from foreserve.models.lengths import Lengths
+from foreserve.models.perf.model import Measured
+from foreserve.models.specs import Slo
+from foreserve.runtime.simulated.engine import Engine, Job
+
+REQUESTS, KV_TOKENS, ROUNDS = 4000, 400_000, 6
+REPLICAS = (("llama-3.1-8b", "h100", 1), ("llama-3.1-70b", "h100", 4))
+TARGETS = (Slo(ttft_s=1.0, tpot_s=0.04), Slo(ttft_s=2.0, tpot_s=0.1))
+
+
+@click.command()
+def main() -> None:
+    """Print and write every case and the quantiles of the ratios."""
+    rows = []
+    for llm, gpu, tp in REPLICAS:
+        time = Measured().iteration(catalog.llm(llm), catalog.gpu(gpu), tp)
+        for name, lengths in _lengths():
+            for slo in TARGETS:
+                row = _case(time, lengths, slo)
+                rows.append({"replica": f"{llm} {tp} x {gpu}", "lengths": name, **row})
+                click.echo(json.dumps(rows[-1]))
+    summary = {
+        kind: [
+            round(float(q), 2)
+            for q in np.quantile(
+                [r[kind] for r in rows if r[kind] is not None], (0.1, 0.5, 0.9)
+            )
+        ]
+        for kind in ("distribution", "means")
+    }
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True)
+    document = {
+        "command": "python benchmarks/capacity_error.py",
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "ratio_p10_p50_p90": summary,
+        "rows": rows,
+    }
+    Path("benchmarks/results").mkdir(exist_ok=True)
+    text = json.dumps(document, indent=1)
+    write_text("benchmarks/results/capacity_error.json", text + "\n")
+    click.echo(json.dumps(summary))
+
+
+def _lengths() -> list[tuple[str, Lengths]]:
+    found = []
+    for sample, every in (("azure-2023", 1), ("fleet-day", 3)):
+        trace = read_traces([f"sample:{sample}"], {})
+        for i in range(0, len(trace.llms), every):
+            rows = trace.llm == i
+            name = f"{sample} {trace.llms[i]}"
+            lengths = Lengths.of_requests(
+                trace.input_tokens[rows], trace.output_tokens[rows]
+            )
+            found.append((name, lengths))
+    return found
+
+
+def _case(time: IterationTime, lengths: Lengths, slo: Slo) -> dict[str, object]:
+    limits = {"kv_tokens": KV_TOKENS, "max_num_seqs": 256}
+    means = Lengths.fixed(lengths.mean_input, lengths.mean_output)
+    full, plain = (capacity(time, slo, x, **limits) for x in (lengths, means))
+    assert plain is not None
+    low, high = plain.rate_rps / 20, plain.rate_rps * 4
+    for _ in range(ROUNDS + 2):
+        middle = (low * high) ** 0.5
+        if _meets(time, lengths, slo, middle):
+            low = middle
+        else:
+            high = middle
+    truth = (low * high) ** 0.5
+    return {
+        "ttft_s": slo.ttft_s,
+        "tpot_s": slo.tpot_s,
+        "simulated_rps": round(truth, 3),
+        "distribution": None if full is None else round(full.rate_rps / truth, 3),
+        "means": round(plain.rate_rps / truth, 3),
+    }
+
+
+def _meets(time: IterationTime, lengths: Lengths, slo: Slo, rate_rps: float) -> bool:
+    rng = np.random.default_rng(3)
+    arrivals = np.cumsum(rng.exponential(1 / rate_rps, REQUESTS)).tolist()
+    pick = rng.integers(0, len(lengths.input_tokens), REQUESTS).tolist()
+    engine = Engine(time, KV_TOKENS)
+    jobs: list[Job] = []
+    ends: dict[int, float] = {}
+
+    def advance_to(limit_s: float) -> None:
+        while engine.next_s <= limit_s and engine.next_s < float("inf"):
+            now_s = engine.next_s
+            for ended in engine.advance():
+                ends[ended.request] = now_s
+
+    for i, (arrival_s, k) in enumerate(zip(arrivals, pick, strict=True)):
+        job = Job(
+            request=i,
+            llm="a",
+            arrival_s=arrival_s,
+            input_tokens=max(1, int(lengths.input_tokens[k])),
+            output_tokens=max(1, int(lengths.output_tokens[k])),
+        )
+        advance_to(arrival_s)
+        engine.submit(job, arrival_s)
+        jobs.append(job)
+    advance_to(float("inf"))
+    # Neither the empty start nor the drain at the end.
+    steady = jobs[REQUESTS // 5 : REQUESTS * 4 // 5]
+    ttft = [(j.first_token_s or 0.0) - j.arrival_s for j in steady]
+    tpot = [
+        (ends[j.request] - (j.first_token_s or 0.0)) / (j.output_tokens - 1)
+        for j in steady
+        if j.output_tokens > 1
+    ]
+    return bool(
+        np.quantile(ttft, 0.99) <= slo.ttft_s and np.quantile(tpot, 0.99) <= slo.tpot_s
+    )
+
+
+if __name__ == "__main__":
+    main()
