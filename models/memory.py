@@ -10,9 +10,10 @@ from foreserve.models.placement import Placement
 from foreserve.models.problem import Fleet
 from foreserve.models.specs import GpuId
 
-RowKind = Literal["weights", "kv", "reserve", "free"]
-"""weights: shard and residue of a resident replica; kv: cache of an ACTIVE one; reserve:
-what the cluster keeps back for context, graphs and fragmentation; free: the rest."""
+RowKind = Literal["weights", "residue", "activation", "kv", "reserve", "free"]
+"""weights and residue (CUDA context, graphs, NCCL) of a resident replica; activation peak
+and KV cache of an ACTIVE one; reserve: what the cluster keeps back for fragmentation and
+for the error of these rows; free: the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +34,14 @@ def ledger(fleet: Fleet, placement: Placement) -> Iterator[LedgerRow]:
         free_bytes = usable_bytes
         for replica in placement.by_gpu.get(gpu, ()):
             option = fleet.option_of(replica.llm, replica.gpus)
-            rows: list[tuple[RowKind, int]] = [("weights", option.resident_bytes)]
+            rows: list[tuple[RowKind, int]] = [
+                ("weights", option.resident_bytes - option.residue_bytes),
+                ("residue", option.residue_bytes),
+            ]
             if replica.state == "ACTIVE":
+                rows.append(("activation", option.activation_bytes))
                 rows.append(("kv", option.kv_bytes))
-            for kind, num_bytes in rows:
+            for kind, num_bytes in (row for row in rows if row[1]):
                 free_bytes -= num_bytes
                 yield LedgerRow(
                     gpu=gpu, kind=kind, llm=replica.llm, num_bytes=num_bytes

@@ -47,9 +47,9 @@ class ReplicaOption(Record):
     gpu_type: str
     tp: int
     resident_bytes: int
-    """w_mk: per GPU while resident: the weight shard and a fixed residue."""
+    """w_mk: per GPU while resident: the weight shard and ``residue_bytes``."""
     kv_bytes: int
-    """Per GPU while ACTIVE: KV for ``concurrency`` requests of mean length (v_mk)."""
+    """Per GPU while ACTIVE: KV for ``concurrency`` requests of mean length."""
     kv_token_bytes: int
     """KV bytes per token per GPU (kappa_mk)."""
     concurrency: int
@@ -65,6 +65,15 @@ class ReplicaOption(Record):
     tpot_s: float
     time: IterationTime
     """Compact cost model, for the simulator and for reports."""
+    residue_bytes: int = 0
+    """What the process of a resident replica keeps on a GPU beside its weights."""
+    activation_bytes: int = 0
+    """Per GPU while ACTIVE: peak of a forward pass."""
+
+    @property
+    def active_bytes(self) -> int:
+        """v_mk: per GPU while ACTIVE, on top of ``resident_bytes``."""
+        return self.kv_bytes + self.activation_bytes
 
     def instances(self, unit: int) -> int:
         """How many instances of ``unit`` concurrency it counts for in a burst."""
@@ -134,7 +143,7 @@ class Fleet(Record):
 
 def held_bytes(option: ReplicaOption, state: State) -> int:
     """Bytes per GPU of a replica in ``state``: the one rule of (C1)."""
-    return option.resident_bytes + (option.kv_bytes if state == "ACTIVE" else 0)
+    return option.resident_bytes + (option.active_bytes if state == "ACTIVE" else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,9 +129,9 @@ class ClusterSpec(Record):
 
     nodes: tuple[Node, ...]
     gpu_types: tuple[GpuType, ...]
-    usable_fraction: float = 0.9
-    """Share of a GPU's memory that weights and KV may use; the rest is the reserve for
-    context, graphs and fragmentation."""
+    usable_fraction: float = 0.95
+    """Share of a GPU's memory that replicas may use; the rest is for fragmentation and
+    for errors of the memory model."""
 
     def __post_init__(self) -> None:
         if not self.nodes:

@@ -333,6 +333,7 @@ def option_table(plan: Plan) -> Table:
         "GPU type",
         "TP",
         "weights/GPU",
+        "engine/GPU",
         "KV/GPU",
         "in flight",
     )
@@ -344,7 +345,8 @@ def option_table(plan: Plan) -> Table:
                 option.llm,
                 option.gpu_type,
                 str(option.tp),
-                gib(option.resident_bytes),
+                gib(option.resident_bytes - option.residue_bytes),
+                gib(option.residue_bytes + option.activation_bytes),
                 gib(option.kv_bytes),
                 str(option.concurrency),
                 number(option.rate_rps),

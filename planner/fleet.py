@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from foreserve.models.capacity import capacity, cold_loss_s
 from foreserve.models.cost import PerfModel
 from foreserve.models.errors import InvalidInput
+from foreserve.models.footprint import EngineMemory, footprint
 from foreserve.models.lengths import Lengths
+from foreserve.models.llm import ModelSpec
 from foreserve.models.perf.compact import decode_many, prefill_many
 from foreserve.models.perf.model import Measured
 from foreserve.models.plan import Plan
@@ -142,8 +144,9 @@ def _options(
     for gpu in cluster.gpu_types:
         largest = max(node.gpus for node in cluster.nodes if node.gpu == gpu.name)
         for tp in (tp for tp in spec.tp if tp <= largest):
-            resident = spec.weight_bytes_per_gpu(tp) + scenario.runtime.residue
-            free = _usable_bytes(cluster, gpu) - resident
+            weights, residue, activation = _engine_bytes(scenario, spec, gpu, tp)
+            resident = weights + residue
+            free = _usable_bytes(cluster, gpu) - resident - activation
             per_token = spec.kv_bytes_per_token_per_gpu(tp)
             state = spec.kv_bytes_fixed_per_sequence_per_gpu(tp) / per_token
             time = perf.iteration(spec, gpu, tp)
@@ -177,7 +180,19 @@ def _options(
                 ttft_s=held.ttft_s,
                 tpot_s=held.tpot_s,
                 time=time,
+                residue_bytes=residue,
+                activation_bytes=activation,
             )
+
+
+def _engine_bytes(
+    scenario: Scenario, spec: ModelSpec, gpu: GpuType, tp: int
+) -> tuple[int, int, int]:
+    """Weights, residue and activation peak of an engine process on each of its GPUs."""
+    runtime = scenario.runtime
+    found = footprint(spec, gpu, tp, EngineMemory(max_num_seqs=runtime.max_num_seqs))
+    residue = found.residue_bytes[1] if runtime.residue is None else runtime.residue
+    return found.num_bytes("weights"), residue, found.num_bytes("activation")
 
 
 def _usable_bytes(cluster: ClusterSpec, gpu: GpuType) -> int:
@@ -196,7 +211,7 @@ def _why_nowhere(scenario: Scenario, llm: LlmPart, cluster: ClusterSpec) -> str:
     spec = llm.model_spec()
     gpu = max(cluster.gpu_types, key=lambda gpu: gpu.memory_bytes)
     tp = max(spec.tp)
-    need_gib = (spec.weight_bytes_per_gpu(tp) + scenario.runtime.residue) / 2**30
+    need_gib = sum(_engine_bytes(scenario, spec, gpu, tp)) / 2**30
     have_gib = _usable_bytes(cluster, gpu) / 2**30
     slo = (llm.slo or scenario.slo).slo()
     return (

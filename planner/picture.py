@@ -107,10 +107,19 @@ def text_on(colour: int) -> str:
 
 
 LEDGER_HEIGHT = 270.0
+LEDGER_STYLES = {
+    "weights": "a{}",
+    "kv": "w{}",
+    "residue": "engine",
+    "activation": "engine",
+    "free": "free",
+    "reserve": "reserve",
+}
+"""Style of each kind of row, with the LLM's colour; from the bottom up."""
 
 
 def ledger_bars(fleet: Fleet, placement: Placement) -> Picture:
-    """One column per GPU, from the bottom: weights and KV cache by LLM, free, reserve."""
+    """One column per GPU, from the bottom: weights, KV cache, engines, free, reserve."""
     colour, cluster, left, top = colours(fleet), fleet.cluster, 56.0, 8.0
     most = max(cluster.type_of(gpu).memory_bytes for gpu in cluster.gpus)
     scale = LEDGER_HEIGHT / most
@@ -133,7 +142,7 @@ def ledger_bars(fleet: Fleet, placement: Placement) -> Picture:
             x += pitch
         x += NODE_GAP
     y_of = dict.fromkeys(cluster.gpus, floor)
-    order = {"weights": 0, "kv": 1, "free": 2, "reserve": 3}
+    order = {kind: i for i, kind in enumerate(LEDGER_STYLES)}
     rows = sorted(ledger(fleet, placement), key=lambda r: (r.gpu, order[r.kind]))
     boxes: list[Box] = []
     lines: list[Box] = []
@@ -141,10 +150,10 @@ def ledger_bars(fleet: Fleet, placement: Placement) -> Picture:
         height = max(0.0, row.num_bytes * scale)
         y_of[row.gpu] -= height
         tip = f"{row.gpu}: {row.kind} {gib(row.num_bytes)}"
-        style: str = row.kind
+        style = LEDGER_STYLES[row.kind]
         if row.llm is not None:
             tip = f"{row.gpu}: {row.llm}, {row.kind} {gib(row.num_bytes)}"
-            style = f"{'a' if row.kind == 'weights' else 'w'}{colour[row.llm]}"
+            style = style.format(colour[row.llm])
         one = Box(
             x=x_of[row.gpu],
             y=y_of[row.gpu],
@@ -155,7 +164,8 @@ def ledger_bars(fleet: Fleet, placement: Placement) -> Picture:
         )
         (boxes if row.llm is not None else lines).append(one)
         letters = int((width - 8) / 7.6)
-        if row.llm is not None and letters >= 8 and height >= 13:
+        if row.kind in ("weights", "kv") and letters >= 8 and height >= 13:
+            assert row.llm is not None
             kv = " KV" if row.kind == "kv" else ""
             texts.append(
                 Text(

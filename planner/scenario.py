@@ -115,7 +115,7 @@ class ClusterPart(Record):
     """Types that are not in the catalogue, or replace one of it by name."""
     price_usd_per_h: Mapping[str, float] = field(default_factory=dict)
     """Your price per GPU-hour, by GPU type; the catalogue's list price otherwise."""
-    usable_fraction: float = 0.9
+    usable_fraction: float = 0.95
 
     def cluster(self) -> ClusterSpec:
         own = {gpu.name: gpu for gpu in self.gpu_types}
@@ -191,8 +191,9 @@ class RuntimePart(Record):
     """Most requests one replica works on at once."""
     max_load: float = 0.8
     """rho_max: share of a replica's rate that a plan may book."""
-    residue: Bytes = 512 * 1024**2
-    """Per GPU and resident replica, beside its weights."""
+    residue: Bytes | None = None
+    """Per GPU and resident replica, beside its weights; None: as measured of vLLM
+    processes (context, NCCL, graphs), by TP size."""
     keep_alive: Seconds = 30.0
     """How long a replica that was started on demand stays ACTIVE without requests."""
 

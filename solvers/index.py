@@ -126,7 +126,7 @@ def index(problem: Problem) -> Index:
             for (option, _), m in zip(replicas, llm, strict=True)
         ],
         resident=[option.resident_bytes for option, _ in replicas],
-        kv=[option.kv_bytes for option, _ in replicas],
+        kv=[option.active_bytes for option, _ in replicas],
         usable=[fleet.cluster.usable_bytes(gpu) for gpu in gpus],
         demand=problem.demand_rps,
         rate=[option.rate_rps for option, _ in replicas],

@@ -74,6 +74,7 @@ def made_up_fleet(num_llms: int = 12, nodes: int = 2, gpus: int = 4) -> Fleet:
             for i in range(nodes)
         ),
         gpu_types=(kind,),
+        usable_fraction=0.9,
     )
     llms, options = [], []
     for index in range(num_llms):
@@ -132,7 +133,7 @@ def _placement(fleet: Fleet, rate: NDArray[np.float64], before: Placement) -> Pl
     for index in np.argsort(-rate, kind="stable"):
         llm, left = fleet.llms[index].name, 1.0
         for option, block in blocks(llm):
-            needed = option.resident_bytes + option.kv_bytes
+            needed = option.resident_bytes + option.active_bytes
             if left <= 1e-9 or rate[index] < 0.25:
                 break
             if busy.isdisjoint(block) and all(free[g] >= needed for g in block):

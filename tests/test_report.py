@@ -149,7 +149,7 @@ def test_every_section_shows_its_numbers(tmp_path: Path, day: Any) -> None:
     assert f"{fit.llm} {errors} {percent(fit.above)}" in text
     own = runs[1].outcome.by_llm[fit.llm]
     assert f"reactive {own.requests:,}" in text
-    assert "llama-3.1-8b h100 1 17.0 GiB 24.0 GiB 32 5.71" in text
+    assert "llama-3.1-8b h100 1 17.0 GiB 0.0 GiB 24.0 GiB 32 5.71" in text
     assert "cd" * 32 in text
     assert "milp (highspy 1.13.1)" in text
     assert "Simulated: planned" in text

@@ -17,12 +17,14 @@ from foreserve.cli.common import (
     progress_bar,
     quiet_option,
     read_scenario,
+    read_traces,
 )
 from foreserve.models.errors import InvalidInput
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from foreserve.models.lengths import Lengths
     from foreserve.models.perf.measured import Corrections
     from foreserve.planner.perf_calibration import Calibration, Served
     from foreserve.planner.perf_sheet import Sheet
@@ -81,6 +83,11 @@ def perf() -> None:
     show_default=True,
     help="TPOT target, seconds.",
 )
+@click.option(
+    "--trace",
+    metavar="FILE|sample:NAME",
+    help="Take lengths from these requests (the LLM's own, if it is among them).",
+)
 @click.option("--picture", metavar="FILE.svg|png|pdf", help="Draw the curves.")
 @corrections_option
 @json_option
@@ -95,6 +102,7 @@ def show(
     output_tokens: float,
     ttft: float,
     tpot: float,
+    trace: str | None,
     picture: str | None,
     corrections: str | None,
     as_json: bool,
@@ -134,8 +142,7 @@ def show(
         ep=ep,
         engine=engine,
         slo=Slo(ttft_s=ttft, tpot_s=tpot),
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
+        lengths=_lengths(trace, spec.name, input_tokens, output_tokens),
         corrections=_read_corrections(corrections),
     )
     if picture:
@@ -147,6 +154,23 @@ def show(
     _print_sheet(out, sheet)
     if picture:
         out.print(f"[dim]curves: {picture}[/]")
+
+
+def _lengths(
+    trace: str | None, llm: str, input_tokens: float, output_tokens: float
+) -> Lengths:
+    """Of the trace's requests to the LLM, else of all, else as stated."""
+    from foreserve.models.lengths import Lengths
+
+    if trace is None:
+        return Lengths.fixed(input_tokens, output_tokens)
+    requests = read_traces([trace], {})
+    rows = slice(None)
+    if llm in requests.llms:
+        rows = requests.llm == requests.llms.index(llm)
+    return Lengths.of_requests(
+        requests.input_tokens[rows], requests.output_tokens[rows]
+    )
 
 
 def _print_sheet(out: Console, sheet: Sheet) -> None:
