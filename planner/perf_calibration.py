@@ -23,8 +23,10 @@ from foreserve.models.perf.calibrate import (
     corrections,
     fit,
     interval,
+    values_of,
 )
 from foreserve.models.perf.measured import Corrections, MeasuredTiming
+from foreserve.models.perf.shipped import family, shipped
 
 Floats = NDArray[np.float64]
 LEAST_RUNS = 5
@@ -61,20 +63,24 @@ class Calibration:
 
 def calibrate_deployments(
     deployments: Sequence[Deployment],
-    known: Corrections,
+    known: Corrections | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Calibration:
-    """Fit closed-loop runs, each (GPU, LLM) pair a group."""
+    """Fit closed-loop runs, each (GPU, LLM) pair a group.
+
+    What they do not tell stays as ``known``, else as shipped for most of them.
+    """
     _check_enough(len(deployments), "closed-loop runs")
+    known = known or _typical(d.timing for d in deployments)
     return _calibrate(Slopes.of(deployments, progress), known)
 
 
 def calibrate_requests(
     timings: Callable[[tuple[str, tuple[str, ...]]], MeasuredTiming],
     requests: Iterable[Served],
-    known: Corrections,
+    known: Corrections | None = None,
 ) -> Calibration:
-    """Fit the requests of a journal, each replica a group."""
+    """Fit the requests of a journal, each replica a group; ``known`` as above."""
     by_replica: dict[tuple[str, tuple[str, ...]], list[Served]] = defaultdict(list)
     for request in requests:
         if request.output_tokens > 1 and request.end_s > request.first_token_s:
@@ -82,12 +88,23 @@ def calibrate_requests(
     total = sum(map(len, by_replica.values()))
     _check_enough(total, "finished requests of more than one token")
     keep = max(1, -(-total // MOST_REQUESTS))
+    ordered = sorted(by_replica.items())
+    found = [timings(replica) for replica, _ in ordered]
     parts = [
-        slopes_of_replica(group, timings(replica), served, keep)
-        for group, (replica, served) in enumerate(sorted(by_replica.items()))
+        slopes_of_replica(group, timing, served, keep)
+        for group, (timing, (_, served)) in enumerate(zip(found, ordered, strict=True))
     ]
     engines = tuple(sorted({part.engines[0] for part in parts}))
-    return _calibrate(_joined(parts, engines), known)
+    return _calibrate(_joined(parts, engines), known or _typical(found))
+
+
+def _typical(timings: Iterable[MeasuredTiming]) -> Corrections:
+    """What is shipped for the kind of LLM and the engine of most ``timings``."""
+    kinds: dict[tuple[str, str], list[MeasuredTiming]] = defaultdict(list)
+    for timing in timings:
+        kinds[family(timing.llm), timing.engine].append(timing)
+    one = max(kinds.values(), key=len)[0]
+    return shipped(one.llm, one.engine)
 
 
 def _check_enough(found: int, what: str) -> None:
@@ -198,18 +215,15 @@ def _joined(parts: Sequence[Slopes], engines: tuple[str, ...]) -> Slopes:
 
 
 def _calibrate(slopes: Slopes, known: Corrections) -> Calibration:
-    found = fit(slopes)
-    given = np.array(
-        [getattr(known, name) for name in FITTED]
-        + [known.admission_steps] * len(slopes.engines)
-    )
+    found = fit(slopes, known)
     groups = np.unique(slopes.groups)
     errors = [slopes.log_errors(found)]
     if len(groups) > 1:
         errors = []
         for group in groups:
             here = slopes.groups == group
-            errors.append(slopes.select(here).log_errors(fit(slopes.select(~here))))
+            others = fit(slopes.select(~here), known)
+            errors.append(slopes.select(here).log_errors(others))
     ttft, tpot = (np.concatenate(parts) for parts in zip(*errors, strict=True))
     made = corrections(
         slopes,
@@ -225,7 +239,7 @@ def _calibrate(slopes: Slopes, known: Corrections) -> Calibration:
         corrections=made,
         runs=len(slopes.tpot_s),
         groups=len(groups),
-        before=_errors(slopes, given),
+        before=_errors(slopes, values_of(known, slopes.engines)),
         after=_errors(slopes, found),
         held_out=held_out,
     )

@@ -85,6 +85,14 @@ def draw_scatter(panels: Sequence[Scatter], path: str) -> None:
         high = max(float(np.quantile(v, 0.995)) for v in values) * 1.5
         ends = np.array([low, high])
         axes.fill_between(ends, ends / 1.25, ends * 1.25, color=GRID, linewidth=0)
+        axes.annotate(
+            "grey: within a factor of 1.25",
+            (0.98, 0.02),
+            xycoords="axes fraction",
+            ha="right",
+            fontsize=8,
+            color=MUTED,
+        )
         axes.plot(ends, ends, color=MUTED, linewidth=0.8)
         for (name, (predicted, measured)), color in zip(
             panel.groups.items(), COLORS * len(panel.groups), strict=False
@@ -136,13 +144,21 @@ def draw_curves(panels: Sequence[Panel], path: str) -> None:
 
 
 def _plain_ticks(axes: Axes) -> None:
-    """Numbers as people write them, at 1, 2 and 5 of each decade."""
+    """Numbers as people write them, at 1, 2 and 5 of each decade while there is room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    for axis, (low, high) in (
+        (axes.xaxis, axes.get_xlim()),
+        (axes.yaxis, axes.get_ylim()),
+    ):
+        marks = (1, 2, 5) if high < 400 * low else (1,)
+        axis.set_major_locator(LogLocator(10, subs=marks, numticks=20))
+        axis.set_major_formatter(FuncFormatter(_plain_number))
         axis.set_minor_formatter(NullFormatter())
+
+
+def _plain_number(value: float, _: int | None) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
 def _figure(columns: int) -> Figure:

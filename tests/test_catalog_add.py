@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from foreserve import cli
 from foreserve.models import catalog
 from foreserve.models.errors import InvalidInput
 from foreserve.planner.scenario import load_scenario
@@ -16,17 +14,9 @@ from tests.test_huggingface import LLAMA
 
 
 @pytest.fixture
-def plan(monkeypatch, capsys):
+def plan(run_plan):
     """Run `plan catalog ARGS` in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plan", "catalog", *args])
-        with pytest.raises(SystemExit) as exited:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(exited.value.code or 0), out, err
-
-    return run
+    return lambda *args: run_plan(["catalog", *args])
 
 
 @pytest.fixture

@@ -29,21 +29,6 @@ TRACE = "arrival_s,llm,input_tokens,output_tokens\n" + "".join(
 
 
 @pytest.fixture
-def plan(monkeypatch, capsys):
-    """Run `plan ARGS` in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        argv = " ".join(["plan", *map(str, args)]).split()
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as exited:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(exited.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture
 def files(tmp_path, monkeypatch):
     """A folder with a scenario and a trace of 200 s, as the working directory."""
     monkeypatch.chdir(tmp_path)

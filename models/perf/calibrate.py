@@ -109,7 +109,7 @@ class Slopes:
             engine = engines.index(deployment.timing.engine)
             by[0, i, len(FITTED) + engine] = first.tpot_s
             progress(i + 1)
-        at -= np.einsum("inj,j->in", by, _values(engines))
+        at -= np.einsum("inj,j->in", by, values_of(base, engines))
         return cls(
             engines=engines,
             groups=np.array([names[d.pair] for d in deployments], dtype=np.int64),
@@ -127,9 +127,8 @@ class Slopes:
 
     def predict_tpot(self, known: Corrections) -> Floats:
         """Seconds per output token of each run with ``known``."""
-        values = [getattr(known, name) for name in FITTED]
-        values += [known.admission_steps] * len(self.engines)
-        return np.asarray(self.tpot_at + self.tpot_by @ np.array(values))
+        values = values_of(known, self.engines)
+        return np.asarray(self.tpot_at + self.tpot_by @ values)
 
     def log_errors(self, corrections: Floats) -> tuple[Floats, Floats]:
         """Logarithms of predicted over measured TTFT and TPOT."""
@@ -141,15 +140,20 @@ class Slopes:
         )
 
 
-def _values(engines: tuple[str, ...], of: dict[str, float] | None = None) -> Floats:
-    """One value for each unknown: of ``of``, or else the default."""
-    names = [*FITTED, *("admission_steps" for _ in engines)]
-    values = [getattr(Corrections(), n) if of is None else of.get(n, 0) for n in names]
-    return np.array(values, dtype=np.float64)
+def _unknowns(engines: tuple[str, ...]) -> list[str]:
+    return [*FITTED, *("admission_steps" for _ in engines)]
 
 
-def fit(slopes: Slopes) -> Floats:
-    """Corrections in the order of `Slopes` with the least robust relative error."""
+def values_of(known: Corrections, engines: tuple[str, ...]) -> Floats:
+    """``known`` in the order of `Slopes`."""
+    return np.array([getattr(known, n) for n in _unknowns(engines)], dtype=np.float64)
+
+
+def fit(slopes: Slopes, around: Corrections | None = None) -> Floats:
+    """Corrections in the order of `Slopes` with the least robust relative error.
+
+    What the runs do not tell stays near ``around`` (the defaults).
+    """
     by = np.vstack(
         [
             slopes.ttft_by / slopes.ttft_s[:, None],
@@ -162,9 +166,10 @@ def fit(slopes: Slopes) -> Floats:
     _, index, sizes = np.unique(slopes.groups, return_inverse=True, return_counts=True)
     share = len(slopes.groups) / len(sizes) / sizes[index]
     say = np.concatenate([_TTFT_WEIGHT * share, share])
-    defaults = _values(slopes.engines)
-    doubts = _values(slopes.engines, _DOUBTS)
-    least = _values(slopes.engines, _LEAST)
+    defaults = values_of(around or Corrections(), slopes.engines)
+    unknowns = _unknowns(slopes.engines)
+    doubts = np.array([_DOUBTS[name] for name in unknowns])
+    least = np.array([_LEAST.get(name, 0.0) for name in unknowns])
     found = defaults
     for _ in range(60):
         # Gauss-Newton on the logarithm of predicted over measured; least absolute

@@ -348,19 +348,16 @@ def _print_calibration(out: Console, found: Calibration, output: str) -> None:
 
 
 def _calibrate_runs(source: str, update: Any) -> Calibration:
-    from foreserve.models.perf.measured import Corrections
     from foreserve.planner.deployments import read_deployments
     from foreserve.planner.perf_calibration import calibrate_deployments
 
-    measured = read_deployments(source)
-    total = max(1, len(measured.deployments))
-    return calibrate_deployments(
-        measured.deployments, Corrections(), lambda done: update(done, total)
-    )
+    runs = read_deployments(source).deployments
+    total = max(1, len(runs))
+    return calibrate_deployments(runs, progress=lambda done: update(done, total))
 
 
 def _calibrate_journal(source: str, scenario: str) -> Calibration:
-    from foreserve.models.perf.measured import Corrections, MeasuredTiming
+    from foreserve.models.perf.measured import MeasuredTiming
     from foreserve.models.perf.model import Measured
     from foreserve.models.specs import GpuId
     from foreserve.planner.perf_calibration import calibrate_requests
@@ -389,7 +386,7 @@ def _calibrate_journal(source: str, scenario: str) -> Calibration:
             )
         return found
 
-    return calibrate_requests(timing, _served(source), Corrections())
+    return calibrate_requests(timing, _served(source))
 
 
 def _served(source: str) -> list[Served]:
