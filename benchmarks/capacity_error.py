@@ -12,17 +12,14 @@ benchmarks/results/capacity_error.json.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-from pathlib import Path
 
 import click
 import numpy as np
+from record import write_result
 
 from foreserve.cli.common import read_traces
 from foreserve.models import catalog
 from foreserve.models.capacity import capacity
-from foreserve.models.codec import write_text
 from foreserve.models.cost import IterationTime
 from foreserve.models.lengths import Lengths
 from foreserve.models.perf.model import Measured
@@ -54,18 +51,7 @@ def main() -> None:
         ]
         for kind in ("distribution", "means")
     }
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True)
-    document = {
-        "command": "python benchmarks/capacity_error.py",
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "ratio_p10_p50_p90": summary,
-        "rows": rows,
-    }
-    Path("benchmarks/results").mkdir(exist_ok=True)
-    text = json.dumps(document, indent=1)
-    write_text("benchmarks/results/capacity_error.json", text + "\n")
+    write_result("capacity_error", {"ratio_p10_p50_p90": summary, "rows": rows})
     click.echo(json.dumps(summary))
 
 

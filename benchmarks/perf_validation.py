@@ -8,18 +8,15 @@ docs/perf_errors.png: what `plan perf validate --data ../shared/data` shows.
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
 from pathlib import Path
 
 import click
+from record import write_result
 
 from foreserve.cli.common import progress_bar
 from foreserve.models.codec import write_text
 from foreserve.planner.perf_report import draw, markdown_table, run
 
-RESULT = "benchmarks/results/perf_validation.json"
 HEAD = """# Errors of the cost model
 
 Made by `benchmarks/perf_validation.py`; `docs/performance.md` explains the model, how
@@ -36,17 +33,8 @@ def main(shared: str) -> None:
     """Write the result, the tables and the picture."""
     with progress_bar("comparing", quiet=False) as update:
         found = run(str(Path(shared) / "data"), None, update)
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True)
-    plain = dict(found.plain())
-    plain["data"] = "all data sets"
-    document = {
-        "command": "python benchmarks/perf_validation.py",
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        **plain,
-    }
-    write_text(RESULT, json.dumps(document, indent=1) + "\n")
+    plain = {**found.plain(), "data": "all data sets"}
+    write_result("perf_validation", plain)
     tables = markdown_table(found).split("\n", 2)[2]
     write_text("docs/perf_errors.md", HEAD + tables)
     draw(found, "docs/perf_errors.png")

@@ -10,16 +10,13 @@ GPUs, and writes benchmarks/results/policy_sweep.json. Takes some minutes.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-from pathlib import Path
 
 import click
+from record import write_result
 
 from foreserve.cli.common import read_scenario, read_traces
 from foreserve.cli.simulate import run_policies
 from foreserve.cli.solve import facts, run_solve
-from foreserve.models.codec import write_text
 
 CASES = [
     ("planned", 30.0, (0,)),
@@ -59,27 +56,12 @@ def main() -> None:
                 }
             )
             click.echo(json.dumps(rows[-1]))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     plan = {
         key: value
         for key, value in facts(planned).items()
         if key in ("status", "objective", "bound", "gap", "gap_at_stake", "wall_s")
     }
-    result = {
-        "command": "python benchmarks/policy_sweep.py",
-        "commit": commit,
-        "machine": f"{platform.machine()}, 2 cores, Python {platform.python_version()}",
-        "plan": plan,
-        "rows": rows,
-    }
-    Path("benchmarks/results").mkdir(exist_ok=True)
-    text = json.dumps(result, indent=1, default=str) + "\n"
-    write_text("benchmarks/results/policy_sweep.json", text)
+    write_result("policy_sweep", {"plan": plan, "rows": rows})
 
 
 if __name__ == "__main__":

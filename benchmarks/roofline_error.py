@@ -15,9 +15,9 @@ from pathlib import Path
 import click
 import numpy as np
 import pandas as pd
+from record import write_result
 
 from foreserve.models import catalog
-from foreserve.models.codec import write_text
 from foreserve.models.cost import Roofline
 
 LLMS = {
@@ -59,10 +59,8 @@ def main(shared: str) -> None:
     summary = {"all": _summary(table)}
     for key, group in table.groupby(["llm", "tp", "backend"]):
         summary[" ".join(map(str, key))] = _summary(group)
-    text = json.dumps(summary, indent=1)
-    Path("benchmarks/results").mkdir(exist_ok=True)
-    write_text("benchmarks/results/roofline_error.json", text + "\n")
-    click.echo(text)
+    write_result("roofline_error", summary)
+    click.echo(json.dumps(summary, indent=1))
 
 
 def _summary(table: pd.DataFrame) -> dict[str, float | int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Literal, NamedTuple
 
@@ -58,6 +58,14 @@ class Generation:
     graphs_inside: bool
 
 
+_SINCE_17 = Generation(
+    since=(0, 17),
+    sampler_bytes=14.5,
+    keeps_workspace=True,
+    runtime_gib=0.25,
+    nccl_gib={1: 0.0, 2: 1.82, 4: 1.88, 8: 1.88},
+    graphs_inside=False,
+)
 GENERATIONS = (
     Generation(
         since=(0, 0),
@@ -67,23 +75,9 @@ GENERATIONS = (
         nccl_gib={1: 0.0, 2: 0.42, 4: 0.42, 8: 0.42},
         graphs_inside=False,
     ),
-    Generation(
-        since=(0, 17),
-        sampler_bytes=14.5,
-        keeps_workspace=True,
-        runtime_gib=0.25,
-        nccl_gib={1: 0.0, 2: 1.82, 4: 1.88, 8: 1.88},
-        graphs_inside=False,
-    ),
+    _SINCE_17,
     # By its log: "CUDA graph memory profiling is enabled (default since v0.21.0)".
-    Generation(
-        since=(0, 21),
-        sampler_bytes=14.5,
-        keeps_workspace=True,
-        runtime_gib=0.25,
-        nccl_gib={1: 0.0, 2: 1.82, 4: 1.88, 8: 1.88},
-        graphs_inside=True,
-    ),
+    replace(_SINCE_17, since=(0, 21), graphs_inside=True),
 )
 OTHER_ACTIVATION_GIB = 0.05
 FORWARD_HIDDEN = 3.5

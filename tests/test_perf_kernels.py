@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foreserve.models import catalog
-from foreserve.models.cost import IterationTime
+from foreserve.models.cost import IterationTime, Roofline
 from foreserve.models.perf import kernels as kernel_tables
 from foreserve.models.perf.compact import compact, decode_many
 from foreserve.models.perf.kernels import FILLED, Table, encode_ms, kernels
@@ -154,6 +155,28 @@ def test_every_llm_has_a_time_on_every_gpu(name, gpu, batch, context):
     assert 0 < step[0] <= step[1] * 1.45
     prompt = t.prefill([context, 4 * context]).seconds
     assert 0 < prompt[0] <= prompt[1] * 1.45
+
+
+def test_no_time_is_beyond_reason():
+    """All LLMs on all GPUs with tables, at their largest TP: within a factor of 30 of the
+    roofline (which knows no communication: eight L40S reduce 1 GB/s), however far a table
+    is extrapolated."""
+    for llm, gpu in itertools.product(catalog.llms(), catalog.gpus()):
+        if not gpu.kernels:
+            continue
+        tp = llm.tp[-1]
+        t, roof = timing(llm.name, gpu.name, tp), Roofline().iteration(llm, gpu, tp)
+        step = t.decode([1, 32, 256], 1024).seconds
+        prompt = t.prefill([128, 8192]).seconds
+        ratios = [
+            *(step / [roof.decode_s(b, b * 1024) for b in (1, 32, 256)]),
+            *(prompt / [roof.prefill_s(p, p * p) for p in (128, 8192)]),
+        ]
+        assert all(1 / 30 < ratio < 30 for ratio in ratios), (
+            llm.name,
+            gpu.name,
+            ratios,
+        )
 
 
 @pytest.mark.parametrize(

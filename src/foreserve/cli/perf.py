@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from foreserve.models.lengths import Lengths
     from foreserve.models.perf.measured import Corrections
     from foreserve.planner.perf_calibration import Calibration, Served
-    from foreserve.planner.perf_sheet import Sheet
+    from foreserve.planner.perf_sheet import Part
 
 corrections_option = click.option(
     "--corrections",
@@ -151,7 +152,8 @@ def show(
         echo_json(sheet.plain())
         return
     out, _ = consoles(quiet=False)
-    _print_sheet(out, sheet)
+    out.print(f"[bold]{sheet.title}[/]\n[dim]{sheet.source}[/]")
+    _print_parts(out, sheet.parts)
     if picture:
         out.print(f"[dim]curves: {picture}[/]")
 
@@ -173,11 +175,10 @@ def _lengths(
     )
 
 
-def _print_sheet(out: Console, sheet: Sheet) -> None:
+def _print_parts(out: Console, parts: Iterable[Part]) -> None:
     from rich.table import Table
 
-    out.print(f"[bold]{sheet.title}[/]\n[dim]{sheet.source}[/]")
-    for part in sheet.parts:
+    for part in parts:
         table = Table(
             title=part.title, title_justify="left", box=None, padding=(0, 2, 0, 0)
         )
@@ -237,26 +238,9 @@ def validate(
         echo_json(found.plain())
         return
     out, _ = consoles(quiet)
-    _print_validation(out, found)
+    _print_parts(out, found.tables())
     for path in filter(None, (picture, markdown)):
         out.print(f"[dim]wrote {path}[/]")
-
-
-def _print_validation(out: Console, found: Any) -> None:
-    from rich.table import Table
-
-    for part in found.tables():
-        table = Table(
-            title=part.title, title_justify="left", box=None, padding=(0, 2, 0, 0)
-        )
-        for index, column in enumerate(part.columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
-        for row in part.rows:
-            table.add_row(*row)
-        out.print(table)
-        if part.note:
-            out.print(f"[dim]{part.note}[/]")
-        out.print()
 
 
 @perf.command(epilog="Example: plan perf calibrate --from runs.csv --output mine.json")
