@@ -19,7 +19,7 @@ VERBS = {
     "validate": "foreserve.cli.inspect:validate",
     "catalog": "foreserve.cli.catalog:catalog",
     "perf": "foreserve.cli.perf:perf",
-    "trace": "foreserve.cli.inspect:trace",
+    "trace": "foreserve.cli.trace:trace",
     "solve": "foreserve.cli.solve:solve",
     "simulate": "foreserve.cli.simulate:simulate",
     "compare": "foreserve.cli.compare:compare",
