@@ -120,6 +120,24 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise InvalidInput("not UTF-8 text", file=file) from None
 
 
+def read_yaml(text: str, file: str | None = None) -> Any:
+    """Plain data (as JSON would give it) from YAML or JSON text; faults with their line."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        plain = YAML(typ="safe", pure=True).load(text)
+        return json.loads(json.dumps(plain, allow_nan=False))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = None if mark is None else mark.line + 1
+        what = (error.problem or "not valid YAML").splitlines()[0]
+        raise InvalidInput(f"not valid YAML: {what}", file=file, line=line) from None
+    except (YAMLError, TypeError, ValueError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidInput(f"not valid YAML: {what}", file=file) from None
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write to a temporary file beside ``path``, then rename: whole or not at all."""
     target = Path(path)

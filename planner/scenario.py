@@ -7,65 +7,22 @@ units (``80GiB``, ``500ms``, ``5m``); everything is SI once it is a `Scenario`.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator
+from typing import Literal
 
 from foreserve.models import catalog
-from foreserve.models.codec import read_text, structure
+from foreserve.models.codec import read_text, read_yaml, structure
 from foreserve.models.errors import InvalidInput
 from foreserve.models.llm import ModelSpec
 from foreserve.models.problem import Prices
+from foreserve.models.quantities import Bytes, BytesPerSecond, Seconds
 from foreserve.models.record import Record
 from foreserve.models.specs import ClusterSpec, GpuType, Node, Slo
 
 API_VERSION = "foreserve/v1alpha1"
 MAX_BYTES = 1_000_000
-
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_BYTES = {"B": 1} | {
-    prefix + unit: base**power
-    for unit, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
-
-
-def parse_seconds(value: object) -> object:
-    """``500ms`` -> 0.5; numbers are seconds; anything else is left to the type check."""
-    return _quantity(value, _SECONDS, "500ms, 2.5s, 5m or 1h")
-
-
-def parse_bytes(value: object) -> object:
-    """``80GiB`` -> 85899345920; numbers are bytes."""
-    number = _quantity(value, _BYTES, "80GiB or 2TB")
-    return round(number) if isinstance(number, float) else number
-
-
-def parse_bytes_per_s(value: object) -> object:
-    """``8GB/s`` -> 8e9; numbers are bytes per second."""
-    return _quantity(value, {f"{u}/s": s for u, s in _BYTES.items()}, "8GB/s")
-
-
-def _quantity(value: object, units: Mapping[str, float], example: str) -> object:
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z/]+)\s*", value)
-    if match and match[2] in units:
-        try:
-            return float(match[1]) * units[match[2]]
-        except ValueError:
-            pass
-    raise InvalidInput(f"{value!r} is not a quantity", hint=f"write e.g. {example}")
-
-
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-BytesPerSecond = Annotated[float, BeforeValidator(parse_bytes_per_s)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +232,7 @@ def parse_scenario(text: str, file: str | None = None) -> Scenario:
     """Read a scenario from YAML or JSON text."""
     if len(text) > MAX_BYTES:
         raise InvalidInput(f"larger than {MAX_BYTES} bytes", file=file)
-    plain = _read_yaml(text, file)
+    plain = read_yaml(text, file)
     if not isinstance(plain, dict):
         raise InvalidInput(
             "empty file" if plain is None else "a mapping of keys is expected",
@@ -304,20 +261,3 @@ class _Envelope(Record):
     kind: Literal["Scenario"]
     spec: Scenario
     metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def _read_yaml(text: str, file: str | None) -> Any:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    try:
-        plain = YAML(typ="safe", pure=True).load(text)
-        return json.loads(json.dumps(plain, allow_nan=False))
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = None if mark is None else mark.line + 1
-        what = (error.problem or "not valid YAML").splitlines()[0]
-        raise InvalidInput(f"not valid YAML: {what}", file=file, line=line) from None
-    except (YAMLError, TypeError, ValueError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidInput(f"not valid YAML: {what}", file=file) from None

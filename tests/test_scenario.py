@@ -6,14 +6,9 @@ import pytest
 
 from foreserve.models.errors import InvalidInput
 from foreserve.models.lengths import Lengths
+from foreserve.models.quantities import parse_bytes, parse_bytes_per_s, parse_seconds
 from foreserve.planner.fleet import build_fleet
-from foreserve.planner.scenario import (
-    load_scenario,
-    parse_bytes,
-    parse_bytes_per_s,
-    parse_scenario,
-    parse_seconds,
-)
+from foreserve.planner.scenario import load_scenario, parse_scenario
 from foreserve.planner.scenarios import scenario_path
 
 GOOD = """\
@@ -32,6 +27,7 @@ def test_units():
     assert parse_bytes_per_s("8GB/s") == 8e9
     assert parse_seconds("500ms") == 0.5
     assert parse_seconds("5m") == 300.0
+    assert parse_seconds("7d") == 604800
     assert parse_seconds(7) == 7
     with pytest.raises(InvalidInput, match="not a quantity"):
         parse_seconds("5 parsecs")
