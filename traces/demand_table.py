@@ -14,6 +14,7 @@ from foreserve.traces.files import (
     names,
     need_columns,
     numbers,
+    on_grid,
     read_frames,
     write_file,
 )
@@ -29,7 +30,6 @@ COLUMNS = (
     "input_tokens",
     "output_tokens",
 )
-MAX_CELLS = 10_000_000
 
 
 def read_demand(path: str | os.PathLike[str]) -> Demand:
@@ -42,25 +42,19 @@ def read_demand(path: str | os.PathLike[str]) -> Demand:
     need_columns(file, list(table.columns), COLUMNS)
     if table.empty:
         raise InvalidInput("no rows in the demand table", file=file)
-    llms, rows = np.unique(names(file, table["llm"]).to_numpy(str), return_inverse=True)
     values = {
         name: numbers(file, table[name], least=-np.inf if name == "t_s" else 0)
         for name in COLUMNS
         if name != "llm"
     }
-    t_s, width_s = values["t_s"], values["width_s"]
-    epoch_s, start_s = float(width_s[0]), float(t_s.min())
+    width_s = values["width_s"]
+    epoch_s = float(width_s[0])
     wrong = (width_s != epoch_s) | (width_s <= 0)
     check(file, table["width_s"], wrong, "is not positive, or not as in the first row")
-    after = (t_s - start_s) / epoch_s
-    wrong = np.abs(after - np.rint(after)) > 1e-3
-    check(file, table["t_s"], wrong, "is not a whole number of epochs after the first")
-    wrong = after * len(llms) >= MAX_CELLS
-    check(file, table["t_s"], wrong, f"is more than {MAX_CELLS} cells after the first")
-    epochs = np.rint(after).astype(np.int64)
+    llms, rows, epochs, start_s = on_grid(
+        file, names(file, table["llm"]), table["t_s"], values["t_s"], epoch_s
+    )
     shape = (len(llms), int(epochs.max()) + 1)
-    again = pd.Series(rows * shape[1] + epochs).duplicated().to_numpy()
-    check(file, table["t_s"], again, "has a second row for the same LLM")
 
     def spread(name: str, scale: float = 1.0) -> Floats:
         grid = np.zeros(shape)
@@ -70,7 +64,7 @@ def read_demand(path: str | os.PathLike[str]) -> Demand:
     return Demand(
         epoch_s=epoch_s,
         start_s=start_s,
-        llms=tuple(str(name) for name in llms),
+        llms=llms,
         rate_rps=spread("requests", 1 / epoch_s),
         mean_load=spread("mean_in_flight"),
         peak_load=spread("peak_in_flight"),

@@ -31,20 +31,29 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 200_000
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_COUNT = np.iinfo(np.int32).max
+MAX_CELLS = 10_000_000
 
 
-def read_frames(file: str) -> Iterator[pd.DataFrame]:
+def read_frames(
+    file: str, *, header: Sequence[str] = (), chunk_rows: int | None = None
+) -> Iterator[pd.DataFrame]:
     """The rows of a CSV or (by its name) JSONL file in chunks; blank lines are skipped.
 
     Cells are text (CSV) or what JSON makes of them; columns are those of the header or
-    of the first object. The index is the line number, from 1. At least one chunk comes,
-    without rows if there is only a header.
+    of the first object, or ``header`` for a CSV without one. The index is the line
+    number, from 1. At least one chunk comes, without rows if there is only a header.
     """
+    chunk_rows = chunk_rows or CHUNK_ROWS
     with _open_text(file) as handle:
         if is_jsonl(file):
-            yield from _jsonl_frames(file, handle)
+            yield from _jsonl_frames(file, handle, chunk_rows)
         else:
-            yield from _csv_frames(file, handle)
+            yield from _csv_frames(file, handle, list(header), chunk_rows)
+
+
+def read_header(file: str) -> list[str]:
+    """The columns of a table, without reading its rows."""
+    return [str(column) for column in next(read_frames(file, chunk_rows=1)).columns]
 
 
 def is_jsonl(path: str | os.PathLike[str]) -> bool:
@@ -52,10 +61,11 @@ def is_jsonl(path: str | os.PathLike[str]) -> bool:
     return Path(path).name.removesuffix(".gz").endswith(".jsonl")
 
 
-def _csv_frames(file: str, handle: IO[str]) -> Iterator[pd.DataFrame]:
+def _csv_frames(
+    file: str, handle: IO[str], header: list[str], chunk_rows: int
+) -> Iterator[pd.DataFrame]:
     import pandas as pd
 
-    header: list[str] = []
     line = 1
     try:
         # The header is read as a row: pandas would rename a column that comes twice.
@@ -66,7 +76,7 @@ def _csv_frames(file: str, handle: IO[str]) -> Iterator[pd.DataFrame]:
             keep_default_na=False,
             skip_blank_lines=False,
             skipinitialspace=True,
-            chunksize=CHUNK_ROWS,
+            chunksize=chunk_rows,
         ):
             frame.index = pd.RangeIndex(line, line + len(frame))
             line += len(frame)
@@ -93,7 +103,9 @@ def _not_a_table(file: str, text: str) -> InvalidInput:
     return InvalidInput(f"not a CSV table: {what}", file=file, line=line)
 
 
-def _jsonl_frames(file: str, handle: IO[str]) -> Iterator[pd.DataFrame]:
+def _jsonl_frames(
+    file: str, handle: IO[str], chunk_rows: int
+) -> Iterator[pd.DataFrame]:
     import pandas as pd
 
     header: list[str] | None = None
@@ -116,7 +128,7 @@ def _jsonl_frames(file: str, handle: IO[str]) -> Iterator[pd.DataFrame]:
             raise InvalidInput("not a JSON object", file=file, line=line)
         header = list(row) if header is None else header
         rows[line] = row
-        if len(rows) == CHUNK_ROWS:
+        if len(rows) == chunk_rows:
             yield frame()
             rows = {}
     if header is None:
@@ -185,14 +197,20 @@ def check(
         )
 
 
-def numbers(file: str, column: pd.Series[Any], *, least: float = -np.inf) -> Floats:
-    """The column as finite numbers of at least ``least``."""
+def numbers(
+    file: str, column: pd.Series[Any], *, least: float = -np.inf, blank: bool = False
+) -> Floats:
+    """The column as finite numbers of at least ``least``; NaN for an empty cell where
+    it may be ``blank``."""
     import pandas as pd
 
     # As text first: to_numeric would take JSON's true for 1.
-    cells = pd.to_numeric(column.astype(str), errors="coerce")
-    values: Floats = cells.to_numpy(dtype=np.float64)
-    check(file, column, ~np.isfinite(values), "is not a finite number")
+    text = column.astype(str)
+    values: Floats = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
+    wrong = ~np.isfinite(values)
+    if blank:
+        wrong &= (text.str.strip() != "").to_numpy()
+    check(file, column, wrong, "is not a finite number")
     check(file, column, values < least, f"is less than {least:g}")
     return values
 
@@ -210,6 +228,35 @@ def names(file: str, column: pd.Series[Any]) -> pd.Series[str]:
     text = column.astype(str).str.strip()
     check(file, column, (column.isna() | (text == "")).to_numpy(), "is not a name")
     return text
+
+
+def on_grid(
+    file: str,
+    series: pd.Series[Any],
+    column: pd.Series[Any],
+    t_s: Floats,
+    width_s: float,
+) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64], float]:
+    """Where each row belongs in an array [series, window]: the names of the series in
+    order (that of the numbers, if all are numbers), each row's series and window, and
+    the start of the first window. ``column`` holds the cells ``t_s`` is from."""
+    import pandas as pd
+
+    codes, found = pd.factorize(series)
+    decimal = all(str(name).isdecimal() for name in found)
+    labels = sorted(map(str, found), key=(lambda n: (int(n), n)) if decimal else None)
+    place = {name: row for row, name in enumerate(labels)}
+    rows = np.array([place[str(name)] for name in found], dtype=np.int64)[codes]
+    start_s = float(t_s.min())
+    after = (t_s - start_s) / width_s
+    wrong = np.abs(after - np.rint(after)) > 1e-3
+    check(file, column, wrong, "is not a whole number of epochs after the first")
+    wrong = after * len(labels) >= MAX_CELLS
+    check(file, column, wrong, f"is more than {MAX_CELLS} cells after the first")
+    windows = np.rint(after).astype(np.int64)
+    again = pd.Series(rows * (windows.max() + 1) + windows).duplicated().to_numpy()
+    check(file, column, again, "has a second row for the same LLM or client")
+    return tuple(labels), rows, windows, start_s
 
 
 def write_file(path: str | os.PathLike[str], text: str) -> None:
