@@ -195,6 +195,7 @@ def _fault(
         original = fault["ctx"]["error"]
         message = getattr(original, "message", str(original))
         hint = getattr(original, "hint", None)
+        loc += _location(getattr(original, "field", None))
     else:
         shown = repr(fault["input"])
         message = f"{message[0].lower()}{message[1:]}"
@@ -206,6 +207,19 @@ def _fault(
         field=".".join(str(part) for part in loc) or None,
         hint=hint,
     )
+
+
+def placed(error: InvalidInput, text: str, file: str) -> InvalidInput:
+    """The error of a field of the record in ``text``, with the file and its line."""
+    if error.file is not None or error.field is None:
+        return error
+    return error.at(file=file, line=line_of(text, _location(error.field)))
+
+
+def _location(field: str | None) -> tuple[str | int, ...]:
+    """A dotted field as keys and indices."""
+    parts = field.split(".") if field else []
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def _keys_at(cls: Any, loc: Sequence[str | int]) -> list[str]:
