@@ -171,6 +171,10 @@ class Recipe(Record):
                 )
             inside = burst.at + burst.duration <= self.span
             _need(inside, f"insert.{index}.at", "the burst must end within the span")
+        shares = sum(llm.share or 0.0 for llm in self.llms)
+        _need(
+            shares <= 1 + 1e-9, "llms", f"the shares make {shares:.6g} in all, over 1"
+        )
         before = self.history is None or self.history.span <= self.start
         _need(before, "start", "the history must fit between the sources' start and it")
 

@@ -1,8 +1,4 @@
-"""Requests out of chance: renewal arrivals at a constant or daily rate, drawn lengths.
-
-Gaps are Gamma with a coefficient of variation (CV): 1 is Poisson, 0 is a metronome, above
-1 comes in bursts. A rate that changes bends the clock the gaps are laid on.
-"""
+"""Requests out of chance: arrivals at a constant or daily rate, drawn lengths."""
 
 from __future__ import annotations
 
@@ -10,15 +6,13 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from foreserve.models.errors import InvalidInput
+from foreserve.traces.arrivals import in_span, renewals
 from foreserve.traces.files import MAX_COUNT
 from foreserve.traces.trace import Floats, Ints, Trace
 
 DAY_S = 86_400.0
-DECIMALS = 6
-"""Digits of a second that are kept, so that files stay small."""
 MAX_REQUESTS = 50_000_000
 
 
@@ -56,34 +50,6 @@ def parse_tokens(value: str | float) -> Tokens:
             hint="write e.g. 512, or lognormal:512,1.5 for mean 512 and CV 1.5",
         ) from None
     return tokens
-
-
-def draw_gaps(cv: ArrayLike, count: int, rng: np.random.Generator) -> Floats:
-    """``count`` Gamma gaps of mean 1; ``cv`` is one number or [gap]."""
-    squared = np.maximum(np.square(np.asarray(cv, dtype=np.float64)), 1e-12)
-    return rng.gamma(1 / squared, squared, count)
-
-
-def spread(count: int, cv: float, rng: np.random.Generator) -> Floats:
-    """``count`` sorted moments in [0, 1): gaps of this CV around a circle, turned by
-    chance so that the start is no special moment."""
-    gaps = draw_gaps(cv, count, rng) + 1e-12
-    turned: Floats = np.sort((np.cumsum(gaps) / gaps.sum() + rng.random()) % 1.0)
-    return turned
-
-
-def renewals(until: float, cv: float, rng: np.random.Generator) -> Floats:
-    """Moments in [0, ``until``) of a renewal process of rate 1 that began long ago."""
-    squared = max(cv * cv, 1e-12)
-    # At a random moment one is in a gap chosen by its length: Gamma with shape + 1.
-    last = float(rng.random() * rng.gamma(1 / squared + 1, squared))
-    parts = [np.array([last])]
-    while last < until:
-        count = int(until - last + 4 * (1 + cv) * np.sqrt(until - last) + 16)
-        parts.append(last + np.cumsum(draw_gaps(cv, count, rng)))
-        last = float(parts[-1][-1])
-    moments = np.concatenate(parts)
-    return moments[moments < until]
 
 
 def daily_moments(
@@ -133,8 +99,3 @@ def synth(
         input_tokens=input_tokens.draw(len(arrival_s), rng),
         output_tokens=output_tokens.draw(len(arrival_s), rng),
     )
-
-
-def in_span(arrival_s: Floats, span_s: float) -> Floats:
-    """Whole microseconds, all in [0, ``span_s``)."""
-    return np.clip(np.round(arrival_s, DECIMALS), 0.0, span_s - 10**-DECIMALS)
