@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from foreserve.cli.common import consoles, echo_json, json_option, read_traces
+from foreserve.cli.compose import compose, synth
 
 
 @click.group(epilog="Example: plan trace info sample:azure-2023")
@@ -47,3 +48,7 @@ def _number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+trace.add_command(compose)
+trace.add_command(synth)
