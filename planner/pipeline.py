@@ -27,11 +27,8 @@ from foreserve.planner.scenario import Scenario
 from foreserve.solvers.base import SolverPool
 from foreserve.solvers.result import SolveOptions, SolveReport
 from foreserve.traces.forecast import Forecast, get_forecaster
-from foreserve.traces.scenarios import independent_scenarios
+from foreserve.traces.scenarios import joint_scenarios
 from foreserve.traces.trace import Demand, Trace, bin_demand
-
-PEAK_SIGMAS = 1.645
-"""`LlmDemand.peak_high` lies this many standard deviations above the peak: 95 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +55,7 @@ def build_problem(
     rng: np.random.Generator,
 ) -> Problem:
     """The problem of the next epochs, from their forecast and what is resident now."""
-    peaks = independent_scenarios(forecast, scenario.forecast.scenarios, rng)
+    peaks = joint_scenarios(forecast, scenario.forecast.scenarios, rng)
     fleet = price_bursts(scenario, fleet, forecast, peaks)
     steady = forecast.mean_load >= scenario.forecast.occasional_load
     rates = np.where(steady, forecast.rate_rps, 0.0)
@@ -221,12 +218,7 @@ def _demand_rows(problem: Problem, forecast: Forecast) -> tuple[LlmDemand, ...]:
             rate_rps=float(forecast.rate_rps[i, 0]),
             mean_load=float(forecast.mean_load[i, 0]),
             peak_load=float(forecast.peak_load[i, 0]),
-            peak_high=float(
-                max(
-                    forecast.mean_load[i, 0],
-                    forecast.peak_load[i, 0] + PEAK_SIGMAS * forecast.peak_std[i, 0],
-                )
-            ),
+            peak_high=float(max(forecast.mean_load[i, 0], forecast.peak_high[i, 0])),
         )
         for i, llm in enumerate(problem.fleet.llms)
     )

@@ -8,28 +8,81 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.traces.forecast import Forecast
+from foreserve.traces.trace import Floats
 
 
-def independent_scenarios(
+def joint_scenarios(
     forecast: Forecast, count: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """``count`` equally likely moments of each epoch: [scenario, llm, epoch] load.
 
     An LLM is busy in a share ``1 - exp(-mean_load)`` of the moments (Poisson arrivals),
     though in at least one if any load is forecast, and idle (0) in the others. Where it
-    is busy it is taken at its worst: the mid-quantiles of Normal(peak, peak_std), not
-    below the mean load. Each LLM has them in an order of its own (Latin hypercube), so
-    margins are exact and LLMs independent of each other.
+    is busy it is taken at its worst: the mid-quantiles of its peak, not below the mean
+    load. Which LLMs are high together is taken from past epochs (`joint_peaks`).
     """
-    levels = np.zeros((count, *forecast.peak_load.shape))
+    peaks = joint_peaks(forecast, count, rng)
+    levels = np.zeros_like(peaks)
     for llm, epoch in np.ndindex(forecast.peak_load.shape):
         mean = float(forecast.mean_load[llm, epoch])
-        peak = float(forecast.peak_load[llm, epoch])
-        if peak <= 0 and forecast.peak_std[llm, epoch] <= 0:
+        if max(float(forecast.peak_high[llm, epoch]), mean) <= 0:
             continue
         busy = max(1, round(count * (1 - np.exp(-mean))))
-        quantiles = [NormalDist().inv_cdf((i + 0.5) / busy) for i in range(busy)]
-        loads = peak + np.array(quantiles) * forecast.peak_std[llm, epoch]
         moments = rng.permutation(count)[:busy]
-        levels[moments, llm, epoch] = np.maximum(loads, mean)
+        margin = _margin(forecast, llm, epoch, busy)
+        rank = peaks[moments, llm, epoch].argsort(kind="stable").argsort(kind="stable")
+        levels[moments, llm, epoch] = np.maximum(margin[rank], mean)
     return levels
+
+
+def joint_peaks(
+    forecast: Forecast, count: int, rng: np.random.Generator, *, together: bool = True
+) -> NDArray[np.float64]:
+    """``count`` equally likely peaks of all LLMs: [scenario, llm, epoch].
+
+    Each LLM takes the mid-quantiles of its own distribution, in the order in which it
+    missed its forecast at ``count`` past epochs, the same for all LLMs (a Schaake shuffle:
+    bursts that came together stay together). Those epochs are spread evenly over the
+    distribution of the sum. Not ``together``: every LLM in an order of its own.
+    """
+    samples, llms, epochs = forecast.peak_errors.shape
+    found = np.zeros((count, llms, epochs))
+    for epoch in range(epochs):
+        errors = forecast.peak_errors[:, :, epoch]
+        if samples and together:
+            by_sum = errors.sum(axis=1).argsort(kind="stable")
+            picks = by_sum[
+                ((np.arange(count) + rng.random()) * samples / count).astype(int)
+            ]
+            picked = errors[rng.permutation(picks)]
+        else:
+            picked = rng.random((count, llms))
+        # Equal errors (an LLM without load) must not look like an order.
+        jitter = rng.random((count, llms))
+        for llm in range(llms):
+            rank = np.lexsort((jitter[:, llm], picked[:, llm])).argsort()
+            found[:, llm, epoch] = _margin(forecast, llm, epoch, count)[rank]
+    return found
+
+
+def _margin(forecast: Forecast, llm: int, epoch: int, count: int) -> Floats:
+    """``count`` mid-quantiles of the peak of one LLM, ascending, at least 0.
+
+    Past errors, those above the forecast stretched so that 95 % lie below ``peak_high``;
+    Normal with a Poisson's deviation while there are none.
+    """
+    peak = float(forecast.peak_load[llm, epoch])
+    at = (np.arange(count) + 0.5) / count
+    errors = forecast.peak_errors[:, llm, epoch]
+    if not len(errors):
+        unit = [NormalDist().inv_cdf(q) for q in at.tolist()]
+        return np.maximum(0.0, peak + np.sqrt(max(peak, 0.0)) * np.array(unit))
+    quantiles: Floats = np.quantile(errors, at)
+    high, reached = (
+        float(forecast.peak_high[llm, epoch]) - peak,
+        np.quantile(errors, 0.95),
+    )
+    if high > 0 and reached > 0:
+        quantiles = np.where(quantiles > 0, quantiles * (high / reached), quantiles)
+    found: Floats = np.maximum(0.0, peak + quantiles)
+    return found
