@@ -34,6 +34,11 @@ def put(folder, text, name="t.csv"):
     return path
 
 
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
 def plain(grid):
     """NaN as None, to compare."""
     return [[None if np.isnan(x) else x for x in row] for row in grid.tolist()]

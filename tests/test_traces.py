@@ -153,7 +153,7 @@ def test_broken_files_are_named_in_one_line(tmp_path, text, line, expected):
         ("[1]\n", 1, "not a JSON object"),
         (OBJECT + "{\n", 2, "not valid JSON"),
         (OBJECT + OBJECT.replace('"a"', "null"), 2, "llm: 'None' is not a name"),
-        (OBJECT + '\n{"arrival_s": 3}\n', 3, "llm: 'nan' is not a name"),
+        (OBJECT + '\n{"arrival_s": 3}\n', 3, "llm: 'None' is not a name"),
         (OBJECT.replace("7", "true"), 1, "'True' is not a finite number"),
         (OBJECT.replace("7", "NaN"), 1, "'nan' is not a finite number"),
         (OBJECT + OBJECT.replace("2", "1"), 2, "sort the rows by arrival_s"),

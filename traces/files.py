@@ -1,4 +1,4 @@
-"""Tables in text files, plain or gzipped: read in chunks, check cells, write whole files.
+"""Tables in files: read in chunks, check cells, write whole files.
 
 A chunk's index holds the line numbers of the file, so a fault in a cell is one
 `InvalidInput` that says where it is.
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from foreserve.models.codec import write_text
 from foreserve.models.errors import InvalidInput
+from foreserve.traces.parquet import parquet_frames
 from foreserve.traces.trace import Floats, Ints
 
 if TYPE_CHECKING:
@@ -35,20 +36,35 @@ MAX_CELLS = 10_000_000
 
 
 def read_frames(
-    file: str, *, header: Sequence[str] = (), chunk_rows: int | None = None
+    file: str,
+    *,
+    header: Sequence[str] = (),
+    chunk_rows: int | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """The rows of a CSV or (by its name) JSONL file in chunks; blank lines are skipped.
+    """The rows of a CSV, or by its name JSONL or Parquet file, in chunks; blank lines are
+    skipped.
 
-    Cells are text (CSV) or what JSON makes of them; columns are those of the header or
-    of the first object, or ``header`` for a CSV without one. The index is the line
-    number, from 1. At least one chunk comes, without rows if there is only a header.
+    Cells are text (CSV), or what JSON or Parquet make of them. Columns are those of the
+    header or of the first object; ``header`` names them for a CSV that has none, and
+    picks them from the objects of a JSONL file, absent ones being None. The index is the
+    line (Parquet: row) number, from 1. At least one chunk comes, without rows if there
+    is only a header. ``watch`` is told the bytes of the file read so far.
     """
     chunk_rows = chunk_rows or CHUNK_ROWS
-    with _open_text(file) as handle:
-        if is_jsonl(file):
-            yield from _jsonl_frames(file, handle, chunk_rows)
-        else:
-            yield from _csv_frames(file, handle, list(header), chunk_rows)
+    if is_parquet(file):
+        yield from parquet_frames(file, chunk_rows, watch)
+        return
+    with _open_text(file) as (handle, position):
+        frames = (
+            _jsonl_frames(file, handle, list(header), chunk_rows)
+            if is_jsonl(file)
+            else _csv_frames(file, handle, list(header), chunk_rows)
+        )
+        for frame in frames:
+            if watch:
+                watch(position())
+            yield frame
 
 
 def read_header(file: str) -> list[str]:
@@ -59,6 +75,11 @@ def read_header(file: str) -> list[str]:
 def is_jsonl(path: str | os.PathLike[str]) -> bool:
     """Whether the name says JSON lines."""
     return Path(path).name.removesuffix(".gz").endswith(".jsonl")
+
+
+def is_parquet(path: str | os.PathLike[str]) -> bool:
+    """Whether the name says Parquet."""
+    return Path(path).suffix == ".parquet"
 
 
 def _csv_frames(
@@ -104,12 +125,11 @@ def _not_a_table(file: str, text: str) -> InvalidInput:
 
 
 def _jsonl_frames(
-    file: str, handle: IO[str], chunk_rows: int
+    file: str, handle: IO[str], header: list[str], chunk_rows: int
 ) -> Iterator[pd.DataFrame]:
     import pandas as pd
 
-    header: list[str] | None = None
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, list[Any]] = {}
 
     def frame() -> pd.DataFrame:
         table = pd.DataFrame(list(rows.values()), columns=header, dtype=object)
@@ -121,24 +141,26 @@ def _jsonl_frames(
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             what = f"not valid JSON: {error}"
             raise InvalidInput(what, file=file, line=line) from None
         if not isinstance(row, dict):
             raise InvalidInput("not a JSON object", file=file, line=line)
-        header = list(row) if header is None else header
-        rows[line] = row
+        header = header or list(row)
+        # Only what is asked for is kept: a row may hold long lists.
+        rows[line] = [row.get(column) for column in header]
         if len(rows) == chunk_rows:
             yield frame()
             rows = {}
-    if header is None:
+    if not header:
         raise InvalidInput("empty file", file=file)
     yield frame()
 
 
 @contextmanager
-def _open_text(file: str) -> Iterator[IO[str]]:
-    """The (decompressed) text of a file; what goes wrong is an `InvalidInput`."""
+def _open_text(file: str) -> Iterator[tuple[IO[str], Callable[[], int]]]:
+    """The (decompressed) text of a file, and how many of its bytes are read; what goes
+    wrong is an `InvalidInput`."""
     try:
         with open(file, "rb") as raw:
             start = raw.peek(2)[:2]
@@ -146,7 +168,7 @@ def _open_text(file: str) -> Iterator[IO[str]]:
                 raise gzip.BadGzipFile
             plain = gzip.GzipFile(fileobj=raw) if start == GZIP_MAGIC else raw
             with io.TextIOWrapper(plain, encoding="utf-8") as handle:
-                yield handle
+                yield handle, raw.tell
     except FileNotFoundError:
         raise InvalidInput("no such file", file=file) from None
     except IsADirectoryError:
@@ -204,9 +226,15 @@ def numbers(
     it may be ``blank``."""
     import pandas as pd
 
+    values: Floats
+    if column.dtype.kind in "iuf":
+        values = column.to_numpy(dtype=np.float64)
+        check(file, column, ~np.isfinite(values), "is not a finite number")
+        check(file, column, values < least, f"is less than {least:g}")
+        return values
     # As text first: to_numeric would take JSON's true for 1.
     text = column.astype(str)
-    values: Floats = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
+    values = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
     wrong = ~np.isfinite(values)
     if blank:
         wrong &= (text.str.strip() != "").to_numpy()

@@ -1,134 +1,95 @@
-"""Trace files: canonical CSV and JSONL, the Azure LLM traces; all also gzipped. The
-format is told from the header.
+"""Traces in files: the kind is told from the header, requests come in chunks or at once.
 
-To add a format: a generator from chunks of cells to `Rows`, and its columns in
-`FORMATS`. A fault in a file is one `InvalidInput` line that says where and what to do.
+A fault in a file is one `InvalidInput` line that says where and what to do.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foreserve.models.codec import dump_json, write_text
+from foreserve.models.codec import did_you_mean, dump_json, write_text
 from foreserve.models.errors import InvalidInput
 from foreserve.traces.files import (
     check,
-    counts,
     is_jsonl,
-    names,
     need_columns,
-    numbers,
     read_frames,
-    write_file,
+    read_header,
 )
-from foreserve.traces.trace import Floats, Ints, Trace
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-CANONICAL = ("arrival_s", "llm", "input_tokens", "output_tokens")
-ALIASES = {"model": "llm", "prefix_id": "prefix"}
-OPTIONAL = ("tenant", "slo_class", "prefix")
-"""Known columns that this version reads past."""
-AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+from foreserve.traces.readers import ALIASES, FORMATS, Rows
+from foreserve.traces.trace import Trace
+from foreserve.traces.writers import rows_of, write_rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rows:
-    """One chunk of a trace file in our terms, whatever its format; [request] each."""
+@dataclass(slots=True, kw_only=True)
+class Reading:
+    """A trace file being read; the numbers are final when ``chunks`` has ended."""
 
-    arrival_s: Floats
-    time: pd.Series[Any]
-    """The cells ``arrival_s`` is from, for messages."""
-    llm: pd.Series[str]
-    input_tokens: Ints
-    output_tokens: Ints
-    """0 is a failed request."""
+    file: str
+    format: str
+    left_out: tuple[str, ...]
+    """Columns of the file that our terms have no place for."""
+    keep_failed: bool = False
+    read: int = 0
+    """Rows read."""
+    failed: int = 0
+    """Failed requests (no input or no output) among them."""
+    chunks: Iterator[Rows] = field(default_factory=lambda: iter(()))
+    """Requests that did not fail, or all with at least a token; times do not decrease."""
 
-
-Frames = Iterator["pd.DataFrame"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
-    """A kind of trace file: its header has all ``columns``, or aliases of them."""
-
-    columns: tuple[str, ...]
-    convert: Callable[[str, Frames, str], Iterator[Rows]]
-    """``convert(file, chunks, llm)``: ``llm`` names the requests of a file that does not
-    say. All chunks of a file go through one call, in order."""
+    @property
+    def dropped(self) -> int:
+        return 0 if self.keep_failed else self.failed
 
 
-def _canonical(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
-    for frame in frames:
-        yield Rows(
-            arrival_s=numbers(file, frame["arrival_s"], least=0),
-            time=frame["arrival_s"],
-            llm=names(file, frame["llm"]),
-            input_tokens=counts(file, frame["input_tokens"], least=1),
-            output_tokens=counts(file, frame["output_tokens"], least=0),
-        )
-
-
-def _azure(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
-    """Stamps with or without zone and decimals; the first one becomes 0."""
-    import pandas as pd
-
-    first_ns = None
-    for frame in frames:
-        cells = frame["TIMESTAMP"]
-        stamps = pd.to_datetime(
-            cells.astype(str).str.strip(), format="ISO8601", utc=True, errors="coerce"
-        )
-        check(file, cells, stamps.isna().to_numpy(), "is not a time stamp")
-        # Whole nanoseconds: seconds since 1970 would lose the seventh decimal.
-        since_1970_ns = stamps.dt.as_unit("ns").astype("int64").to_numpy()
-        if first_ns is None and len(frame):
-            first_ns = since_1970_ns[0]
-        yield Rows(
-            arrival_s=(since_1970_ns - (first_ns or 0)) / 1e9,
-            time=cells,
-            llm=pd.Series(llm, index=frame.index),
-            input_tokens=counts(file, frame["ContextTokens"], least=1),
-            output_tokens=counts(file, frame["GeneratedTokens"], least=0),
-        )
-
-
-FORMATS = {
-    "canonical": Format(columns=CANONICAL, convert=_canonical),
-    "azure": Format(columns=AZURE, convert=_azure),
-}
-
-
-def read_trace(
-    path: str | os.PathLike[str], *, llm: str | None = None, keep_failed: bool = False
-) -> Trace:
-    """Read a trace file.
-
-    ``llm`` names the requests of a format without such a column (default: the file's
-    name up to the first dot). Failed requests (no output) are dropped and counted;
-    ``keep_failed`` keeps them with one output token, for they still took their input.
-    """
+def open_trace(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    llm: str | None = None,
+    keep_failed: bool = False,
+    watch: Callable[[int], None] | None = None,
+) -> Reading:
+    """Start to read a trace file in chunks; arguments as in `read_trace`. ``watch`` is
+    told the bytes of the file read so far."""
     file = os.fspath(path)
-    frames = (frame.rename(columns=ALIASES) for frame in read_frames(file))
-    first = next(frames)
-    convert = _detect(file, list(first.columns)).convert
+    header = read_header(file)
+    # A column that has its name already keeps it; two for one are told below.
+    known = [ALIASES.get(column, column) for column in header]
+    name = format or _detect(file, known)
+    if name not in FORMATS:
+        hint = did_you_mean(name, list(FORMATS))
+        raise InvalidInput(f"no trace format {name!r}", hint=hint)
+    kind = FORMATS[name]
+    lines = is_jsonl(file)
+    needed = kind.columns if lines else kind.fields or kind.columns
+    need_columns(file, known, needed, (*kind.optional, *kind.aside))
+    used = {*kind.columns, *kind.optional}
+    reading = Reading(
+        file=file,
+        format=name,
+        left_out=() if kind.fields else tuple(sorted({*known} - used)),
+        keep_failed=keep_failed,
+    )
+    wanted = kind.fields or [c for c in header if ALIASES.get(c, c) in used]
+    frames = (
+        frame.rename(columns=ALIASES)
+        for frame in read_frames(file, header=wanted if lines else (), watch=watch)
+    )
     llm = llm or Path(file).name.split(".")[0]
-    return _collect(file, convert(file, chain([first], frames), llm), keep_failed)
+    reading.chunks = _checked(reading, kind.convert(file, frames, llm))
+    return reading
 
 
-def _detect(file: str, header: Sequence[str]) -> Format:
+def _detect(file: str, header: Sequence[str]) -> str:
     """The one format whose columns are all there; else what is wrong with the header."""
     shared = {
         name: len(set(header).intersection(each.columns))
@@ -140,9 +101,9 @@ def _detect(file: str, header: Sequence[str]) -> Format:
             f"the header fits several formats: {', '.join(fits)}",
             file=file,
             line=1,
-            hint="keep only the columns of one",
+            hint="name one, or keep only its columns",
         )
-    nearest = max(shared, key=lambda name: shared[name])
+    nearest = fits[0] if fits else max(shared, key=lambda name: shared[name])
     if shared[nearest] < 2:
         known = (",".join(each.columns) for each in FORMATS.values())
         raise InvalidInput(
@@ -151,56 +112,86 @@ def _detect(file: str, header: Sequence[str]) -> Format:
             line=1,
             hint=f"known headers: {' or '.join(known)}",
         )
-    need_columns(file, header, FORMATS[nearest].columns, OPTIONAL)
-    return FORMATS[nearest]
+    return nearest
 
 
-def _collect(file: str, chunks: Iterator[Rows], keep_failed: bool) -> Trace:
-    """All chunks as one trace, compact from the start; LLMs in order of their names."""
-    import pandas as pd
-
-    index: dict[str, int] = {}
-    # Buffers grow in place: a long trace is never in memory twice.
-    buffers = (bytearray(), bytearray(), bytearray(), bytearray())
-    latest_s, failed = 0.0, 0
+def _checked(reading: Reading, chunks: Iterator[Rows]) -> Iterator[Rows]:
+    """In order of time, without failed requests, or with a token for each of them."""
+    latest_s = 0.0
     for rows in chunks:
-        if not len(rows.arrival_s):
+        if not len(rows):
             continue
         before = np.concatenate([[latest_s], rows.arrival_s[:-1]])
         check(
-            file,
+            reading.file,
             rows.time,
             rows.arrival_s < before,
             "is before the row above: times are not sorted",
             hint=f"sort the rows by {rows.time.name}",
         )
         latest_s = float(rows.arrival_s[-1])
+        good = (rows.output_tokens > 0) & (rows.input_tokens > 0)
+        reading.read += len(rows)
+        reading.failed += int((~good).sum())
+        if good.all():
+            yield rows
+        elif reading.keep_failed:
+            yield replace(
+                rows,
+                input_tokens=np.maximum(rows.input_tokens, 1),
+                output_tokens=np.maximum(rows.output_tokens, 1),
+            )
+        elif good.any():
+            yield rows.where(good)
+    if reading.read == reading.dropped:
+        what = "no requests in the file"
+        if reading.failed:
+            what += f" but {reading.failed} failed ones (no output tokens)"
+        raise InvalidInput(what, file=reading.file)
+
+
+def read_trace(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    llm: str | None = None,
+    keep_failed: bool = False,
+) -> Trace:
+    """Read a trace file.
+
+    ``format`` is a name in `FORMATS`; without it the header tells. ``llm`` names the
+    requests of a format without such a column (default: the file's name up to the first
+    dot). Failed requests (no output) are dropped and counted; ``keep_failed`` keeps them
+    with one output token, for they still took their input.
+    """
+    import pandas as pd
+
+    reading = open_trace(path, format=format, llm=llm, keep_failed=keep_failed)
+    index: dict[str, int] = {}
+    # Buffers grow in place: a long trace is never in memory twice.
+    buffers = (bytearray(), bytearray(), bytearray(), bytearray())
+    for rows in reading.chunks:
         local, found = pd.factorize(rows.llm)
         codes = np.array([index.setdefault(str(name), len(index)) for name in found])
         columns: tuple[NDArray[Any], ...] = (
             rows.arrival_s,
             codes[local].astype(np.int32),
             rows.input_tokens,
-            np.maximum(rows.output_tokens, 1),
+            rows.output_tokens,
         )
-        succeeded = rows.output_tokens > 0
-        failed += int((~succeeded).sum())
         for buffer, column in zip(buffers, columns, strict=True):
-            buffer += (column if keep_failed else column[succeeded]).tobytes()
-    if not buffers[0]:
-        what = f"no requests in the file but {failed} failed ones (no output tokens)"
-        raise InvalidInput(what, file=file)
+            buffer += column.tobytes()
     llms = tuple(sorted(index))
     order = np.empty(len(llms), dtype=np.int32)
     order[[index[name] for name in llms]] = np.arange(len(llms))
-    llm, inputs, outputs = (np.frombuffer(each, np.int32) for each in buffers[1:])
+    codes, inputs, outputs = (np.frombuffer(each, np.int32) for each in buffers[1:])
     return Trace(
         arrival_s=np.frombuffer(buffers[0], np.float64),
-        llm=order[llm],
+        llm=order[codes],
         llms=llms,
         input_tokens=inputs,
         output_tokens=outputs,
-        dropped=0 if keep_failed else failed,
+        dropped=reading.dropped,
     )
 
 
@@ -209,29 +200,14 @@ def write_trace(
     path: str | os.PathLike[str],
     meta: Mapping[str, object] | None = None,
 ) -> None:
-    """Write canonical CSV or JSONL (.gz): same trace, same bytes, whole or not at all.
+    """Write canonical CSV, JSONL (.gz) or Parquet: same trace, same bytes, whole or not
+    at all.
 
     ``meta`` (source, licence, ...) goes into the sidecar ``<name>.meta.json``.
     """
-    buffer = io.StringIO()
-    rows = zip(
-        trace.arrival_s.tolist(),
-        (trace.llms[i] for i in trace.llm),
-        trace.input_tokens.tolist(),
-        trace.output_tokens.tolist(),
-        strict=True,
-    )
-    if is_jsonl(path):
-        for values in rows:
-            buffer.write(json.dumps(dict(zip(CANONICAL, values, strict=True))) + "\n")
-    else:
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(CANONICAL)
-        for arrival_s, *rest in rows:
-            writer.writerow([repr(arrival_s), *rest])
-    write_file(path, buffer.getvalue())
+    write_rows(rows_of(trace), path)
     if meta is not None:
-        write_text(_sidecar(path), dump_json(dict(meta)))
+        write_meta(path, meta)
 
 
 def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -246,6 +222,11 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise InvalidInput("not a JSON object", file=str(sidecar))
     return meta
+
+
+def write_meta(path: str | os.PathLike[str], meta: Mapping[str, object]) -> None:
+    """Write the sidecar of a trace file."""
+    write_text(_sidecar(path), dump_json(dict(meta)))
 
 
 def _sidecar(path: str | os.PathLike[str]) -> str:

@@ -21,6 +21,7 @@ from foreserve.models.errors import InvalidInput
 from foreserve.traces.files import (
     check,
     is_jsonl,
+    is_parquet,
     names,
     need_columns,
     numbers,
@@ -80,7 +81,7 @@ def is_rates(path: str | os.PathLike[str]) -> bool:
     if Path(path).is_dir():
         return bool(_chunk_files(path))
     # Requests may be in binary files, or one a line; counts are in CSV files.
-    if is_jsonl(path) or Path(path).suffix == ".parquet":
+    if is_jsonl(path) or is_parquet(path):
         return False
     return bool(_fitting(read_header(os.fspath(path))))
 
