@@ -37,6 +37,8 @@ class TraceInfo:
     dropped: int
     span_s: float
     rate_rps: float
+    distinct_times: int
+    """Times at which requests came; far fewer than requests where a clock is coarse."""
     llms: tuple[LlmInfo, ...]
 
 
@@ -78,5 +80,6 @@ def describe(trace: Trace) -> TraceInfo:
         dropped=trace.dropped,
         span_s=trace.span_s,
         rate_rps=len(trace) / span_s,
+        distinct_times=len(np.unique(trace.arrival_s)),
         llms=tuple(rows),
     )

@@ -253,13 +253,14 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], Callable[[str, pd.DataFrame], Rates
 """Kinds of files with counts: the columns each needs, and who reads its rows."""
 
 
-def write_rates(rates: Rates, path: str | os.PathLike[str]) -> None:
+def write_rates(rates: Rates, path: str | os.PathLike[str]) -> int:
     """Write a rate table: counts of 0 are left out, but for the ends, which give the
-    table its span and names; a blank count is unknown."""
+    table its span and names; a blank count is unknown. The number of rows written."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     columns = ["t_s", "width_s", "llm", "requests", "cv"]
     writer.writerow(columns[: 5 if rates.cv is not None else 4])
+    number = 0
     ends = (0, rates.num_windows - 1)
     for window in range(rates.num_windows):
         start_s = rates.start_s + window * rates.window_s
@@ -271,7 +272,9 @@ def write_rates(rates: Rates, path: str | os.PathLike[str]) -> None:
             if rates.cv is not None:
                 cells.append(_text(rates.cv[row, window]))
             writer.writerow(cells)
+            number += 1
     write_file(path, buffer.getvalue())
+    return number
 
 
 def _text(value: float) -> str:

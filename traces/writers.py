@@ -24,6 +24,7 @@ SUFFIXES = {
     "canonical": (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet"),
     "azure": (".csv", ".csv.gz"),
     "mooncake": (".jsonl", ".jsonl.gz"),
+    "rates": (".csv", ".csv.gz"),
 }
 """Formats that can be written, and the names of files that can hold them."""
 SCHEMA = {
@@ -53,6 +54,8 @@ class Written:
         found = []
         if format != "canonical" and len(self.llms) > 1:
             found.append(f"which of {len(self.llms)} LLMs a request is for")
+        elif format != "canonical":
+            found.append(f"the name of the LLM, {', '.join(self.llms)}")
         if format == "azure" and self.first_s:
             found.append(f"the {self.first_s:g} s before the first request, when read")
         if self.moved_s > 0:

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import click
 
-from foreserve.cli.common import consoles, echo_json, json_option, read_traces
+from foreserve.cli.common import (
+    check_parent,
+    consoles,
+    echo_json,
+    file_digest,
+    json_option,
+    progress_bar,
+    quiet_option,
+    sample,
+)
 from foreserve.cli.compose import compose, synth
+from foreserve.models.errors import InvalidInput
+
+COUNTED = ("rows", "dropped", "series", "windows")
+
+from_option = click.option(
+    "--from",
+    "kind",
+    metavar="FORMAT",
+    help="Format of the sources; else told by headers.",
+)
+llm_option = click.option(
+    "--llm",
+    metavar="NAME",
+    help="Whose requests they are, where the source has no name.",
+)
+failed_option = click.option(
+    "--keep-failed", is_flag=True, help="Keep failed requests, with one token."
+)
 
 
 @click.group(epilog="Example: plan trace info sample:azure-2023")
@@ -18,14 +47,32 @@ def trace() -> None:
 
 @trace.command("info", epilog="Example: plan trace info requests.csv.gz --json")
 @click.argument("traces", nargs=-1, required=True)
+@from_option
+@llm_option
+@failed_option
 @json_option
-def info(traces: tuple[str, ...], as_json: bool) -> None:
+def info(
+    traces: tuple[str, ...],
+    kind: str | None,
+    llm: str | None,
+    keep_failed: bool,
+    as_json: bool,
+) -> None:
     """Requests, rates, lengths and burstiness per LLM."""
     from rich.table import Table
 
+    from foreserve.traces.formats import read_trace
     from foreserve.traces.info import describe
+    from foreserve.traces.trace import merge
 
-    found = describe(read_traces(traces, {}))
+    found = describe(
+        merge(
+            [
+                read_trace(sample(name), format=kind, llm=llm, keep_failed=keep_failed)
+                for name in traces
+            ]
+        )
+    )
     plain = asdict(found)
     if as_json:
         echo_json(plain)
@@ -42,6 +89,156 @@ def info(traces: tuple[str, ...], as_json: bool) -> None:
     for row in rows:
         table.add_row(*(_number(row[key]) for key in shown))
     out.print(table)
+    if found.distinct_times < found.requests / 2:
+        out.print(
+            f"{found.requests:,} requests came at {found.distinct_times:,} times: the "
+            "clock was coarse, so CVs and rates over short times say little."
+        )
+
+
+@trace.command(
+    "convert", epilog="Example: plan trace convert BurstGPT_1.csv requests.csv.gz"
+)
+@click.argument("sources", nargs=-1, required=True)
+@click.argument("out")
+@click.option(
+    "--format",
+    "target",
+    type=click.Choice(["canonical", "azure", "mooncake"]),
+    default="canonical",
+    show_default=True,
+    help="Format to write.",
+)
+@from_option
+@llm_option
+@failed_option
+@json_option
+@quiet_option
+def convert(
+    sources: tuple[str, ...],
+    out: str,
+    target: str,
+    kind: str | None,
+    llm: str | None,
+    keep_failed: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Read requests or counts, and write them in another format.
+
+    Requests of several sources are merged on one clock. OUT is CSV or JSONL (.gz) or
+    Parquet, by its name; counts become a rate table. OUT.meta.json says what it is from.
+    """
+    from foreserve.traces.formats import write_meta
+    from foreserve.traces.rates import is_rates
+
+    check_parent(out)
+    paths = [sample(name) for name in sources]
+    if Path(out).exists() and any(
+        Path(out).samefile(path) for path in paths if path.exists()
+    ):
+        raise InvalidInput("is a source, and would be overwritten", file=out)
+    if kind is None and any([is_rates(path) for path in paths]):
+        found = _convert_counts(paths, out, target)
+    else:
+        options = {"format": kind, "llm": llm, "keep_failed": keep_failed}
+        found = _convert_requests(paths, out, target, options, quiet or as_json)
+    write_meta(out, found)
+    if as_json:
+        echo_json(found)
+        return
+    console, _ = consoles(quiet)
+    for source in found["sources"]:
+        numbers = [f"{source[key]:,} {key}" for key in COUNTED if key in source]
+        console.print(f"{source['file']}: {source['format']}, {', '.join(numbers)}")
+    console.print(f"{out}: {target}, {found['rows']:,} rows")
+    for lost in found["lost"]:
+        console.print(f"not kept: {lost}")
+
+
+def _convert_counts(paths: Sequence[Path], out: str, target: str) -> dict[str, Any]:
+    from foreserve.traces.rates import read_rates, write_rates
+    from foreserve.traces.writers import check_target
+
+    if len(paths) > 1:
+        raise InvalidInput("counts are converted one by one", file=str(paths[1]))
+    if target != "canonical":
+        raise InvalidInput(
+            f"holds counts, which the format {target} cannot",
+            file=str(paths[0]),
+            hint="without --format it becomes a rate table",
+        )
+    check_target(out, "rates")
+    rates = read_rates(paths[0])
+    facts = {
+        "format": "counts",
+        "series": len(rates.names),
+        "windows": rates.num_windows,
+    }
+    return {
+        "sources": [_source(paths[0], facts)],
+        "rows": write_rates(rates, out),
+        "lost": [],
+    }
+
+
+def _convert_requests(
+    paths: Sequence[Path],
+    out: str,
+    target: str,
+    options: Mapping[str, Any],
+    quiet: bool,
+) -> dict[str, Any]:
+    from foreserve.traces.formats import open_trace, read_meta
+    from foreserve.traces.writers import check_target, merge_rows, write_rows
+
+    check_target(out, target)
+    with progress_bar("convert", quiet) as update:
+        done = dict.fromkeys(range(len(paths)), 0)
+        readings = []
+        for index, path in enumerate(paths):
+
+            def watch(bytes_read: int, index: int = index) -> None:
+                done[index] = bytes_read
+                update(sum(done.values()), max(total, 1))
+
+            readings.append(open_trace(path, watch=watch, **options))
+        total = sum(path.stat().st_size for path in paths)
+        chunks = [reading.chunks for reading in readings]
+        start = read_meta(paths[0]).get("start") if len(paths) == 1 else None
+        written = write_rows(
+            merge_rows(chunks) if len(chunks) > 1 else chunks[0],
+            out,
+            target,
+            start=start,
+            gzip_level=6,  # half the time of 9 for a twentieth more bytes
+        )
+    lost = written.lost(target)
+    for reading in readings:
+        lost += [f"column {column!r} of {reading.file}" for column in reading.left_out]
+    return {
+        "sources": [
+            _source(
+                path,
+                {"format": r.format, "rows": r.read, "dropped": r.dropped},
+            )
+            for path, r in zip(paths, readings, strict=True)
+        ],
+        "rows": written.rows,
+        "lost": lost,
+    }
+
+
+def _source(path: Path, facts: Mapping[str, object]) -> dict[str, object]:
+    """What the sidecar says of a source; what its own sidecar says goes with it."""
+    from foreserve.traces.formats import read_meta
+
+    found: dict[str, object] = {"file": path.name, **facts}
+    if path.is_file():
+        found["sha256"] = file_digest(path)
+    if meta := read_meta(path):
+        found["meta"] = meta
+    return found
 
 
 def _number(value: object) -> str:
