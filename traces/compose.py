@@ -1,8 +1,8 @@
 """Make a fleet's trace out of records, by a recipe, with exactly as many requests as asked.
 
-All LLMs live on one clock: second ``t`` of the trace plays second ``phase + compress *
-(start + t)`` of an LLM's source. The history plays the time before by the same rules, so
-nothing in it was recorded after the trace.
+All LLMs live on one clock: second ``t`` of the trace plays second ``start + phase +
+compress * t`` of an LLM's source. The history plays the time before 0 by the same rules,
+so nothing in it was recorded after the trace.
 
 - Requests: fewer than recorded are drawn without replacement; of more, each is repeated
   equally often (but for one), a copy at a random moment before the next request.
@@ -105,9 +105,7 @@ def compose(
     for index, (llm, asked) in enumerate(zip(recipe.llms, wanted(recipe), strict=True)):
         try:
             player = _Player(recipe, llm, index, sources)
-            part, recorded, unknown_s = player.play(
-                TRACE, recipe.start, recipe.span, asked
-            )
+            part, recorded, unknown_s = player.play(TRACE, 0.0, recipe.span, asked)
             scale = len(part) / recorded if recorded else 1.0
             if recipe.history:
                 past.append(player.past(recipe.history, scale))
@@ -150,9 +148,10 @@ class _Player:
         if source.trace is not None:
             self.played = _group(source.trace, llm.group)
             # Requests do not say when a record ends: with the minute of the last one.
-            self.length_s = (source.trace.span_s // 60 + 1) * 60
+            self.begin_s, self.length_s = 0.0, (source.trace.span_s // 60 + 1) * 60
         elif source.rates is not None:
             self.played = _series(source.rates, llm.group)
+            self.begin_s = source.rates.start_s
             self.length_s = source.rates.num_windows * source.rates.window_s
         else:
             raise InvalidInput(
@@ -198,13 +197,12 @@ class _Player:
 
     def past(self, history: HistoryPart, scale: float) -> Trace:
         """The time before the trace, ``scale`` requests for each one recorded."""
-        start_s = self.recipe.start - history.span
-        end_s = self.recipe.start + self.recipe.span
-        if self._second(end_s) > self.length_s + 1e-9:
+        start_s, end = -history.span, self._second(self.recipe.span)
+        if self.llm.wrap and (self._second(start_s) < 0 or end > self.length_s):
             raise InvalidInput(
-                "the source begins again within the trace: the history would be its future",
+                "the history reaches over the source's end: it would be the trace's future",
                 field="wrap",
-                hint="a shorter span, an earlier phase, or no history",
+                hint="a shorter span or history, another phase, or no history",
             )
         if isinstance(self.played, Trace):
             record = self._record(self.played, start_s, history.span)
@@ -234,8 +232,9 @@ class _Player:
             )
 
     def _second(self, time_s: float) -> float:
-        """The source's second that is played at ``time_s``."""
-        return self.llm.phase + self.llm.compress * time_s
+        """Seconds since the record's begin that are played at ``time_s`` of the trace."""
+        llm = self.llm
+        return self.recipe.start + llm.phase + llm.compress * time_s - self.begin_s
 
     def _turns(
         self, start_s: float, span_s: float
@@ -243,13 +242,19 @@ class _Player:
         """(begin, end, offset) on the source's clock: the stretches that are played, and
         what to add for the time on a clock that does not begin again."""
         begin, end = self._second(start_s), self._second(start_s + span_s)
-        if end > self.length_s + 1e-6 and not self.llm.wrap:
-            raise InvalidInput(
-                f"{self.llm.name!r} plays its source from {begin:.10g} s to {end:.10g} s, "
-                f"but the source ends at {self.length_s:.10g} s",
-                field="phase" if self.llm.phase else "source",
-                hint="a shorter span, or `wrap: true` to begin again",
+        if (begin < -1e-6 or end > self.length_s + 1e-6) and not self.llm.wrap:
+            low, high, first, last = (
+                f"{self.begin_s + seconds:.10g}"
+                for seconds in (begin, end, 0.0, self.length_s)
             )
+            raise InvalidInput(
+                f"{self.llm.name!r} plays its source from {low} s to {high} s, "
+                f"but the record goes from {first} s to {last} s",
+                field="phase" if self.llm.phase else "source",
+                hint="another start or span, or `wrap: true` to begin again",
+            )
+        if not self.llm.wrap:
+            begin, end = max(begin, 0.0), min(end, self.length_s)
         for turn in range(int(begin // self.length_s), int(end // self.length_s) + 1):
             offset = turn * self.length_s
             low, high = max(begin - offset, 0.0), min(end - offset, self.length_s)
@@ -317,9 +322,8 @@ class _Player:
                 field="lengths.group" if part else "group",
                 hint=did_you_mean(key, list(source.lengths)),
             )
-        first_s = self.played.start_s if isinstance(self.played, Rates) else 0.0
         played_s = (self._second(start_s) + arrival_s * llm.compress) % self.length_s
-        return source.lengths[key].draw(first_s + played_s, rng)
+        return source.lengths[key].draw(self.begin_s + played_s, rng)
 
     def _part(
         self, arrival_s: Floats, inputs: Ints, outputs: Ints, span_s: float
@@ -356,6 +360,8 @@ def _group(trace: Trace, group: Group | None, field: str = "group") -> Trace:
 
 def _series(rates: Rates, group: Group | None) -> Rates:
     """One series of a rate table, or the sum of all (Poisson: its CV is not known)."""
+    if group is None and len(rates.names) == 1:
+        group = rates.names[0]
     if group is None:
         name, counts, cv = "all", rates.counts.sum(axis=0)[None], None
     elif str(group) not in rates.names:

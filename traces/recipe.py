@@ -56,7 +56,7 @@ class LlmPart(Record):
     share: float | None = None
     """Of the requests that ``popularity.rate_rps`` gives."""
     phase: Seconds = 0.0
-    """The source is played from this much later on."""
+    """The source is played from this much later on than ``start``."""
     wrap: bool = False
     """Begin the source again where it ends."""
     compress: float = 1.0
@@ -175,8 +175,6 @@ class Recipe(Record):
         _need(
             shares <= 1 + 1e-9, "llms", f"the shares make {shares:.6g} in all, over 1"
         )
-        before = self.history is None or self.history.span <= self.start
-        _need(before, "start", "the history must fit between the sources' start and it")
 
     def _known(self, source: str, field: str) -> None:
         if source not in self.sources:
