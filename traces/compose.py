@@ -243,13 +243,13 @@ class _Player:
         what to add for the time on a clock that does not begin again."""
         begin, end = self._second(start_s), self._second(start_s + span_s)
         if (begin < -1e-6 or end > self.length_s + 1e-6) and not self.llm.wrap:
-            low, high, first, last = (
-                f"{self.begin_s + seconds:.10g}"
-                for seconds in (begin, end, 0.0, self.length_s)
+            played, recorded = (
+                f"from {self.begin_s + since:.10g} s to {self.begin_s + until:.10g} s"
+                for since, until in ((begin, end), (0.0, self.length_s))
             )
             raise InvalidInput(
-                f"{self.llm.name!r} plays its source from {low} s to {high} s, "
-                f"but the record goes from {first} s to {last} s",
+                f"{self.llm.name!r} plays its source {played}, "
+                f"but the record goes {recorded}",
                 field="phase" if self.llm.phase else "source",
                 hint="another start or span, or `wrap: true` to begin again",
             )

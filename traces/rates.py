@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
+from foreserve.traces.arrivals import spread
 from foreserve.traces.files import (
     check,
     is_jsonl,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 SERVEGEN_WINDOW_S = 600.0
 CHUNK_COLUMNS = ("t_s", "rate_rps", "iat_cv", "iat_dist", "iat_shape", "iat_scale")
-LEAST_CV = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -334,8 +334,8 @@ def sample_requests(
             exact, cv = rates.counts[row, window], cvs[row, window]
             count = int(exact) + int(rng.random() < exact % 1)
             start_s = rates.start_s + float(window) * rates.window_s
-            inside = _inside(count, 1.0 if np.isnan(cv) else float(cv), rng)
-            at_s = np.round(start_s + np.sort(inside) * rates.window_s, 6)
+            inside = spread(count, 1.0 if np.isnan(cv) else float(cv), rng)
+            at_s = np.round(start_s + inside * rates.window_s, 6)
             before_end = np.nextafter(start_s + rates.window_s, -np.inf)
             arrivals.append(np.clip(at_s, start_s, before_end))
         arrival_s: NDArray[np.float64] = np.concatenate([*arrivals, np.zeros(0)])
@@ -350,11 +350,3 @@ def sample_requests(
             )
         )
     return merge(traces)
-
-
-def _inside(count: int, cv: float, rng: np.random.Generator) -> Floats:
-    """``count`` places in [0, 1) with gaps of this CV, around a circle: turned by
-    chance, else every window would begin with a burst."""
-    gaps = rng.gamma(1 / max(cv, LEAST_CV) ** 2, 1.0, count) + 1e-12
-    places: Floats = (np.cumsum(gaps) / gaps.sum() + rng.random()) % 1.0
-    return places
