@@ -14,6 +14,7 @@ from foreserve.traces.arrivals import Cells, bent, renewals, scattered, spread
 from foreserve.traces.compose import Source, compose, read_source
 from foreserve.traces.demand_table import read_demand
 from foreserve.traces.formats import read_meta, read_trace
+from foreserve.traces.lengths import LengthQuantiles
 from foreserve.traces.rates import Rates
 from foreserve.traces.recipe import Recipe, load_recipe, recipe_path, wanted
 from foreserve.traces.synth import Tokens, daily_moments, parse_tokens, synth
@@ -212,9 +213,9 @@ def test_rates_keep_their_own_clock():
 
 
 def test_unknown_counts_are_filled_and_said():
-    """Between 10 and 30 requests a minute without a record counts 20, and is told of."""
+    """After 10 requests a minute without a record counts 10 too, and is told of."""
     row = made(rates([[10, np.nan, 30]]), [{"lengths": FIXED}], span=180).counts[0]
-    assert row.recorded == 60
+    assert row.recorded == 50
     assert row.unknown_s == 60
 
 
@@ -266,6 +267,27 @@ def test_history_knows_nothing_of_the_future():
     other = made(record([*past, 121, 179]), llms, **rest)
     for key in ("rate_rps", "mean_load", "peak_load"):
         assert np.array_equal(getattr(one.history, key), getattr(other.history, key))
+
+
+def test_history_knows_no_later_lengths():
+    """Prompts are 5 tokens until second 100 and 9 from there on. A history up to second
+    90 has 5 only, though its end is nearer to the later window's start."""
+    level = np.array([0.0, 1.0])
+    tokens = np.array([[5.0, 5.0], [9.0, 9.0]])
+    lengths = LengthQuantiles(
+        input_tokens=tokens,
+        output_tokens=tokens.copy(),
+        starts_s=np.array([0.0, 100.0]),
+        levels=level,
+    )
+    source = Source(
+        rates=rates([[40, 40, 40, 40]], window_s=30.0), lengths={"1": lengths}
+    )
+    before = {"span": 30, "history": {"span": 90, "epoch": 30}, "start": 90}
+    composed = compose(recipe([{"group": 1}], **before), {"s": source})
+    assert composed.history is not None
+    assert set(composed.history.input_tokens[0]) == {5.0}
+    assert set(composed.trace.input_tokens) == {9}
 
 
 def test_history_must_have_been_recorded():

@@ -58,7 +58,7 @@ class LlmCount:
     """By the recipe, inserted ones included."""
     made: int
     unknown_s: float
-    """Time of the source without a record, filled from the windows beside it."""
+    """Time of the source without a record, taken to be like the window before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,7 +113,11 @@ def compose(
         except InvalidInput as error:
             where = f"llms.{index}" + (f".{error.field}" if error.field else "")
             raise InvalidInput(
-                error.message, field=where, hint=error.hint, file=error.file
+                error.message,
+                field=where,
+                hint=error.hint,
+                file=error.file,
+                line=error.line,
             ) from None
         inserted = sum(b.requests for b in recipe.insert if b.llm == llm.name)
         counts.append(
@@ -278,8 +282,9 @@ class _Player:
     def _cells(self, rates: Rates, start_s: float, span_s: float) -> Cells:
         width, origin = rates.window_s, self._second(start_s)
         known = np.isfinite(rates.counts[0])
-        places = np.arange(rates.num_windows)
-        filled = np.interp(places, places[known], rates.counts[0][known])
+        # The last known window: between it and the next one would know the future.
+        latest = np.maximum.accumulate(np.where(known, np.arange(len(known)), -1))
+        filled = rates.counts[0][np.where(latest < 0, known.argmax(), latest)]
         cv = np.ones(rates.num_windows) if rates.cv is None else rates.cv[0]
         edges, windows = [origin], []
         for low, high, offset in self._turns(start_s, span_s):
@@ -315,15 +320,20 @@ class _Player:
                 f"{llm.name!r} needs lengths: its source has counts alone",
                 hint="give lengths: {source: ...}, or its input_tokens and output_tokens",
             )
-        key = str(llm.group if group is None else group)
-        if key not in source.lengths:
+        known = source.lengths
+        group = llm.group if group is None else group
+        key = next(iter(known)) if group is None and len(known) == 1 else str(group)
+        if key not in known:
             raise InvalidInput(
-                f"no lengths of {key!r}",
+                "whose lengths?" if group is None else f"no lengths of {key!r}",
                 field="lengths.group" if part else "group",
-                hint=did_you_mean(key, list(source.lengths)),
+                hint=did_you_mean(key, list(known)),
             )
+        found = known[key]
+        if start_s < 0:
+            found = _begun(found, self.begin_s + self._second(0.0))
         played_s = (self._second(start_s) + arrival_s * llm.compress) % self.length_s
-        return source.lengths[key].draw(self.begin_s + played_s, rng)
+        return found.draw(self.begin_s + played_s, rng)
 
     def _part(
         self, arrival_s: Floats, inputs: Ints, outputs: Ints, span_s: float
@@ -355,6 +365,17 @@ def _group(trace: Trace, group: Group | None, field: str = "group") -> Trace:
         llm=trace.llm[mask],
         input_tokens=trace.input_tokens[mask],
         output_tokens=trace.output_tokens[mask],
+    )
+
+
+def _begun(lengths: LengthQuantiles, before_s: float) -> LengthQuantiles:
+    """Without the windows that start later: a history does not know them."""
+    count = max(1, int(np.searchsorted(lengths.starts_s, before_s)))
+    return replace(
+        lengths,
+        input_tokens=lengths.input_tokens[:count],
+        output_tokens=lengths.output_tokens[:count],
+        starts_s=lengths.starts_s[:count],
     )
 
 

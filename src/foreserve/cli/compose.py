@@ -206,8 +206,8 @@ def _show(
     for row in composed.counts:
         if row.unknown_s:
             out.print(
-                f"{row.llm}: {row.unknown_s:,g} s of its source are unknown, filled "
-                "from the windows beside them"
+                f"{row.llm}: {row.unknown_s:,g} s of its source are unknown, taken to be "
+                "like the time before them"
             )
 
 
