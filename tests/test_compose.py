@@ -11,12 +11,13 @@ import pytest
 
 from foreserve.models.errors import InvalidInput
 from foreserve.traces.arrivals import Cells, bent, renewals, scattered, spread
-from foreserve.traces.compose import Source, compose, read_source
+from foreserve.traces.compose import compose
 from foreserve.traces.demand_table import read_demand
 from foreserve.traces.formats import read_meta, read_trace
 from foreserve.traces.lengths import LengthQuantiles
 from foreserve.traces.rates import Rates
 from foreserve.traces.recipe import Recipe, load_recipe, recipe_path, wanted
+from foreserve.traces.sources import Source, read_source
 from foreserve.traces.synth import Tokens, daily_moments, parse_tokens, synth
 from foreserve.traces.trace import Trace
 

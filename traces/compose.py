@@ -13,10 +13,8 @@ so nothing in it was recorded after the trace.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,25 +22,14 @@ from numpy.typing import NDArray
 from foreserve.models.codec import did_you_mean
 from foreserve.models.errors import InvalidInput
 from foreserve.traces.arrivals import Cells, bent, cells_of, in_span, scattered
-from foreserve.traces.files import read_header
-from foreserve.traces.formats import read_trace
-from foreserve.traces.lengths import LengthQuantiles, read_lengths
-from foreserve.traces.rates import Rates, is_rates, read_rates
+from foreserve.traces.rates import Rates
 from foreserve.traces.recipe import Group, HistoryPart, LlmPart, Recipe, wanted
+from foreserve.traces.sources import Source, begun, group_of, series_of
 from foreserve.traces.synth import parse_tokens
 from foreserve.traces.trace import Demand, Floats, Ints, Trace, bin_demand, merge
 
 TRACE, HISTORY, BURST = range(3)
 """What a random stream is for: each LLM has its own of each."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Source:
-    """What a file or folder holds: requests, or counts, or lengths (or the last two)."""
-
-    trace: Trace | None = None
-    rates: Rates | None = None
-    lengths: Mapping[str, LengthQuantiles] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,18 +64,6 @@ class _Record:
     arrival_s: Floats
     input_tokens: Ints
     output_tokens: Ints
-
-
-def read_source(path: str | os.PathLike[str]) -> Source:
-    """Read a trace, a rate table, a table of lengths or a ServeGen folder."""
-    if is_rates(path):
-        both = Path(path).is_dir()
-        return Source(
-            rates=read_rates(path), lengths=read_lengths(path) if both else None
-        )
-    if Path(path).suffix in (".csv", ".gz") and "field" in read_header(os.fspath(path)):
-        return Source(lengths=read_lengths(path))
-    return Source(trace=read_trace(path))
 
 
 def compose(
@@ -150,11 +125,11 @@ class _Player:
         source = sources[llm.source]
         self.played: Trace | Rates
         if source.trace is not None:
-            self.played = _group(source.trace, llm.group)
+            self.played = group_of(source.trace, llm.group)
             # Requests do not say when a record ends: with the minute of the last one.
             self.begin_s, self.length_s = 0.0, (source.trace.span_s // 60 + 1) * 60
         elif source.rates is not None:
-            self.played = _series(source.rates, llm.group)
+            self.played = series_of(source.rates, llm.group)
             self.begin_s = source.rates.start_s
             self.length_s = source.rates.num_windows * source.rates.window_s
         else:
@@ -312,7 +287,7 @@ class _Player:
         name, group = (part.source, part.group) if part else (llm.source, llm.group)
         source = self.sources[name or llm.source]
         if source.trace is not None:
-            others = _group(source.trace, group, "lengths.group")
+            others = group_of(source.trace, group, "lengths.group")
             rows = rng.integers(len(others), size=len(arrival_s))
             return others.input_tokens[rows], others.output_tokens[rows]
         if source.lengths is None:
@@ -331,7 +306,7 @@ class _Player:
             )
         found = known[key]
         if start_s < 0:
-            found = _begun(found, self.begin_s + self._second(0.0))
+            found = begun(found, self.begin_s + self._second(0.0))
         played_s = (self._second(start_s) + arrival_s * llm.compress) % self.length_s
         return found.draw(self.begin_s + played_s, rng)
 
@@ -349,53 +324,6 @@ class _Player:
                 outputs if least is None else np.maximum(outputs, np.int32(least))
             ),
         )
-
-
-def _group(trace: Trace, group: Group | None, field: str = "group") -> Trace:
-    """The requests of one LLM of a trace, or all of them."""
-    if group is None:
-        return trace
-    if str(group) not in trace.llms:
-        hint = did_you_mean(str(group), trace.llms)
-        raise InvalidInput(f"the source has no {str(group)!r}", field=field, hint=hint)
-    mask = trace.llm == trace.llms.index(str(group))
-    return replace(
-        trace,
-        arrival_s=trace.arrival_s[mask],
-        llm=trace.llm[mask],
-        input_tokens=trace.input_tokens[mask],
-        output_tokens=trace.output_tokens[mask],
-    )
-
-
-def _begun(lengths: LengthQuantiles, before_s: float) -> LengthQuantiles:
-    """Without the windows that start later: a history does not know them."""
-    count = max(1, int(np.searchsorted(lengths.starts_s, before_s)))
-    return replace(
-        lengths,
-        input_tokens=lengths.input_tokens[:count],
-        output_tokens=lengths.output_tokens[:count],
-        starts_s=lengths.starts_s[:count],
-    )
-
-
-def _series(rates: Rates, group: Group | None) -> Rates:
-    """One series of a rate table, or the sum of all (Poisson: its CV is not known)."""
-    if group is None and len(rates.names) == 1:
-        group = rates.names[0]
-    if group is None:
-        name, counts, cv = "all", rates.counts.sum(axis=0)[None], None
-    elif str(group) not in rates.names:
-        hint = did_you_mean(str(group), rates.names)
-        raise InvalidInput(
-            f"the source has no {str(group)!r}", field="group", hint=hint
-        )
-    else:
-        name, row = str(group), [rates.names.index(str(group))]
-        counts, cv = rates.counts[row], None if rates.cv is None else rates.cv[row]
-    if not np.isfinite(counts).any():
-        raise InvalidInput(f"all counts of {name!r} are unknown", field="group")
-    return replace(rates, names=(name,), counts=counts, cv=cv)
 
 
 def _check_recorded(recorded: float, count: int) -> None:

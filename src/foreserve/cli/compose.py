@@ -59,10 +59,10 @@ def compose(
     """
     from foreserve.models.codec import placed, read_text
     from foreserve.traces.compose import compose as carry_out
-    from foreserve.traces.compose import read_source
     from foreserve.traces.demand_table import write_demand
     from foreserve.traces.formats import write_trace
     from foreserve.traces.recipe import load_recipe, recipe_path
+    from foreserve.traces.sources import read_source
 
     check_parent(out_file)
     shipped = recipe_file.startswith(SAMPLE)
