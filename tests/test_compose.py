@@ -489,6 +489,7 @@ def test_synth_on_the_command_line(tmp_path, plan):
         ("--rate 1 --span 1moon", "--span: '1moon' is not a quantity"),
         ("--rate 1 --span 0s", "must be positive"),
         ("--rate 1 --span nan", "must be positive"),
+        ("--rate 1 --span 1h --seed -1", "seed at least 0"),
         ("--rate 1 --span 1h --input-tokens many", "--input-tokens: 'many' is not"),
         ("--rate 1e9 --span 30d", "are more than"),
         ("--rate 0 --span 1h", "0.0 is not in the range"),

@@ -79,9 +79,9 @@ def synth(
 ) -> Trace:
     """A trace of one LLM; same arguments, same trace. Their number is up to chance, with
     ``rate_rps * span_s`` expected at a constant rate."""
-    if not (rate_rps > 0 and span_s > 0 and cv >= 0 and peak_ratio >= 1):
+    if not (rate_rps > 0 and span_s > 0 and min(cv, seed) >= 0 and peak_ratio >= 1):
         raise InvalidInput(
-            "rate and span must be positive, the CV at least 0, the peak ratio at least 1"
+            "rate and span must be positive, CV and seed at least 0, peak ratio at least 1"
         )
     if rate_rps * span_s > MAX_REQUESTS:
         raise InvalidInput(

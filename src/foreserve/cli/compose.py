@@ -172,7 +172,8 @@ def _beside(out_file: str) -> str:
     """``fleet.csv.gz`` -> ``fleet.history.csv.gz``: a demand table is always CSV."""
     path = Path(out_file)
     gz = ".gz" if path.suffix == ".gz" else ""
-    return str(path.with_name(f"{path.name.split('.')[0]}.history.csv{gz}"))
+    name = Path(path.name.removesuffix(".gz")).stem
+    return str(path.with_name(f"{name}.history.csv{gz}"))
 
 
 def _show(
