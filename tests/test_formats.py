@@ -224,6 +224,7 @@ def test_a_header_that_fits_several_formats(tmp_path):
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n0001-01-01,1,1\n", 2,
          "is not a time stamp"),
         ("t.jsonl", "[" * 100_000 + "\n", 1, "not valid JSON"),
+        ("t.csv", "hour,requests\n1,2\n", None, "holds counts, not requests"),
         ("t.parquet", "no", None, "not a whole Parquet file"),
     ],
 )  # fmt: skip

@@ -33,6 +33,8 @@ CHUNK_ROWS = 200_000
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_COUNT = np.iinfo(np.int32).max
 MAX_CELLS = 10_000_000
+LARGEST = 1e15
+"""No number in a table is larger: 31 million years in seconds."""
 
 
 def read_frames(
@@ -229,17 +231,16 @@ def numbers(
     values: Floats
     if column.dtype.kind in "iuf":
         values = column.to_numpy(dtype=np.float64)
-        check(file, column, ~np.isfinite(values), "is not a finite number")
-        check(file, column, values < least, f"is less than {least:g}")
-        return values
-    # As text first: to_numeric would take JSON's true for 1.
-    text = column.astype(str)
-    values = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
+    else:
+        # As text first: to_numeric would take JSON's true for 1.
+        text = pd.to_numeric(column.astype(str), errors="coerce")
+        values = text.to_numpy(dtype=np.float64)
     wrong = ~np.isfinite(values)
     if blank:
-        wrong &= (text.str.strip() != "").to_numpy()
+        wrong &= (column.astype(str).str.strip() != "").to_numpy()
     check(file, column, wrong, "is not a finite number")
     check(file, column, values < least, f"is less than {least:g}")
+    check(file, column, np.abs(values) > LARGEST, f"is more than {LARGEST:g}")
     return values
 
 

@@ -24,6 +24,7 @@ from foreserve.traces.files import (
     read_frames,
     read_header,
 )
+from foreserve.traces.rates import is_rates
 from foreserve.traces.readers import ALIASES, FORMATS, Rows
 from foreserve.traces.trace import Trace
 from foreserve.traces.writers import rows_of, write_rows
@@ -102,6 +103,12 @@ def _detect(file: str, header: Sequence[str]) -> str:
             file=file,
             line=1,
             hint="name one, or keep only its columns",
+        )
+    if not fits and is_rates(file):
+        raise InvalidInput(
+            "holds counts, not requests",
+            file=file,
+            hint="`plan trace compose` draws requests from counts",
         )
     nearest = fits[0] if fits else max(shared, key=lambda name: shared[name])
     if shared[nearest] < 2:
