@@ -407,6 +407,13 @@ def test_shipped_recipes(tmp_path, plan):
         recipe_path("warmserv")
 
 
+def test_the_guide_shows_a_recipe_that_reads(tmp_path):
+    """The YAML in docs/traces.md is a recipe without faults, of three LLMs."""
+    guide = (Path(__file__).parents[1] / "docs" / "traces.md").read_text("utf-8")
+    (tmp_path / "r.yaml").write_text(guide.split("```yaml\n")[1].split("```")[0])
+    assert wanted(load_recipe(tmp_path / "r.yaml")) == (216_000, 43_200, None)
+
+
 def test_twelve_llms_of_servegen():
     """With the data at hand the recipe makes what it asks, whole days of history."""
     if not SHARED.is_dir():
