@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from foreserve.models.errors import InvalidInput
 from foreserve.traces.arrivals import Cells, bent, renewals, scattered, spread
@@ -298,6 +300,48 @@ def test_history_must_have_been_recorded():
         made(record([1, 179]), [{}], start=60, **rest)
     with pytest.raises(InvalidInput, match="trace's future"):
         made(record([1, 179]), [{"wrap": True}], start=60, **rest)
+
+
+def test_a_servegen_folder_has_counts_and_lengths(tmp_path):
+    """A client of a raw folder plays an LLM with its own lengths: 0.1/s in ten minutes
+    are 60 requests of 7 and 3 tokens."""
+    (tmp_path / "chunk-4-trace.csv").write_text("0,0.1,1.5,Gamma,0.44,22.5\n")
+    fields = {"input_tokens": "{7: 1.0}", "output_tokens": "{3: 1.0}"}
+    (tmp_path / "chunk-4-dataset.json").write_text(json.dumps({"0": fields}))
+    composed = compose(recipe([{"group": 4}], span=600), {"s": read_source(tmp_path)})
+    assert len(composed.trace) == 60
+    assert set(composed.trace.input_tokens) == {7}
+    assert set(composed.trace.output_tokens) == {3}
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_counts_are_exact_whatever_the_recipe(data):
+    """Any mixture of rules: as many requests as asked, inside the span, in order."""
+    draw = data.draw
+    counted = rates([draw(st.lists(st.integers(0, 40), min_size=3, max_size=8))])
+    listed = record(sorted(draw(st.lists(st.floats(0, 500), min_size=1, max_size=40))))
+    llm = {
+        "rate": draw(st.none() | st.floats(0, 3)),
+        "phase": draw(st.floats(-400, 400)),
+        "compress": draw(st.floats(0.2, 5)),
+        "cv": draw(st.none() | st.floats(0, 20)),
+        "lengths": FIXED,
+        "wrap": True,
+    }
+    span = draw(st.floats(1, 900))
+    for source in (counted, listed):
+        try:
+            composed = made(source, [llm], span=span, start=draw(st.floats(0, 300)))
+        except InvalidInput as error:
+            if "none in this time" not in str(error):
+                raise
+            continue
+        (row,) = composed.counts
+        assert row.made == row.asked == len(composed.trace)
+        if llm["rate"] is not None:
+            assert row.asked == int(round(span * llm["rate"], 6))
+        assert composed.trace.span_s < span
 
 
 FILE = """\
