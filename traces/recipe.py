@@ -97,6 +97,8 @@ class PopularityPart(Record):
 
     def __post_init__(self) -> None:
         _need(self.rate_rps > 0, "rate_rps", "must be positive")
+        alpha_ok = self.alpha is None or 0 <= self.alpha <= 10
+        _need(alpha_ok, "alpha", "must be from 0 to 10")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,14 +213,12 @@ def wanted(recipe: Recipe) -> tuple[int | None, ...]:
     """
     popularity = recipe.popularity
     total = _floor(recipe.span * popularity.rate_rps) if popularity else 0
-    weights = [0.0] * len(recipe.llms)
     if popularity and popularity.alpha is not None:
         weights = [(i + 1.0) ** -popularity.alpha for i in range(len(recipe.llms))]
+        return tuple(_floor(total * weight / sum(weights)) for weight in weights)
     counts: list[int | None] = []
-    for llm, weight in zip(recipe.llms, weights, strict=True):
-        if weight:
-            counts.append(_floor(total * weight / sum(weights)))
-        elif llm.share is not None:
+    for llm in recipe.llms:
+        if llm.share is not None:
             counts.append(_floor(total * llm.share))
         else:
             counts.append(None if llm.rate is None else _floor(recipe.span * llm.rate))
