@@ -419,6 +419,8 @@ def test_a_source_from_elsewhere(folder, plan):
         ("seed: 3", "insert: [{llm: chat, at: 55, duration: 9, requests: 1}]",
          "r.yaml:1: insert.0.at: the burst must end within the span"),
         ("seed: 3", "popularity: {alpha: 1, rate_rps: 1}", "r.yaml:6: llms.0: popularity"),
+        ("seed: 3", "popularity: {rate_rps: 1}", "r.yaml:1: popularity: of no use"),
+        ("epoch: 30s", "epoch: 30s, decode: -1", "r.yaml:8: history.decode: must be at"),
         ("seed: 3", "{", "r.yaml"),
     ],
 )  # fmt: skip

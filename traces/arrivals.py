@@ -9,19 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from foreserve.traces.trace import Floats
 
 DECIMALS = 6
 """Digits of a second that are kept, so that files stay small."""
+LEAST_SQUARED = 1e-12
+"""A Gamma has some CV: this squared stands for none."""
 SHAPE_S = 300.0
 """How finely the changes of a rate are kept when requests get new arrivals."""
 
 
-def draw_gaps(cv: ArrayLike, count: int, rng: np.random.Generator) -> Floats:
-    """``count`` Gamma gaps of mean 1; ``cv`` is one number or [gap]."""
-    squared = np.maximum(np.square(np.asarray(cv, dtype=np.float64)), 1e-12)
+def draw_gaps(cv: float, count: int, rng: np.random.Generator) -> Floats:
+    """``count`` Gamma gaps of mean 1 with this CV."""
+    squared = max(cv * cv, LEAST_SQUARED)
     return rng.gamma(1 / squared, squared, count)
 
 
@@ -35,7 +36,7 @@ def spread(count: int, cv: float, rng: np.random.Generator) -> Floats:
 
 def renewals(until: float, cv: float, rng: np.random.Generator) -> Floats:
     """Moments in [0, ``until``) of a renewal process of rate 1 that began long ago."""
-    squared = max(cv * cv, 1e-12)
+    squared = max(cv * cv, LEAST_SQUARED)
     # At a random moment one is in a gap chosen by its length: Gamma with shape + 1.
     last = float(rng.random() * rng.gamma(1 / squared + 1, squared))
     parts = [np.array([last])]

@@ -80,6 +80,8 @@ class LlmPart(Record):
         _need(share_ok, "share", "must be from 0 to 1")
         _need(self.compress > 0, "compress", "must be positive")
         _need(self.cv is None or 0 <= self.cv <= 100, "cv", "must be from 0 to 100")
+        for key, time_s in (("prefill", self.prefill), ("decode", self.decode)):
+            _need(time_s is None or time_s >= 0, key, "must be at least 0")
         for key, value in (
             ("max_input", self.max_input),
             ("min_output", self.min_output),
@@ -112,6 +114,7 @@ class InsertPart(Record):
 
     def __post_init__(self) -> None:
         _need(self.requests >= 1, "requests", "must be at least 1")
+        _need(self.at >= 0, "at", "must be at least 0")
         _need(self.duration > 0, "duration", "must be positive")
 
 
@@ -133,6 +136,8 @@ class HistoryPart(Record):
         epochs = self.span / self.epoch
         whole = self.span > 0 and math.isclose(epochs, round(epochs), abs_tol=1e-9)
         _need(whole, "span", "must be a whole number of epochs")
+        _need(self.prefill >= 0, "prefill", "must be at least 0")
+        _need(self.decode >= 0, "decode", "must be at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +178,9 @@ class Recipe(Record):
                 )
             inside = burst.at + burst.duration <= self.span
             _need(inside, f"insert.{index}.at", "the burst must end within the span")
+        if self.popularity and self.popularity.alpha is None:
+            used = any(llm.share is not None for llm in self.llms)
+            _need(used, "popularity", "of no use without alpha, or the share of an LLM")
         shares = sum(llm.share or 0.0 for llm in self.llms)
         _need(
             shares <= 1 + 1e-9, "llms", f"the shares make {shares:.6g} in all, over 1"
