@@ -436,6 +436,10 @@ def test_convert_on_the_command_line(tmp_path, plan):
     assert meta["rows"] == 3
     assert [source["file"] for source in meta["sources"]] == ["b.csv", "z.csv"]
     assert len(meta["sources"][0]["sha256"]) == 64
+    stamps = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:01+00:00,1,2\n"
+    code, text, _ = plan("trace convert", put(tmp_path, stamps, "s.csv"), other, out)
+    assert code == 0
+    assert "s.csv begins: all begin at 0" in text
     ties = tmp_path / "ties.jsonl"
     code, text, err = plan(
         "trace convert --format mooncake --keep-failed --json", burst, ties

@@ -289,27 +289,22 @@ def rates_of(trace: Trace, window_s: float) -> Rates:
     """
     if not (np.isfinite(window_s) and window_s > 0):
         raise InvalidInput("rates: window_s must be positive and finite")
-    window = (trace.arrival_s // window_s).astype(np.int64)
-    shape = (len(trace.llms), int(window[-1]) + 1 if len(trace) else 0)
-    cell = trace.llm.astype(np.int64) * shape[1] + window
-    order = np.argsort(cell, kind="stable")
-    cell, arrival_s = cell[order], trace.arrival_s[order]
-    size = shape[0] * shape[1]
-    inside = cell[1:] == cell[:-1]
-    gaps, of = np.diff(arrival_s)[inside], cell[1:][inside]
-    number = np.bincount(of, minlength=size)
-    mean = np.bincount(of, weights=gaps, minlength=size) / np.maximum(number, 1)
-    spread = np.bincount(of, weights=(gaps - mean[of]) ** 2, minlength=size)
-    cv = np.full(size, np.nan)
-    known = (number >= 2) & (mean > 0)
-    cv[known] = np.sqrt(spread[known] / number[known]) / mean[known]
-    return Rates(
-        names=trace.llms,
-        window_s=window_s,
-        start_s=0.0,
-        counts=np.bincount(cell, minlength=size).reshape(shape).astype(np.float64),
-        cv=cv.reshape(shape),
-    )
+    num_windows = int(trace.span_s // window_s) + 1 if len(trace) else 0
+    grid = np.zeros((len(trace.llms), num_windows))
+    cv = np.full(grid.shape, np.nan)
+    for row in range(len(trace.llms)):
+        arrival_s = trace.arrival_s[trace.llm == row]
+        window = (arrival_s // window_s).astype(np.int64)
+        grid[row] = np.bincount(window, minlength=num_windows)
+        inside = window[1:] == window[:-1]
+        gaps, of = np.diff(arrival_s)[inside], window[1:][inside]
+        number = np.bincount(of, minlength=num_windows)
+        total_s = np.bincount(of, weights=gaps, minlength=num_windows)
+        mean_s = total_s / np.maximum(number, 1)
+        spread = np.bincount(of, (gaps - mean_s[of]) ** 2, num_windows)
+        known = (number >= 2) & (mean_s > 0)
+        cv[row, known] = np.sqrt(spread[known] / number[known]) / mean_s[known]
+    return Rates(names=trace.llms, window_s=window_s, start_s=0.0, counts=grid, cv=cv)
 
 
 def sample_requests(
@@ -327,7 +322,9 @@ def sample_requests(
     cvs = np.ones(rates.counts.shape) if rates.cv is None else rates.cv
     for row, name in enumerate(rates.names):
         if not isinstance(lengths, LengthQuantiles) and name not in lengths:
-            raise InvalidInput(f"rates: no lengths for {name!r}")
+            raise InvalidInput(
+                f"rates: no lengths for {name!r}", hint="lend it those of another"
+            )
         of_series = lengths if isinstance(lengths, LengthQuantiles) else lengths[name]
         arrivals = []
         for window in np.flatnonzero(rates.counts[row] > 0):

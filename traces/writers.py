@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -44,7 +45,7 @@ class Written:
     """What became of the requests that were written."""
 
     rows: int = 0
-    llms: set[str]
+    llms: set[str] = field(default_factory=set)
     moved_s: float = 0.0
     """The furthest that a time was moved to fit the target's clock."""
     first_s: float | None = None
@@ -141,7 +142,7 @@ def write_rows(
     of 1970). Mooncake's block ids are made up so that no two requests share a prefix.
     """
     check_target(path, format)
-    written = Written(llms=set())
+    written = Written()
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -151,17 +152,13 @@ def write_rows(
                     add([rows.arrival_s, rows.llm.to_numpy(), *_tokens(rows)])
         else:
             with _text_file(temporary, target, gzip_level) as handle:
-                _WRITERS[format if not _as_lines(path, format) else "lines"](
-                    handle, _noted(chunks, written), written, start or EPOCH
-                )
+                kind = "lines" if format == "canonical" and is_jsonl(path) else format
+                rows_noted = _noted(chunks, written)
+                _WRITERS[kind](handle, rows_noted, written, start or EPOCH)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return written
-
-
-def _as_lines(path: str | os.PathLike[str], format: str) -> bool:
-    return format == "canonical" and is_jsonl(path)
 
 
 def _noted(chunks: Iterable[Rows], written: Written) -> Iterator[Rows]:
@@ -206,8 +203,6 @@ def _csv(
 def _lines(
     handle: IO[bytes], chunks: Iterable[Rows], written: Written, start: str
 ) -> None:
-    import json
-
     for rows in chunks:
         names = {name: json.dumps(str(name)) for name in rows.llm.unique()}
         columns = (

@@ -214,8 +214,10 @@ def _convert_requests(
             gzip_level=6,  # half the time of 9 for a twentieth more bytes
         )
     lost = written.lost(target)
-    for reading in readings:
-        lost += [f"column {column!r} of {reading.file}" for column in reading.left_out]
+    for path, reading in zip(paths, readings, strict=True):
+        if len(readings) > 1 and reading.format == "azure":
+            lost.append(f"the date at which {path.name} begins: all begin at 0")
+        lost += [f"column {column!r} of {path.name}" for column in reading.left_out]
     return {
         "sources": [
             _source(
