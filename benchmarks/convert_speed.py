@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -85,13 +86,13 @@ STEPS: dict[str, Callable[[Path], int]] = {
 
 
 def run(
-    name: str, source: Path, found: multiprocessing.Queue[tuple[int, float, int]]
+    name: str, source: Path, answer: multiprocessing.Queue[tuple[int, float, int]]
 ) -> None:
     """One step: rows, seconds, peak memory in KiB."""
     began = time.perf_counter()
     rows = STEPS[name](source)
     seconds = time.perf_counter() - began
-    found.put((rows, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    answer.put((rows, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
 @click.command()
@@ -105,10 +106,10 @@ def main(rows: int) -> None:
         write_rows(made_up(rows), source, gzip_level=1)
         size = source.stat().st_size
         for name in STEPS:
-            found = context.Queue()
-            child = context.Process(target=run, args=(name, source, found))
+            answer = context.Queue()
+            child = context.Process(target=run, args=(name, source, answer))
             child.start()
-            done, seconds, peak_kib = found.get()
+            done, seconds, peak_kib = answer.get()
             child.join()
             assert done == rows, name
             results.append(
@@ -120,9 +121,14 @@ def main(rows: int) -> None:
                 }
             )
             click.echo(f"{results[-1]}")
-    write_result(
-        "convert_speed", {"rows": rows, "source_bytes": size, "steps": results}
-    )
+    found = {
+        "rows": rows,
+        "source_bytes": size,
+        # pandas keeps text in pyarrow's arrays where it is installed.
+        "versions": {name: version(name) for name in ("numpy", "pandas", "pyarrow")},
+        "steps": results,
+    }
+    write_result("convert_speed", found)
 
 
 if __name__ == "__main__":
