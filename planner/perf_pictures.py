@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foreserve.models.errors import InvalidInput
+from foreserve.planner.figures import (
+    COLORS,
+    GRID,
+    MUTED,
+    new_figure,
+    plain_ticks,
+    save_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
-SUFFIXES = (".svg", ".png", ".pdf")
-COLORS = ("#0b6e99", "#c2571a", "#3f7d20", "#7b3fa0", "#8c6d1f", "#b02a5b")
-INK, MUTED, GRID = "#1c2128", "#59636e", "#d8dee4"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "foreserve",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
 
 
 class Scatter(NamedTuple):
@@ -66,18 +48,9 @@ class Panel(NamedTuple):
     curves: Sequence[Curve]
 
 
-def check_suffix(path: str) -> None:
-    """Refuse a picture format before any work is done."""
-    if Path(path).suffix not in SUFFIXES:
-        raise InvalidInput(
-            f"a picture ends in {', '.join(SUFFIXES)}, not {Path(path).suffix!r}",
-            file=path,
-        )
-
-
 def draw_scatter(panels: Sequence[Scatter], path: str) -> None:
     """Predicted against measured, logarithmic; the band is a factor of 1.25 each way."""
-    figure = _figure(len(panels))
+    figure = new_figure(len(panels))
     for column, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), column + 1)
         values = [value for pair in panel.groups.values() for value in pair]
@@ -116,13 +89,13 @@ def draw_scatter(panels: Sequence[Scatter], path: str) -> None:
             ylabel=f"predicted, {panel.unit}",
         )
         axes.legend(loc="upper left", markerscale=2, fontsize=8)
-        _plain_ticks(axes)
-    _save(figure, path)
+        plain_ticks(axes)
+    save_figure(figure, path)
 
 
 def draw_curves(panels: Sequence[Panel], path: str) -> None:
     """Curves with their 90 % intervals; points are second opinions."""
-    figure = _figure(len(panels))
+    figure = new_figure(len(panels))
     for column, panel in enumerate(panels):
         axes: Axes = figure.add_subplot(1, len(panels), column + 1)
         for curve, color in zip(panel.curves, COLORS * 9, strict=False):
@@ -139,45 +112,5 @@ def draw_curves(panels: Sequence[Panel], path: str) -> None:
             ylabel=panel.y_label,
         )
         axes.legend(fontsize=8)
-        _plain_ticks(axes)
-    _save(figure, path)
-
-
-def _plain_ticks(axes: Axes) -> None:
-    """Numbers as people write them, at 1, 2 and 5 of each decade while there is room."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis, (low, high) in (
-        (axes.xaxis, axes.get_xlim()),
-        (axes.yaxis, axes.get_ylim()),
-    ):
-        marks = (1, 2, 5) if high < 400 * low else (1,)
-        axis.set_major_locator(LogLocator(10, subs=marks, numticks=20))
-        axis.set_major_formatter(FuncFormatter(_plain_number))
-        axis.set_minor_formatter(NullFormatter())
-
-
-def _plain_number(value: float, _: int | None) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
-
-
-def _figure(columns: int) -> Figure:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcdefaults()
-    matplotlib.rcParams.update(STYLE)
-    return Figure(figsize=(4.8 * columns, 4.2), layout="constrained")
-
-
-def _save(figure: Figure, path: str) -> None:
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    nothing = dict.fromkeys(("Date", "Creator")) if target.suffix == ".svg" else None
-    try:
-        figure.savefig(
-            partial, format=target.suffix.removeprefix("."), dpi=150, metadata=nothing
-        )
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        plain_ticks(axes)
+    save_figure(figure, path)

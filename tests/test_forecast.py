@@ -176,6 +176,7 @@ def moment(mean, peak, std, llms=1):
         rate_rps=mean * column,
         mean_load=mean * column,
         peak_load=peak * column,
+        peak_low=(peak - 1.645 * std) * column,
         peak_high=(peak + 1.645 * std) * column,
         peak_errors=std * np.random.default_rng(1).standard_normal((2000, llms, 1)),
         input_tokens=column,

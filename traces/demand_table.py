@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 
 from foreserve.models.errors import InvalidInput
 from foreserve.traces.files import (
     check,
+    is_jsonl,
+    is_parquet,
     names,
     need_columns,
     numbers,
     on_grid,
     read_frames,
+    read_header,
     write_file,
 )
 from foreserve.traces.trace import Demand, Floats
@@ -30,6 +34,13 @@ COLUMNS = (
     "input_tokens",
     "output_tokens",
 )
+
+
+def is_demand(path: str | os.PathLike[str]) -> bool:
+    """Whether a file has the columns of a demand table."""
+    if Path(path).is_dir() or is_jsonl(path) or is_parquet(path):
+        return False
+    return set(COLUMNS) <= set(read_header(os.fspath(path)))
 
 
 def read_demand(path: str | os.PathLike[str]) -> Demand:

@@ -35,8 +35,10 @@ class Forecast:
     rate_rps: Floats
     mean_load: Floats
     peak_load: Floats
+    peak_low: Floats
     peak_high: Floats
-    """The peak stays below it in 95 % of the epochs."""
+    """The peak stays below ``peak_high``, and above ``peak_low``, in 95 % of the epochs
+    each."""
     peak_errors: Floats
     """[sample, llm, epoch]: by how much peaks missed their forecasts at past epochs, all
     LLMs at the same epoch, in the size they would have now; no sample if none is known."""
@@ -51,6 +53,7 @@ class Forecast:
             rate_rps=demand.rate_rps[:, now],
             mean_load=demand.mean_load[:, now],
             peak_load=demand.peak_load[:, now],
+            peak_low=demand.peak_load[:, now],
             peak_high=demand.peak_load[:, now],
             peak_errors=np.zeros((1, len(demand.llms), 1)),
             input_tokens=demand.input_tokens[:, now],
@@ -104,6 +107,7 @@ def forecast_by(rule: Rule, past: Demand, epochs: int) -> Forecast:
             rate_rps=zeros,
             mean_load=zeros,
             peak_load=ones,
+            peak_low=ones,
             peak_high=ones,
             peak_errors=np.zeros((0, *shape)),
             input_tokens=zeros,
@@ -111,10 +115,10 @@ def forecast_by(rule: Rule, past: Demand, epochs: int) -> Forecast:
         )
     days = Calendar.of(past.epoch_s, past.start_s)
     columns = [_ahead(rule, past, days, h) for h in range(1, epochs + 1)]
-    rate, mean, peak, high = (
-        np.stack([column[i] for column in columns], axis=1) for i in range(4)
+    rate, mean, peak, low, high = (
+        np.stack([column[i] for column in columns], axis=1) for i in range(5)
     )
-    errors = np.stack([column[4] for column in columns], axis=2)
+    errors = np.stack([column[5] for column in columns], axis=2)
     errors = errors[~np.isnan(errors).any(axis=(1, 2))][-ERROR_EPOCHS:]
     inputs, outputs = (
         np.repeat(_recent_mean(past, column)[:, None], epochs, axis=1)
@@ -127,6 +131,7 @@ def forecast_by(rule: Rule, past: Demand, epochs: int) -> Forecast:
         rate_rps=rate,
         mean_load=mean,
         peak_load=peak,
+        peak_low=np.minimum(low, peak),
         peak_high=np.maximum(high, least),
         peak_errors=errors,
         input_tokens=inputs,
@@ -136,8 +141,8 @@ def forecast_by(rule: Rule, past: Demand, epochs: int) -> Forecast:
 
 def _ahead(
     rule: Rule, past: Demand, days: Calendar, ahead: int
-) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Rate, mean, peak, bound ([llm] each) of one epoch, and errors [epoch, llm]."""
+) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
+    """Rate, mean, peak, bounds ([llm] each) of one epoch, and errors [epoch, llm]."""
     rate, mean = (
         rule(Series(values=x, means=x, days=days), ahead)[:, -1]
         for x in (past.rate_rps, past.mean_load)
@@ -146,7 +151,7 @@ def _ahead(
     peak = rule(series, ahead)
     margin = margins(past.peak_load, peak, ahead, COVER)
     errors = margin.errors * margin.scale[:, -1:]
-    return rate, mean, peak[:, -1], margin.high[:, -1], errors.T
+    return rate, mean, peak[:, -1], margin.low[:, -1], margin.high[:, -1], errors.T
 
 
 def _recent_mean(past: Demand, column: Floats) -> Floats:

@@ -2,8 +2,8 @@
 
 Every member is the last value, tilted by the rhythm of earlier days, held up by what
 yesterday saw next, widened where the series is restless, and lifted by its usual level.
-Which of these help differs from series to series and changes with time, so each day the
-members are scored on the past: the capacity each would have provided with the one factor
+Which of these help differs from series to series and changes with time, so again and
+again the members are scored on the past: the capacity each would have provided with the one factor
 that covers 95 % of the epochs. A member's weight falls exponentially with the logarithm of
 that cost; a short past is filled up with the median over all series. Nothing is fitted by
 gradient, so a short or dead series cannot send it astray.
@@ -21,7 +21,7 @@ from foreserve.traces.rules import (
     day_mean,
     filled,
     lagged,
-    last_or_yesterday,
+    last_value,
     whole_days,
 )
 from foreserve.traces.trace import Floats
@@ -35,6 +35,8 @@ COMMON_EPOCHS = 100
 """A series' own record counts half after so many epochs."""
 RECORD_EPOCHS = 720
 """Members are scored on as many of the latest epochs."""
+LEAST_RECORD = 24
+"""Epochs before the first score, and at least between two."""
 RESTLESS_EPOCHS = 36
 """Half-life of the mean size of changes."""
 LEAST_LEVEL = 0.02
@@ -69,13 +71,12 @@ def mixture(past: Series, ahead: int) -> Floats:
     """The mixture, scaled so that it was right on average so far."""
     values, days = past.values, past.days
     parts = _Parts.of(past, ahead)
-    found = last_or_yesterday(past, ahead)
+    found = last_value(past, ahead)
     columns = found.shape[1]
-    # From the first epoch that has a yesterday on, a day at a time.
-    begin = whole_days(ahead, days) + ahead
-    for start in range(2 * begin, columns, days.per_day):
+    begin, step = LEAST_RECORD + ahead, max(LEAST_RECORD, days.per_day // 3)
+    for start in range(begin + LEAST_RECORD + ahead, columns, step):
         known = slice(max(begin, start - ahead + 1 - RECORD_EPOCHS), start - ahead + 1)
-        ahead_of = slice(start, min(start + days.per_day, columns))
+        ahead_of = slice(start, min(start + step, columns))
         actual = values[:, known]
         members = [parts.shape(m, known) for m in MEMBERS]
         factor, cost, middle = _scores(np.stack(members), actual)

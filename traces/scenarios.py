@@ -68,21 +68,24 @@ def joint_peaks(
 def _margin(forecast: Forecast, llm: int, epoch: int, count: int) -> Floats:
     """``count`` mid-quantiles of the peak of one LLM, ascending, at least 0.
 
-    Past errors, those above the forecast stretched so that 95 % lie below ``peak_high``;
-    Normal with a Poisson's deviation while there are none.
+    Past errors, stretched on either side of the forecast so that 95 % lie below
+    ``peak_high`` and above ``peak_low``; Normal with a Poisson's deviation while there
+    are none.
     """
     peak = float(forecast.peak_load[llm, epoch])
     at = (np.arange(count) + 0.5) / count
     errors = forecast.peak_errors[:, llm, epoch]
     if not len(errors):
         unit = [NormalDist().inv_cdf(q) for q in at.tolist()]
-        return np.maximum(0.0, peak + np.sqrt(max(peak, 0.0)) * np.array(unit))
+        poisson: Floats = np.maximum(0.0, peak + np.sqrt(peak) * np.array(unit))
+        return poisson
     quantiles: Floats = np.quantile(errors, at)
-    high, reached = (
-        float(forecast.peak_high[llm, epoch]) - peak,
-        np.quantile(errors, 0.95),
-    )
-    if high > 0 and reached > 0:
-        quantiles = np.where(quantiles > 0, quantiles * (high / reached), quantiles)
+    for sign, bound in ((1, forecast.peak_high), (-1, forecast.peak_low)):
+        tracked = sign * (float(bound[llm, epoch]) - peak)
+        reached = float(np.quantile(sign * errors, 0.95))
+        # A bound of 0 says nothing of how far errors below it go.
+        if tracked > 0 and reached > 0 and (sign > 0 or tracked < peak):
+            stretched = quantiles * (tracked / reached)
+            quantiles = np.where(sign * quantiles > 0, stretched, quantiles)
     found: Floats = np.maximum(0.0, peak + quantiles)
     return found

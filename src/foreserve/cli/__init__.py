@@ -20,6 +20,7 @@ VERBS = {
     "catalog": "foreserve.cli.catalog:catalog",
     "perf": "foreserve.cli.perf:perf",
     "trace": "foreserve.cli.trace:trace",
+    "forecast": "foreserve.cli.forecast:forecast",
     "solve": "foreserve.cli.solve:solve",
     "simulate": "foreserve.cli.simulate:simulate",
     "compare": "foreserve.cli.compare:compare",

@@ -120,7 +120,7 @@ def show(
 
     check_parent(picture)
     if picture:
-        from foreserve.planner.perf_pictures import check_suffix
+        from foreserve.planner.figures import check_suffix
 
         check_suffix(picture)
     spec = catalog.llm(llm)
@@ -224,7 +224,7 @@ def validate(
 
     check_parent(picture, markdown)
     if picture:
-        from foreserve.planner.perf_pictures import check_suffix
+        from foreserve.planner.figures import check_suffix
 
         check_suffix(picture)
     own = _read_corrections(corrections)

@@ -1,0 +1,468 @@
+"""`plan forecast`: what the next epochs bring, and how good such forecasts were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from foreserve.cli.common import (
+    check_parent,
+    consoles,
+    echo_json,
+    json_option,
+    progress_bar,
+    quiet_option,
+    read_traces,
+    sample,
+)
+from foreserve.models.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from foreserve.traces.backtest import Observed, Score
+
+MOST_ROWS = 40
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """Seconds, or with a unit: 300, 5m, 1h."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        from foreserve.models.quantities import parse_seconds
+
+        try:
+            found = float(value)
+        except ValueError:
+            found = float(str(parse_seconds(value)))
+        if found <= 0:
+            self.fail(f"{value!r} is not positive", param, ctx)
+        return found
+
+
+trace_option = click.option(
+    "--trace",
+    required=True,
+    metavar="FILE|FOLDER|sample:NAME",
+    help="Requests, or counts per window (any readable format), or a demand table.",
+)
+epoch_option = click.option(
+    "--epoch",
+    type=Duration(),
+    default="5m",
+    show_default=True,
+    help="Length of an epoch; not shorter than the windows of counts.",
+)
+cover_option = click.option(
+    "--cover",
+    type=click.FloatRange(0.5, 0.999),
+    default=0.95,
+    show_default=True,
+    help="Share of epochs that the bound is to cover.",
+)
+flight_options = (
+    click.option(
+        "--first-token",
+        type=click.FloatRange(0),
+        default=0.1,
+        show_default=True,
+        help="Seconds to the first token: how long a request is in flight.",
+    ),
+    click.option(
+        "--token",
+        type=click.FloatRange(0),
+        default=0.02,
+        show_default=True,
+        help="Seconds for each output token.",
+    ),
+)
+
+
+@click.group(epilog="Example: plan forecast backtest --trace sample:fleet-day")
+def forecast() -> None:
+    """Forecast load, and score forecasts on the past."""
+
+
+@forecast.command(
+    epilog="Example: plan forecast backtest --trace counts.csv.gz --epoch 1h --ahead 1,6"
+)
+@trace_option
+@epoch_option
+@click.option(
+    "--ahead", default="1", show_default=True, help="Epochs ahead, e.g. 1,12."
+)
+@cover_option
+@click.option(
+    "--methods",
+    metavar="NAME,...",
+    help="Methods to score; last and last-or-yesterday always are.",
+)
+@click.option(
+    "--series", "wanted", multiple=True, help="Only this series (LLM); repeatable."
+)
+@click.option(
+    "--from",
+    "score_from",
+    type=click.FloatRange(0, 0.95),
+    default=0.5,
+    show_default=True,
+    help="Epochs before this share of the past are not scored.",
+)
+@click.option(
+    "--per-gpu",
+    type=click.FloatRange(0, min_open=True),
+    help="Load that one GPU serves; adds GPU-hours in whole GPUs.",
+)
+@flight_options[0]
+@flight_options[1]
+@click.option(
+    "--picture",
+    metavar="FILE.svg|png|pdf",
+    help="Draw what came, the best method's forecast and bound, and misses.",
+)
+@quiet_option
+@json_option
+def backtest(
+    trace: str,
+    epoch: float,
+    ahead: str,
+    cover: float,
+    methods: str | None,
+    wanted: tuple[str, ...],
+    score_from: float,
+    per_gpu: float | None,
+    first_token: float,
+    token: float,
+    picture: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Forecast every epoch of the past from what was known before it, and score that.
+
+    Methods are compared at an equal share of missed epochs: by the capacity they provide
+    when one multiplier per series covers `--cover` of the epochs (1 is perfect). Beside
+    it: the error of the forecast, and what its own bound, which knew no future, missed
+    and provided.
+    """
+    from foreserve.traces.backtest import ALWAYS, METHODS, roll
+    from foreserve.traces.backtest import backtest as score
+    from foreserve.traces.forecast import get_rule
+
+    check_parent(picture)
+    if picture:
+        from foreserve.planner.figures import check_suffix
+
+        check_suffix(picture)
+    names = list(methods.split(",")) if methods else list(METHODS)
+    names += [name for name in ALWAYS if name not in names]
+    for name in names:
+        get_rule(name)
+    aheads = _aheads(ahead)
+    observed = _observed(trace, epoch, wanted, first_token, token)
+    first = max(1, round(score_from * observed.num_epochs))
+    scores: list[Score] = []
+    with progress_bar("forecasting", quiet or as_json) as update:
+        for _, found in score(
+            observed,
+            names,
+            aheads,
+            cover=cover,
+            first=first,
+            per_gpu=per_gpu,
+            progress=update,
+        ):
+            scores += found
+    summary = _summary(scores, names, aheads)
+    best = min(
+        (row for row in summary if row["ahead"] == aheads[0]),
+        key=lambda row: (row["factor"] is None, row["factor"] or 0.0),
+    )
+    if picture:
+        from foreserve.planner.forecast_pictures import draw_backtest
+
+        draw_backtest(
+            observed, roll(observed, best["method"], aheads[0], cover), picture
+        )
+    if as_json:
+        echo_json(
+            {
+                "trace": trace,
+                "epoch_s": observed.epoch_s,
+                "epochs": observed.num_epochs,
+                "scored_from_epoch": first,
+                "cover": cover,
+                "unit": observed.unit,
+                "best": best["method"],
+                "summary": summary,
+                "series": [_plain(each) for each in scores],
+            }
+        )
+        return
+    out, _ = consoles(quiet)
+    out.print(
+        f"{len(observed.names)} series of {observed.num_epochs} epochs of "
+        f"{observed.epoch_s:g} s, peaks in {observed.unit}; epochs from {first} on scored"
+    )
+    _print_summary(out, summary, cover, per_gpu is not None)
+    _print_series(out, scores, names, aheads[0])
+    if picture:
+        out.print(f"[dim]{picture} shows {best['method']}[/]")
+
+
+@forecast.command(
+    epilog="Example: plan forecast show llama-3.1-8b --trace sample:fleet-day --epoch 15m"
+)
+@click.argument("llm", required=False)
+@trace_option
+@epoch_option
+@click.option(
+    "--ahead",
+    type=click.IntRange(1, 2000),
+    default=12,
+    show_default=True,
+    help="How many epochs to forecast.",
+)
+@click.option("--method", default="auto", show_default=True)
+@cover_option
+@flight_options[0]
+@flight_options[1]
+@click.option("--picture", metavar="FILE.svg|png|pdf", help="Draw past and forecast.")
+@json_option
+def show(
+    llm: str | None,
+    trace: str,
+    epoch: float,
+    ahead: int,
+    method: str,
+    cover: float,
+    first_token: float,
+    token: float,
+    picture: str | None,
+    as_json: bool,
+) -> None:
+    """Forecast the epochs after the end of a trace, for one LLM or for all."""
+    import numpy as np
+
+    from foreserve.traces.forecast import get_rule
+    from foreserve.traces.margins import margins
+
+    check_parent(picture)
+    if picture:
+        from foreserve.planner.figures import check_suffix
+
+        check_suffix(picture)
+    rule = get_rule(method)
+    observed = _observed(trace, epoch, (llm,) if llm else (), first_token, token)
+    values = observed.series.values
+    columns = []
+    for h in range(1, ahead + 1):
+        rolled = rule(observed.series, h)
+        bounds = margins(values, rolled, h, cover)
+        columns.append((bounds.low[:, -1], rolled[:, -1], bounds.high[:, -1]))
+    ahead_of = np.nan_to_num(np.array(columns))
+    start_s = observed.start_s + observed.num_epochs * observed.epoch_s
+    if picture:
+        from foreserve.planner.forecast_pictures import draw_forecast
+
+        draw_forecast(observed, ahead_of, picture)
+    rows: list[dict[str, Any]] = [
+        {
+            "series": name,
+            "start_s": start_s + h * observed.epoch_s,
+            "low": float(ahead_of[h, 0, row]),
+            "peak": float(ahead_of[h, 1, row]),
+            "high": float(ahead_of[h, 2, row]),
+        }
+        for row, name in enumerate(observed.names)
+        for h in range(ahead)
+    ]
+    if as_json:
+        echo_json(
+            {
+                "method": method,
+                "unit": observed.unit,
+                "epoch_s": observed.epoch_s,
+                "cover": cover,
+                "forecast": rows,
+            }
+        )
+        return
+    from rich.table import Table
+
+    from foreserve.planner.display import clock, number
+
+    out, _ = consoles(quiet=False)
+    table = Table(
+        title=f"Peak {observed.unit} per epoch of {observed.epoch_s:g} s, {method}",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for column in (
+        "series",
+        "from",
+        f"above {cover:.0%}",
+        "peak",
+        f"below {cover:.0%}",
+    ):
+        table.add_column(column, justify="left" if column == "series" else "right")
+    for entry in rows[:MOST_ROWS]:
+        table.add_row(
+            str(entry["series"]),
+            clock(float(entry["start_s"])),
+            *(number(float(entry[key])) for key in ("low", "peak", "high")),
+        )
+    out.print(table)
+    if len(rows) > MOST_ROWS:
+        out.print(f"[dim]{len(rows) - MOST_ROWS} more rows: --json[/]")
+
+
+def _aheads(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise InvalidInput(
+            f"{text!r} is not a list of epochs", field="ahead", hint="e.g. 1,12"
+        )
+    return found
+
+
+def _observed(
+    source: str,
+    epoch_s: float,
+    wanted: Sequence[str],
+    first_token_s: float,
+    token_s: float,
+) -> Observed:
+    """Requests, counts or a demand table, whichever ``source`` is."""
+    from foreserve.traces.backtest import (
+        observed_demand,
+        observed_rates,
+        observed_trace,
+    )
+    from foreserve.traces.demand_table import is_demand, read_demand
+    from foreserve.traces.rates import is_rates, read_rates
+
+    path = sample(source)
+    if is_demand(path):
+        demand = read_demand(path)
+        factor = round(epoch_s / demand.epoch_s)
+        if factor < 1 or abs(factor * demand.epoch_s - epoch_s) > 1e-6:
+            raise InvalidInput(
+                f"epochs of {epoch_s:g} s do not fit the table's of {demand.epoch_s:g} s",
+                file=str(path),
+                field="epoch",
+                hint=f"use a multiple of {demand.epoch_s:g}s",
+            )
+        observed = observed_demand(demand.coarser(factor))
+    elif is_rates(path):
+        observed = observed_rates(read_rates(path), epoch_s)
+    else:
+        requests = read_traces([source], {})
+        observed = observed_trace(
+            requests, epoch_s, first_token_s=first_token_s, token_s=token_s
+        )
+    return observed.select(wanted) if wanted else observed
+
+
+def _summary(
+    scores: Sequence[Score], names: Sequence[str], aheads: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Medians over series (means of misses), per method and horizon."""
+    import numpy as np
+
+    rows = []
+    for ahead in aheads:
+        for name in names:
+            own = [s for s in scores if (s.method, s.ahead) == (name, ahead)]
+            row: dict[str, Any] = {"method": name, "ahead": ahead, "series": len(own)}
+            for key in ("factor", "error", "bias", "pinball", "provided"):
+                median = float(np.median([getattr(s, key) for s in own]))
+                row[key] = median if np.isfinite(median) else None
+            row["missed"] = float(np.mean([s.missed for s in own]))
+            hours = [s.gpu_hours for s in own if s.gpu_hours is not None]
+            row["gpu_hours"] = sum(hours) if hours else None
+            rows.append(row)
+    return rows
+
+
+def _plain(score: Score) -> Mapping[str, Any]:
+    """No infinity in JSON: null."""
+    import math
+
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(score).items()
+    }
+
+
+def _print_summary(
+    out: Console, rows: Sequence[Mapping[str, Any]], cover: float, with_hours: bool
+) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    heads = ["method", "ahead", f"capacity at {1 - cover:.0%} missed", "error", "bias"]
+    heads += ["bound missed", "bound provided"] + ["GPU-hours"] * with_hours
+    for head in heads:
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for ahead in dict.fromkeys(row["ahead"] for row in rows):
+        own = [row for row in rows if row["ahead"] == ahead]
+        known = [row["factor"] for row in own if row["factor"] is not None]
+        least = min(known, default=None)
+        for row in own:
+            factor = "never" if row["factor"] is None else f"{row['factor']:.3f}"
+            cells = [
+                row["method"],
+                str(ahead),
+                f"[bold]{factor}[/]" if row["factor"] == least else factor,
+                f"{row['error']:.1%}",
+                f"{row['bias']:+.1%}",
+                f"{row['missed']:.1%}",
+                f"{row['provided']:.2f}",
+            ]
+            if with_hours:
+                hours = row["gpu_hours"]
+                cells.append("-" if hours is None else f"{hours:,.0f}")
+            table.add_row(*cells)
+    out.print(table)
+    out.print(
+        "[dim]medians over series; capacity and what the bound provided as multiples of "
+        "the mean peak (1 is perfect)[/]\n"
+    )
+
+
+def _print_series(
+    out: Console, scores: Sequence[Score], names: Sequence[str], ahead: int
+) -> None:
+    """Capacity at equal misses, series by method."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("series")
+    for name in names:
+        table.add_column(name, justify="right")
+    rows: dict[str, dict[str, float]] = {}
+    for each in scores:
+        if each.ahead == ahead:
+            rows.setdefault(each.series, {})[each.method] = each.factor
+    for series in list(rows)[:MOST_ROWS]:
+        least = min(rows[series].values())
+        cells = []
+        for name in names:
+            value = rows[series].get(name, float("inf"))
+            text = "never" if value == float("inf") else f"{value:.2f}"
+            cells.append(f"[bold]{text}[/]" if value == least else text)
+        table.add_row(series, *cells)
+    out.print(table)
+    if len(rows) > MOST_ROWS:
+        out.print(f"[dim]{len(rows) - MOST_ROWS} more series: --json[/]")
