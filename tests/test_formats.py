@@ -440,6 +440,14 @@ def test_convert_on_the_command_line(tmp_path, plan):
     code, text, _ = plan("trace convert", put(tmp_path, stamps, "s.csv"), other, out)
     assert code == 0
     assert "s.csv begins: all begin at 0" in text
+    # The date of second 0 goes with it, so that the stamps come back.
+    assert plan("trace convert", tmp_path / "s.csv", out)[0] == 0
+    assert read_meta(out)["start"] == "2024-05-10 00:00:01+00:00"
+    assert plan("trace convert --format azure", out, tmp_path / "back.csv")[0] == 0
+    assert "2024-05-10 00:00:01.0000000,1,2" in (tmp_path / "back.csv").read_text()
+    azure = "trace convert --format azure"
+    assert plan(azure, tmp_path / "s.csv", tmp_path / "same.csv")[0] == 0
+    assert (tmp_path / "same.csv").read_bytes() == (tmp_path / "back.csv").read_bytes()
     ties = tmp_path / "ties.jsonl"
     code, text, err = plan(
         "trace convert --format mooncake --keep-failed --json", burst, ties

@@ -43,6 +43,8 @@ class Reading:
     """Rows read."""
     failed: int = 0
     """Failed requests (no input or no output) among them."""
+    start: str | None = None
+    """Date and time of second 0, where the file has dates; None before it is read."""
     chunks: Iterator[Rows] = field(default_factory=lambda: iter(()))
     """Requests that did not fail, or all with at least a token; times do not decrease."""
 
@@ -137,6 +139,8 @@ def _checked(reading: Reading, chunks: Iterator[Rows]) -> Iterator[Rows]:
             hint=f"sort the rows by {rows.time.name}",
         )
         latest_s = float(rows.arrival_s[-1])
+        if reading.format == "azure" and reading.start is None:
+            reading.start = str(rows.time.iloc[0]).strip()
         good = (rows.output_tokens > 0) & (rows.input_tokens > 0)
         reading.read += len(rows)
         reading.failed += int((~good).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,13 +206,17 @@ def _convert_requests(
             readings.append(open_trace(path, watch=watch, **options))
         total = sum(path.stat().st_size for path in paths)
         chunks = [reading.chunks for reading in readings]
-        start = read_meta(paths[0]).get("start") if len(paths) == 1 else None
+        merged = merge_rows(chunks) if len(chunks) > 1 else chunks[0]
+        first = next(merged)  # with it the date of second 0 is read, if there is one
+        start = None
+        if len(paths) == 1:
+            start = readings[0].start or read_meta(paths[0]).get("start")
         written = write_rows(
-            merge_rows(chunks) if len(chunks) > 1 else chunks[0],
+            chain([first], merged),
             out,
             target,
             start=start,
-            gzip_level=6,  # half the time of 9 for a twentieth more bytes
+            gzip_level=6,  # half the time of 9, for 1.5 % more bytes
         )
     lost = written.lost(target)
     for path, reading in zip(paths, readings, strict=True):
@@ -219,6 +224,7 @@ def _convert_requests(
             lost.append(f"the date at which {path.name} begins: all begin at 0")
         lost += [f"column {column!r} of {path.name}" for column in reading.left_out]
     return {
+        "start": start,
         "sources": [
             _source(
                 path,
