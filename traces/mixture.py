@@ -3,10 +3,10 @@
 Every member is the last value, tilted by the rhythm of earlier days, held up by what
 yesterday saw next, widened where the series is restless, and lifted by its usual level.
 Which of these help differs from series to series and changes with time, so again and
-again the members are scored on the past: the capacity each would have provided with the one factor
-that covers 95 % of the epochs. A member's weight falls exponentially with the logarithm of
-that cost; a short past is filled up with the median over all series. Nothing is fitted by
-gradient, so a short or dead series cannot send it astray.
+again the members are scored on the past: the capacity each would have provided with the
+one factor that covers 95 % of the epochs. A member's weight falls exponentially with the
+logarithm of that cost; a short past is filled up with the median over all series. Nothing
+is fitted by gradient, so a short or dead series cannot send it astray.
 """
 
 from __future__ import annotations
