@@ -18,7 +18,6 @@ from foreserve.models.perf.measured import Corrections
 from foreserve.planner.deployments import ASSUMED, read_deployments
 from foreserve.planner.perf_iterations import ASKED, Iterations, iterations
 from foreserve.planner.perf_pictures import Scatter, draw_scatter
-from foreserve.planner.perf_sheet import Part
 from foreserve.planner.perf_validation import (
     METRICS,
     TARGETS,
@@ -26,6 +25,7 @@ from foreserve.planner.perf_validation import (
     Steady,
     validate_steady,
 )
+from foreserve.planner.tables import Part
 
 SILICON = "silicon_e2e/silicon_dev.csv.gz"
 ASKED_OF = ("llmservingsim", "vllm_e2e_runs", "sageserve", "splitwise")

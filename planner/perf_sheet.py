@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,21 +21,13 @@ from foreserve.models.perf.tables import second_opinions
 from foreserve.models.perf.timing import Estimate
 from foreserve.models.specs import GpuType, Slo
 from foreserve.planner.perf_pictures import Curve, Panel, draw_curves
+from foreserve.planner.tables import Part
 
 BATCHES = (1, 8, 32, 64, 128, 256)
 CONTEXTS = (512, 2048, 8192)
 PROMPTS = (128, 512, 2048, 8192)
 SHARE_CACHED = 0.5
 MAX_NUM_SEQS = 256
-
-
-class Part(NamedTuple):
-    """One table of the sheet; a star in a cell marks what was extrapolated."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -26,7 +26,7 @@ from foreserve.planner.fleet import align, build_fleet, busy_s, request_lengths
 from foreserve.planner.scenario import Scenario
 from foreserve.solvers.base import SolverPool
 from foreserve.solvers.result import SolveOptions, SolveReport
-from foreserve.traces.forecast import Forecast, get_forecaster
+from foreserve.traces.forecast import Forecast, Outlook, get_rule
 from foreserve.traces.scenarios import joint_scenarios
 from foreserve.traces.trace import Demand, Trace, bin_demand
 
@@ -132,17 +132,18 @@ def plan_trace(
         past_epochs = history.num_epochs
         demand = history.then(demand)
     perfect = scenario.forecast.method == "perfect"
-    forecaster = None if perfect else get_forecaster(scenario.forecast.method)
+    rule = None if perfect else get_rule(scenario.forecast.method)
+    outlook = None if rule is None else Outlook(rule, demand, 1)
     epochs: list[Epoch] = []
     solves: list[SolveReport] = []
     before, total = Placement(), demand.num_epochs - past_epochs
     with SolverPool(solver, options) as pool:
         for index in range(total):
             now = past_epochs + index
-            if forecaster is None:
+            if outlook is None:
                 forecast = Forecast.perfect(demand, now)
             else:
-                forecast = forecaster(demand.upto(now), 1)
+                forecast = outlook.after(now)
             # Common random numbers: epochs differ by their forecast, not by their luck.
             rng = np.random.default_rng(options.seed)
             problem = build_problem(scenario, fleet, forecast, before, rng)

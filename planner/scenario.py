@@ -120,7 +120,7 @@ class LlmPart(Record):
 class ForecastPart(Record):
     """How tomorrow is guessed from the past."""
 
-    method: str = "corrective"
+    method: str = "auto"
     scenarios: int = 20
     history: str | None = None
     """Demand table of the time before the trace (path relative to this file)."""

@@ -7,9 +7,19 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from foreserve.models.errors import InvalidInput
 from foreserve.models.outcome import Latency, Outcome
+
+
+class Part(NamedTuple):
+    """One titled table for people: texts, which may carry rich's markup."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 def outcome_row(outcome: Outcome) -> Mapping[str, object]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from foreserve.models.errors import InvalidInput
-from foreserve.traces.forecast import RULES, Forecast, get_forecaster, get_rule
+from foreserve.traces.forecast import (
+    RULES,
+    Forecast,
+    Outlook,
+    forecast_by,
+    get_forecaster,
+    get_rule,
+)
 from foreserve.traces.margins import margins
 from foreserve.traces.rules import Calendar, Series
 from foreserve.traces.scenarios import joint_peaks, joint_scenarios
@@ -74,6 +81,22 @@ def test_no_look_ahead(name):
     other = forecaster(demand(betrayed).upto(20), 3)
     for column in ("rate_rps", "mean_load", "peak_load", "peak_high", "peak_errors"):
         assert (getattr(one, column) == getattr(other, column)).all()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_replay_knows_no_more_than_each_of_its_moments(name):
+    """Forecasts of a whole trace at once against those of the past alone, epoch by epoch,
+    several ahead: the same in every field."""
+    rng = np.random.default_rng(3)
+    whole = demand(rng.poisson(5, (3, 80)).astype(float), 3600.0)
+    rule = get_rule(name)
+    replay = Outlook(rule, whole, 2)
+    for now in (0, 1, 2, 24, 25, 49, 60, 78):
+        alone, played = forecast_by(rule, whole.upto(now), 2), replay.after(now)
+        for column in (field.name for field in fields(Forecast)):
+            assert np.array_equal(getattr(alone, column), getattr(played, column)), (
+                column
+            )
 
 
 def test_days_are_those_of_the_clock():

@@ -17,7 +17,7 @@ import numpy as np
 
 from foreserve.models.codec import did_you_mean
 from foreserve.models.errors import InvalidInput
-from foreserve.traces.margins import margins
+from foreserve.traces.margins import Margin, margins
 from foreserve.traces.rules import Calendar, Rule, Series
 from foreserve.traces.trace import Demand, Floats
 
@@ -98,60 +98,78 @@ def get_forecaster(name: str) -> Forecaster:
 
 
 def forecast_by(rule: Rule, past: Demand, epochs: int) -> Forecast:
-    """Forecast by ``rule``; where nothing is known, be ready for one request at a time of
-    every LLM."""
-    shape = (len(past.llms), epochs)
-    if past.num_epochs == 0:
-        zeros, ones = np.zeros(shape), np.ones(shape)
-        return Forecast(
-            rate_rps=zeros,
-            mean_load=zeros,
-            peak_load=ones,
-            peak_low=ones,
-            peak_high=ones,
-            peak_errors=np.zeros((0, *shape)),
-            input_tokens=zeros,
-            output_tokens=zeros,
+    """Forecast the ``epochs`` after ``past`` by ``rule``."""
+    return Outlook(rule, past, epochs).after(past.num_epochs)
+
+
+class Outlook:
+    """All forecasts of a past by one rule, each from what was known when it was made.
+
+    Rules and margins are rolled: a forecast does not change with what came later (a test
+    replaces the future and compares), so a replay of a whole trace computes them once.
+    """
+
+    def __init__(self, rule: Rule, demand: Demand, epochs: int) -> None:
+        """``epochs``: how many are forecast at a time."""
+        self._demand, self._epochs = demand, epochs
+        days = Calendar.of(demand.epoch_s, demand.start_s)
+        means = [
+            Series(values=x, means=x, days=days)
+            for x in (demand.rate_rps, demand.mean_load)
+        ]
+        peaks = Series(values=demand.peak_load, means=demand.mean_load, days=days)
+        self._ahead: list[tuple[Floats, Floats, Floats, Margin]] = []
+        for ahead in range(1, epochs + 1) if demand.num_epochs else ():
+            rate, mean = (rule(series, ahead) for series in means)
+            peak = rule(peaks, ahead)
+            margin = margins(demand.peak_load, peak, ahead, COVER)
+            self._ahead.append((rate, mean, peak, margin))
+
+    def after(self, done: int) -> Forecast:
+        """The epochs from ``done`` on, from the ``done`` before them; where there are
+        none, be ready for one request at a time of every LLM."""
+        past, shape = self._demand.upto(done), (len(self._demand.llms), self._epochs)
+        if done == 0:
+            zeros, ones = np.zeros(shape), np.ones(shape)
+            return Forecast(
+                rate_rps=zeros,
+                mean_load=zeros,
+                peak_load=ones,
+                peak_low=ones,
+                peak_high=ones,
+                peak_errors=np.zeros((0, *shape)),
+                input_tokens=zeros,
+                output_tokens=zeros,
+            )
+        rate, mean, peak, low, high = (np.empty(shape) for _ in range(5))
+        errors = np.empty((done, *shape))
+        for i, (rates, means, peaks, margin) in enumerate(self._ahead):
+            at = done + i
+            rate[:, i], mean[:, i], peak[:, i] = (
+                rates[:, at],
+                means[:, at],
+                peaks[:, at],
+            )
+            low[:, i], high[:, i] = margin.low[:, at], margin.high[:, at]
+            errors[:, :, i] = (margin.errors[:, :done] * margin.scale[:, at, None]).T
+        errors = errors[~np.isnan(errors).any(axis=(1, 2))][-ERROR_EPOCHS:]
+        inputs, outputs = (
+            np.repeat(_recent_mean(past, column)[:, None], self._epochs, axis=1)
+            for column in (past.input_tokens, past.output_tokens)
         )
-    days = Calendar.of(past.epoch_s, past.start_s)
-    columns = [_ahead(rule, past, days, h) for h in range(1, epochs + 1)]
-    rate, mean, peak, low, high = (
-        np.stack([column[i] for column in columns], axis=1) for i in range(5)
-    )
-    errors = np.stack([column[5] for column in columns], axis=2)
-    errors = errors[~np.isnan(errors).any(axis=(1, 2))][-ERROR_EPOCHS:]
-    inputs, outputs = (
-        np.repeat(_recent_mean(past, column)[:, None], epochs, axis=1)
-        for column in (past.input_tokens, past.output_tokens)
-    )
-    peak = np.maximum(peak, mean)
-    # Even a perfect mean leaves the scatter of a counting process.
-    least = peak + 1.645 * np.sqrt(np.maximum(peak, 0.0)) * (len(errors) == 0)
-    return Forecast(
-        rate_rps=rate,
-        mean_load=mean,
-        peak_load=peak,
-        peak_low=np.minimum(low, peak),
-        peak_high=np.maximum(high, least),
-        peak_errors=errors,
-        input_tokens=inputs,
-        output_tokens=outputs,
-    )
-
-
-def _ahead(
-    rule: Rule, past: Demand, days: Calendar, ahead: int
-) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
-    """Rate, mean, peak, bounds ([llm] each) of one epoch, and errors [epoch, llm]."""
-    rate, mean = (
-        rule(Series(values=x, means=x, days=days), ahead)[:, -1]
-        for x in (past.rate_rps, past.mean_load)
-    )
-    series = Series(values=past.peak_load, means=past.mean_load, days=days)
-    peak = rule(series, ahead)
-    margin = margins(past.peak_load, peak, ahead, COVER)
-    errors = margin.errors * margin.scale[:, -1:]
-    return rate, mean, peak[:, -1], margin.low[:, -1], margin.high[:, -1], errors.T
+        peak = np.maximum(peak, mean)
+        # Even a perfect mean leaves the scatter of a counting process.
+        least = peak + 1.645 * np.sqrt(np.maximum(peak, 0.0)) * (len(errors) == 0)
+        return Forecast(
+            rate_rps=rate,
+            mean_load=mean,
+            peak_load=peak,
+            peak_low=np.minimum(low, peak),
+            peak_high=np.maximum(high, least),
+            peak_errors=errors,
+            input_tokens=inputs,
+            output_tokens=outputs,
+        )
 
 
 def _recent_mean(past: Demand, column: Floats) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from foreserve.models.plan import Plan
     from foreserve.planner.scenario import Scenario
+    from foreserve.planner.tables import Part
     from foreserve.traces.trace import Demand, Trace
 
 SAMPLE = "sample:"
@@ -49,7 +50,7 @@ def solver_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--forecast",
             type=str,
             metavar="METHOD",
-            help="last, seasonal, corrective, or perfect (sees the future).",
+            help="auto, last, seasonal, corrective, ..., or perfect (sees the future).",
         ),
     ):
         command = option(command)
@@ -146,6 +147,24 @@ def consoles(quiet: bool) -> tuple[Console, Console]:
 
     width = None if Console().is_terminal else 100
     return Console(quiet=quiet, width=width), Console(stderr=True)
+
+
+def print_parts(out: Console, parts: Iterable[Part]) -> None:
+    """Titled tables, the first column to the left and numbers to the right."""
+    from rich.table import Table
+
+    for part in parts:
+        table = Table(
+            title=part.title, title_justify="left", box=None, padding=(0, 2, 0, 0)
+        )
+        for index, column in enumerate(part.columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in part.rows:
+            table.add_row(*row)
+        out.print(table)
+        if part.note:
+            out.print(f"[dim]{part.note}[/]")
+        out.print()
 
 
 class Progress(Protocol):

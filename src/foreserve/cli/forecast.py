@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,7 @@ from foreserve.cli.common import (
     consoles,
     echo_json,
     json_option,
+    print_parts,
     progress_bar,
     quiet_option,
     read_traces,
@@ -21,11 +21,7 @@ from foreserve.cli.common import (
 from foreserve.models.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from foreserve.traces.backtest import Observed, Score
-
-MOST_ROWS = 40
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]
@@ -151,6 +147,12 @@ def backtest(
     it: the error of the forecast, and what its own bound, which knew no future, missed
     and provided.
     """
+    from foreserve.planner.forecast_tables import (
+        plain,
+        series_table,
+        summarise,
+        summary_table,
+    )
     from foreserve.traces.backtest import ALWAYS, METHODS, roll
     from foreserve.traces.backtest import backtest as score
     from foreserve.traces.forecast import get_rule
@@ -179,7 +181,7 @@ def backtest(
             progress=update,
         ):
             scores += found
-    summary = _summary(scores, names, aheads)
+    summary = summarise(scores, names, aheads)
     best = min(
         (row for row in summary if row["ahead"] == aheads[0]),
         key=lambda row: (row["factor"] is None, row["factor"] or 0.0),
@@ -201,7 +203,7 @@ def backtest(
                 "unit": observed.unit,
                 "best": best["method"],
                 "summary": summary,
-                "series": [_plain(each) for each in scores],
+                "series": [plain(each) for each in scores],
             }
         )
         return
@@ -210,8 +212,9 @@ def backtest(
         f"{len(observed.names)} series of {observed.num_epochs} epochs of "
         f"{observed.epoch_s:g} s, peaks in {observed.unit}; epochs from {first} on scored"
     )
-    _print_summary(out, summary, cover, per_gpu is not None)
-    _print_series(out, scores, names, aheads[0])
+    print_parts(
+        out, [summary_table(summary, cover), series_table(scores, names, aheads[0])]
+    )
     if picture:
         out.print(f"[dim]{picture} shows {best['method']}[/]")
 
@@ -294,34 +297,10 @@ def show(
             }
         )
         return
-    from rich.table import Table
-
-    from foreserve.planner.display import clock, number
+    from foreserve.planner.forecast_tables import ahead_table
 
     out, _ = consoles(quiet=False)
-    table = Table(
-        title=f"Peak {observed.unit} per epoch of {observed.epoch_s:g} s, {method}",
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    for column in (
-        "series",
-        "from",
-        f"above {cover:.0%}",
-        "peak",
-        f"below {cover:.0%}",
-    ):
-        table.add_column(column, justify="left" if column == "series" else "right")
-    for entry in rows[:MOST_ROWS]:
-        table.add_row(
-            str(entry["series"]),
-            clock(float(entry["start_s"])),
-            *(number(float(entry[key])) for key in ("low", "peak", "high")),
-        )
-    out.print(table)
-    if len(rows) > MOST_ROWS:
-        out.print(f"[dim]{len(rows) - MOST_ROWS} more rows: --json[/]")
+    print_parts(out, [ahead_table(observed, rows, method, cover)])
 
 
 def _aheads(text: str) -> tuple[int, ...]:
@@ -372,97 +351,3 @@ def _observed(
             requests, epoch_s, first_token_s=first_token_s, token_s=token_s
         )
     return observed.select(wanted) if wanted else observed
-
-
-def _summary(
-    scores: Sequence[Score], names: Sequence[str], aheads: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Medians over series (means of misses), per method and horizon."""
-    import numpy as np
-
-    rows = []
-    for ahead in aheads:
-        for name in names:
-            own = [s for s in scores if (s.method, s.ahead) == (name, ahead)]
-            row: dict[str, Any] = {"method": name, "ahead": ahead, "series": len(own)}
-            for key in ("factor", "error", "bias", "pinball", "provided"):
-                median = float(np.median([getattr(s, key) for s in own]))
-                row[key] = median if np.isfinite(median) else None
-            row["missed"] = float(np.mean([s.missed for s in own]))
-            hours = [s.gpu_hours for s in own if s.gpu_hours is not None]
-            row["gpu_hours"] = sum(hours) if hours else None
-            rows.append(row)
-    return rows
-
-
-def _plain(score: Score) -> Mapping[str, Any]:
-    """No infinity in JSON: null."""
-    import math
-
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in asdict(score).items()
-    }
-
-
-def _print_summary(
-    out: Console, rows: Sequence[Mapping[str, Any]], cover: float, with_hours: bool
-) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    heads = ["method", "ahead", f"capacity at {1 - cover:.0%} missed", "error", "bias"]
-    heads += ["bound missed", "bound provided"] + ["GPU-hours"] * with_hours
-    for head in heads:
-        table.add_column(head, justify="left" if head == "method" else "right")
-    for ahead in dict.fromkeys(row["ahead"] for row in rows):
-        own = [row for row in rows if row["ahead"] == ahead]
-        known = [row["factor"] for row in own if row["factor"] is not None]
-        least = min(known, default=None)
-        for row in own:
-            factor = "never" if row["factor"] is None else f"{row['factor']:.3f}"
-            cells = [
-                row["method"],
-                str(ahead),
-                f"[bold]{factor}[/]" if row["factor"] == least else factor,
-                f"{row['error']:.1%}",
-                f"{row['bias']:+.1%}",
-                f"{row['missed']:.1%}",
-                f"{row['provided']:.2f}",
-            ]
-            if with_hours:
-                hours = row["gpu_hours"]
-                cells.append("-" if hours is None else f"{hours:,.0f}")
-            table.add_row(*cells)
-    out.print(table)
-    out.print(
-        "[dim]medians over series; capacity and what the bound provided as multiples of "
-        "the mean peak (1 is perfect)[/]\n"
-    )
-
-
-def _print_series(
-    out: Console, scores: Sequence[Score], names: Sequence[str], ahead: int
-) -> None:
-    """Capacity at equal misses, series by method."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("series")
-    for name in names:
-        table.add_column(name, justify="right")
-    rows: dict[str, dict[str, float]] = {}
-    for each in scores:
-        if each.ahead == ahead:
-            rows.setdefault(each.series, {})[each.method] = each.factor
-    for series in list(rows)[:MOST_ROWS]:
-        least = min(rows[series].values())
-        cells = []
-        for name in names:
-            value = rows[series].get(name, float("inf"))
-            text = "never" if value == float("inf") else f"{value:.2f}"
-            cells.append(f"[bold]{text}[/]" if value == least else text)
-        table.add_row(series, *cells)
-    out.print(table)
-    if len(rows) > MOST_ROWS:
-        out.print(f"[dim]{len(rows) - MOST_ROWS} more series: --json[/]")

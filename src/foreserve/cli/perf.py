@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from foreserve.cli.common import (
     consoles,
     echo_json,
     json_option,
+    print_parts,
     progress_bar,
     quiet_option,
     read_scenario,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from foreserve.models.lengths import Lengths
     from foreserve.models.perf.measured import Corrections
     from foreserve.planner.perf_calibration import Calibration, Served
-    from foreserve.planner.perf_sheet import Part
 
 corrections_option = click.option(
     "--corrections",
@@ -153,7 +152,7 @@ def show(
         return
     out, _ = consoles(quiet=False)
     out.print(f"[bold]{sheet.title}[/]\n[dim]{sheet.source}[/]")
-    _print_parts(out, sheet.parts)
+    print_parts(out, sheet.parts)
     if picture:
         out.print(f"[dim]curves: {picture}[/]")
 
@@ -173,23 +172,6 @@ def _lengths(
     return Lengths.of_requests(
         requests.input_tokens[rows], requests.output_tokens[rows]
     )
-
-
-def _print_parts(out: Console, parts: Iterable[Part]) -> None:
-    from rich.table import Table
-
-    for part in parts:
-        table = Table(
-            title=part.title, title_justify="left", box=None, padding=(0, 2, 0, 0)
-        )
-        for index, column in enumerate(part.columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
-        for row in part.rows:
-            table.add_row(*row)
-        out.print(table)
-        if part.note:
-            out.print(f"[dim]{part.note}[/]")
-        out.print()
 
 
 @perf.command(epilog="Example: plan perf validate --json > errors.json")
@@ -238,7 +220,7 @@ def validate(
         echo_json(found.plain())
         return
     out, _ = consoles(quiet)
-    _print_parts(out, found.tables())
+    print_parts(out, found.tables())
     for path in filter(None, (picture, markdown)):
         out.print(f"[dim]wrote {path}[/]")
 
