@@ -43,7 +43,7 @@ failed_option = click.option(
 
 @click.group(epilog="Example: plan trace info sample:azure-2023")
 def trace() -> None:
-    """Look at traces."""
+    """Look at traces, convert them, and make new ones."""
 
 
 @trace.command("info", epilog="Example: plan trace info requests.csv.gz --json")
