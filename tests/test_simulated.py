@@ -23,7 +23,7 @@ from foreserve.runtime.controller import Controller, Policy
 from foreserve.runtime.journal import Ended, PhaseChange, Started, read_journal
 from foreserve.runtime.simulated import simulate
 from foreserve.runtime.simulated.backend import SimulatedBackend
-from foreserve.runtime.simulated.engine import PROMPT_BUDGET, Engine, Job
+from foreserve.runtime.simulated.engine import Engine, EngineLimits, Job
 from foreserve.runtime.tally import Tally, gpu_seconds, loads
 from foreserve.traces.trace import Trace
 from tests.build import TIME, cluster, fleet, gpu, option
@@ -32,59 +32,111 @@ from tests.test_reconcile import random_fleet, random_placement
 # --- the engine -----------------------------------------------------------------------
 
 
-def per_token(time: IterationTime, kv_tokens: int, jobs: list[Job]) -> dict[int, float]:
-    """Reference engine: every iteration on its own. Sets first tokens, returns ends."""
+def per_token(
+    time: IterationTime, kv_tokens: int, jobs: list[Job], limits: EngineLimits
+) -> dict[int, float]:
+    """Reference engine, every iteration on its own and every running request in turn,
+    after vLLM's scheduler. Sets first tokens and preemptions, returns ends."""
     coming = sorted(jobs, key=lambda job: job.arrival_s)
     waiting: list[Job] = []
-    batch: list[Job] = []
-    done: dict[int, int] = {}  # prompt tokens
-    given: dict[int, int] = {}  # output tokens
+    running: list[Job] = []
+    computed = dict.fromkeys(jobs, 0)
+    given = dict.fromkeys(jobs, 0)
+    held = dict.fromkeys(jobs, 0)  # blocks
+    answering: set[Job] = set()  # all their tokens are computed but the newest
+    free = kv_tokens // limits.block_tokens
     ends: dict[int, float] = {}
     now_s = 0.0
-    while coming or waiting or batch:
-        if not waiting and not batch:
+
+    def allocate(job: Job, tokens: int) -> bool:
+        nonlocal free
+        need = -(-(computed[job] + tokens) // limits.block_tokens) - held[job]
+        if need > free:
+            return False
+        free -= need
+        held[job] += need
+        return True
+
+    def release(job: Job) -> None:
+        nonlocal free
+        free += held[job]
+        held[job] = 0
+
+    while coming or waiting or running:
+        if not waiting and not running:
             now_s = max(now_s, coming[0].arrival_s)
         while coming and coming[0].arrival_s <= now_s:
             waiting.append(coming.pop(0))
-        while waiting:
-            held = sum(job.kv_tokens for job in batch)
-            if held + waiting[0].kv_tokens > kv_tokens:
+        budget = limits.max_num_batched_tokens
+        scheduled: dict[Job, int] = {}
+        preempted = False
+        index = 0
+        while index < len(running) and budget > 0:
+            job = running[index]
+            tokens = min(job.input_tokens + given[job] - computed[job], budget)
+            while not allocate(job, tokens):
+                preempted = True
+                victim = running.pop()
+                release(victim)
+                computed[victim] = 0
+                answering.discard(victim)
+                victim.preemptions += 1
+                waiting.insert(0, victim)
+                if victim is job:
+                    break
+            if job not in running:
                 break
-            batch.append(waiting.pop(0))
-            done[batch[-1].request] = given[batch[-1].request] = 0
-        budget, tokens, tokens2 = PROMPT_BUDGET, 0, 0
-        decoding = [job for job in batch if given[job.request] > 0]
-        for job in batch:
-            before = done[job.request]
-            after = min(job.input_tokens, before + budget)
-            done[job.request] = after
-            budget -= after - before
-            tokens += after - before
-            tokens2 += after**2 - before**2
-        if tokens:
+            scheduled[job] = tokens
+            budget -= tokens
+            index += 1
+        while (
+            waiting
+            and budget > 0
+            and not preempted
+            and len(running) < limits.max_num_seqs
+        ):
+            job = waiting[0]
+            tokens = min(job.input_tokens + given[job], budget)
+            if not allocate(job, tokens):
+                break
+            running.append(waiting.pop(0))
+            scheduled[job] = tokens
+            budget -= tokens
+        decoding = [job for job in scheduled if job in answering]
+        prompts = [job for job in scheduled if job not in decoding]
+        if prompts:
+            tokens = sum(scheduled[job] for job in prompts)
+            tokens2 = sum(
+                (computed[job] + scheduled[job]) ** 2 - computed[job] ** 2
+                for job in prompts
+            )
             cost_s = time.chunk_s if decoding else time.prefill_s
             now_s += cost_s(tokens, tokens2)
         if decoding:
-            context = sum(job.input_tokens + given[job.request] for job in decoding)
+            context = sum(computed[job] + 1 for job in decoding)
             now_s += time.decode_s(len(decoding), context)
-        for job in list(batch):
-            if job in decoding:
-                given[job.request] += 1
-            elif done[job.request] == job.input_tokens:
-                given[job.request] = 1
+        for job, tokens in scheduled.items():
+            computed[job] += tokens
+            if computed[job] < job.input_tokens + given[job]:
+                continue
+            given[job] += 1
+            answering.add(job)
+            if job.first_token_s is None:
                 job.first_token_s = now_s
-            if given[job.request] == job.output_tokens:
+            if given[job] == job.output_tokens:
                 ends[job.request] = now_s
-                batch.remove(job)
+                running.remove(job)
+                release(job)
+    assert free == kv_tokens // limits.block_tokens
     return ends
 
 
 def closed_form(
-    time: IterationTime, kv_tokens: int, jobs: list[Job]
+    time: IterationTime, kv_tokens: int, jobs: list[Job], limits: EngineLimits
 ) -> dict[int, float]:
     """The engine under test, driven as the backend does. Events of one instant come in
     either order: arrivals first where the request number is even."""
-    engine, ends = Engine(time, kv_tokens), {}
+    engine, ends = Engine(time, kv_tokens, limits), {}
 
     def advance_to(limit_s: float, inclusive: bool) -> None:
         while engine.next_s < limit_s or (inclusive and engine.next_s == limit_s):
@@ -99,6 +151,7 @@ def closed_form(
         engine.submit(job, job.arrival_s)
     advance_to(math.inf, inclusive=True)
     assert not list(engine.jobs())
+    assert engine.used_blocks == 0
     return ends
 
 
@@ -112,14 +165,21 @@ def job(request: int, arrival_s: float, input_tokens: int, output_tokens: int) -
     )
 
 
-def both(time: IterationTime, kv_tokens: int, rows: list[tuple[float, int, int]]):
-    """[request, (first token, end)] by engine and by reference."""
+def both(
+    time: IterationTime,
+    kv_tokens: int,
+    rows: list[tuple[float, int, int]],
+    limits: EngineLimits | None = None,
+):
+    """[request, (first token, end, preemptions)] by engine and by reference."""
     results = []
     for run in (closed_form, per_token):
         jobs = [job(i, *row) for i, row in enumerate(rows)]
-        ends = run(time, kv_tokens, jobs)
+        ends = run(time, kv_tokens, jobs, limits or EngineLimits())
         assert sorted(ends) == [j.request for j in jobs]
-        results.append([(j.first_token_s, ends[j.request]) for j in jobs])
+        results.append(
+            [(j.first_token_s, ends[j.request], j.preemptions) for j in jobs]
+        )
     return results
 
 
@@ -147,12 +207,20 @@ DYADIC = IterationTime(
         min_size=1,
         max_size=12,
     ),
-    kv_tokens=st.sampled_from([12_060, 20_000, 200_000]),
+    kv_tokens=st.sampled_from([12_096, 20_032, 200_000]),
+    limits=st.sampled_from(
+        [
+            EngineLimits(),
+            EngineLimits(max_num_batched_tokens=512, max_num_seqs=3),
+            EngineLimits(max_num_batched_tokens=2048, block_tokens=64),
+        ]
+    ),
 )
-def test_engine_agrees_exactly_where_sums_are_exact(rows, kv_tokens):
+def test_engine_agrees_exactly_where_sums_are_exact(rows, kv_tokens, limits):
     """Arrivals on a grid that meets iteration ends, chunked prompts, a KV cache that
-    holds some up: the same first tokens and ends as token by token, to the last bit."""
-    closed, reference = both(DYADIC, kv_tokens, rows)
+    holds some up and throws some out: first tokens, ends and preemptions as token by
+    token, to the last bit."""
+    closed, reference = both(DYADIC, kv_tokens, rows, limits)
     assert closed == reference
 
 
@@ -184,14 +252,44 @@ def test_engine_agrees_on_random_workloads(seed):
             strict=True,
         )
     )
-    closed, reference = both(time, int(rng.choice([20_300, 10**6])), rows)
+    limits = EngineLimits(
+        max_num_batched_tokens=int(rng.choice([300, 2048, 8192])),
+        max_num_seqs=int(rng.choice([2, 8, 256])),
+        block_tokens=int(rng.choice([1, 16, 32])),
+    )
+    closed, reference = both(time, int(rng.choice([20_352, 10**6])), rows, limits)
     np.testing.assert_allclose(closed, reference, rtol=1e-9, atol=0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 100).map(lambda n: n * 2.0**-8),
+            st.integers(1, 60),
+            st.integers(1, 60),
+        ),
+        min_size=2,
+        max_size=12,
+    ),
+    blocks=st.integers(30, 60),
+    block_tokens=st.sampled_from([1, 4, 16]),
+)
+def test_engine_agrees_where_the_cache_is_short(rows, blocks, block_tokens):
+    """A cache of hardly more than the largest request: preempted again and again, the
+    same as token by token."""
+    limits = EngineLimits(
+        max_num_batched_tokens=64, max_num_seqs=8, block_tokens=block_tokens
+    )
+    kv_tokens = max(blocks * block_tokens, 120 + block_tokens)
+    closed, reference = both(DYADIC, kv_tokens, rows, limits)
+    assert closed == reference
 
 
 def test_engine_one_request_by_hand():
     """TIME: prefill 10 ms + 10 us a token, decode 10 ms + 0.1 ms a sequence. 1000 in, 11
     out: first token at 0.020, then ten steps of 10.1 ms."""
-    [(first_s, end_s)], _ = both(TIME, 2000, [(0.0, 1000, 11)])
+    [(first_s, end_s, _)], _ = both(TIME, 2000, [(0.0, 1000, 11)])
     assert first_s == pytest.approx(0.020)
     assert end_s == pytest.approx(0.020 + 10 * 0.0101)
 
@@ -210,7 +308,7 @@ def test_engine_two_requests_batch_by_hand():
 
 def test_engine_chunks_long_prompts():
     """10,000 tokens take two iterations: 8192 and 1808."""
-    [(first_s, _)], _ = both(TIME, 20_000, [(0.0, 10_000, 1)])
+    [(first_s, _, _)], _ = both(TIME, 20_000, [(0.0, 10_000, 1)])
     assert first_s == pytest.approx(2 * 0.010 + 10_000 * 1e-5)
 
 
@@ -441,7 +539,8 @@ def test_unserved_requests_count_as_waiting_to_the_end():
 
 
 def test_request_larger_than_the_kv_cache_fails(tmp_path):
-    """20 tokens of KV: 15 + 6 never fit; it fails with a reason and delays nobody."""
+    """20 tokens of KV are one block of 16: 15 and 5 of 6 never fit; it fails with a reason
+    and delays nobody."""
     path = tmp_path / "run.jsonl"
     run = go(
         fleet_of("a"),
@@ -451,7 +550,7 @@ def test_request_larger_than_the_kv_cache_fails(tmp_path):
     )
     assert (run.outcome.total.requests, run.outcome.total.finished) == (2, 1)
     (reason,) = [e.reason for e in read_journal(path) if getattr(e, "reason", None)]
-    assert reason == "21 tokens exceed the KV cache of every ACTIVE replica"
+    assert reason == "20 tokens exceed the KV cache of every ACTIVE replica"
 
 
 def test_slo_attainment_by_hand():
@@ -715,7 +814,7 @@ def test_journal_tells_the_whole_outcome(tmp_path):
     assert again.residency == run.residency
     np.testing.assert_array_equal(again.finish_s, run.finish_s)
     np.testing.assert_array_equal(again.mean_load, run.mean_load)
-    assert run.outcome.total.finished > 50
+    assert run.outcome.total.finished > 40
 
 
 def test_every_phase_change_is_journalled_in_order(tmp_path):
