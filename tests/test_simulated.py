@@ -97,6 +97,9 @@ def per_token(
         ):
             job = waiting[0]
             tokens = min(job.input_tokens + given[job], budget)
+            known = -(-(job.input_tokens + given[job]) // limits.block_tokens)
+            if limits.whole_prompts and known > free:
+                break
             if not allocate(job, tokens):
                 break
             running.append(waiting.pop(0))

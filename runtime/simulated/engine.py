@@ -35,6 +35,9 @@ class EngineLimits(Record):
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     block_tokens: int = 16
+    whole_prompts: bool = True
+    """Requests join only when blocks for all their known tokens are free, not only for
+    their first chunk (vLLM since 0.19, pull request 37307)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
@@ -269,7 +272,9 @@ class Engine:
         ):
             job = self._waiting[0]
             take = min(job.input_tokens + job.given, budget)
-            if (need := self._blocks(take)) > spare:
+            need = self._blocks(take)
+            whole = self.limits.whole_prompts
+            if (self._blocks(job.input_tokens + job.given) if whole else need) > spare:
                 break
             self._waiting.popleft()
             self._chunks.append((job, take))
