@@ -43,24 +43,33 @@ def per_token(
     computed = dict.fromkeys(jobs, 0)
     given = dict.fromkeys(jobs, 0)
     held = dict.fromkeys(jobs, 0)  # blocks
+    cached = dict.fromkeys(jobs, 0)  # tokens computed when it was preempted
     answering: set[Job] = set()  # all their tokens are computed but the newest
-    free = kv_tokens // limits.block_tokens
+    # Free blocks, oldest first: (owner, number of its block) or None if never used.
+    free: list[tuple[Job, int] | None] = [None] * (kv_tokens // limits.block_tokens)
     ends: dict[int, float] = {}
     now_s = 0.0
 
-    def allocate(job: Job, tokens: int) -> bool:
-        nonlocal free
+    def allocate(job: Job, tokens: int, found: int = 0) -> bool:
         need = -(-(computed[job] + tokens) // limits.block_tokens) - held[job]
-        if need > free:
+        if need > len(free):
             return False
-        free -= need
+        for number in range(found):
+            free.remove((job, number))
+        del free[: need - found]
         held[job] += need
         return True
 
     def release(job: Job) -> None:
-        nonlocal free
-        free += held[job]
+        free.extend((job, number) for number in reversed(range(held[job])))
         held[job] = 0
+
+    def still_there(job: Job) -> int:
+        """Full blocks from its first on that nobody has taken."""
+        number = 0
+        while (job, number) in free and number < cached[job] // limits.block_tokens:
+            number += 1
+        return number if limits.caches_prefixes else 0
 
     while coming or waiting or running:
         if not waiting and not running:
@@ -78,7 +87,7 @@ def per_token(
                 preempted = True
                 victim = running.pop()
                 release(victim)
-                computed[victim] = 0
+                cached[victim], computed[victim] = computed[victim], 0
                 answering.discard(victim)
                 victim.preemptions += 1
                 waiting.insert(0, victim)
@@ -96,11 +105,13 @@ def per_token(
             and len(running) < limits.max_num_seqs
         ):
             job = waiting[0]
-            tokens = min(job.input_tokens + given[job], budget)
+            found = still_there(job)
+            computed[job] = found * limits.block_tokens
+            tokens = min(job.input_tokens + given[job] - computed[job], budget)
             known = -(-(job.input_tokens + given[job]) // limits.block_tokens)
-            if limits.whole_prompts and known > free:
-                break
-            if not allocate(job, tokens):
+            too_large = limits.whole_prompts and known > len(free)
+            if too_large or not allocate(job, tokens, found):
+                computed[job] = 0
                 break
             running.append(waiting.pop(0))
             scheduled[job] = tokens
@@ -130,7 +141,7 @@ def per_token(
                 ends[job.request] = now_s
                 running.remove(job)
                 release(job)
-    assert free == kv_tokens // limits.block_tokens
+    assert len(free) == kv_tokens // limits.block_tokens
     return ends
 
 

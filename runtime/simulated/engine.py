@@ -38,6 +38,9 @@ class EngineLimits(Record):
     whole_prompts: bool = True
     """Requests join only when blocks for all their known tokens are free, not only for
     their first chunk (vLLM since 0.19, pull request 37307)."""
+    caches_prefixes: bool = True
+    """Who was preempted finds those of its full blocks that nobody has taken since. Free
+    blocks are taken in the order in which they became free, a request's last ones first."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
@@ -62,6 +65,10 @@ class Job:
     # While it decodes: the engine's step before its first, and its count of joins.
     begun: int = 0
     joined: int = -1
+    # Since it was preempted: tokens that were computed, and the engine's count of blocks
+    # taken at which the first of its own goes.
+    cached: int = 0
+    lost_from: int = 0
 
     @property
     def kv_tokens(self) -> int:
@@ -71,6 +78,7 @@ class Job:
     def restart(self) -> None:
         """Forget all progress: its replica is lost, and with it the KV cache."""
         self.given, self.computed, self.first_token_s, self.joined = 0, 0, None, -1
+        self.cached = 0
 
 
 class Engine:
@@ -86,6 +94,8 @@ class Engine:
         """When something happens next: a first token, an end, or a join."""
         self.preemptions = 0
         self._free_blocks = self.num_blocks
+        self._taken = 0
+        """Blocks taken so far, but for those that were found again."""
         self._waiting: deque[Job] = deque()
         # Running: those that decode, by the order of joining, and at most one whose prompt
         # is under way, the last to join (the budget ended there).
@@ -104,6 +114,8 @@ class Engine:
         self._start_s = 0.0
         self._count = 0
         self._chunks: list[tuple[Job, int]] = []
+        self._resumed: Job | None = None
+        """Whose prompt was under way before: the first chunk is its."""
 
     @property
     def running(self) -> int:
@@ -143,7 +155,7 @@ class Engine:
     def advance(self) -> tuple[Job, ...]:
         """Go to `next_s`; return the jobs that end there."""
         now_s, batch = self.next_s, len(self._decoding)
-        self._free_blocks -= self._blocks_of_steps(self._count) if batch else 0
+        self._take(self._blocks_of_steps(self._count) if batch else 0)
         self._step += self._count
         self._context += batch * self._count
         ended = []
@@ -202,6 +214,21 @@ class Engine:
     def _needs_at(self, job: Job) -> int:
         return (job.begun - job.computed) % self.limits.block_tokens
 
+    def _take(self, blocks: int) -> None:
+        self._free_blocks -= blocks
+        self._taken += blocks
+
+    def _found(self, job: Job) -> int:
+        """Tokens of a waiting job that are still in its old blocks."""
+        if not (self.limits.caches_prefixes and job.cached):
+            return 0
+        # This iteration's steps take theirs first.
+        steps = self._phase[self._step % self.limits.block_tokens]
+        lost = max(0, self._taken + steps - job.lost_from)
+        kept = self._blocks(job.cached) - lost
+        full = job.cached // self.limits.block_tokens
+        return max(0, min(full, kept)) * self.limits.block_tokens
+
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_tokens)
 
@@ -227,6 +254,7 @@ class Engine:
 
     def _preempt(self) -> None:
         """The one that joined last gives its blocks back and waits again."""
+        lost_from = self._taken + self._free_blocks
         if (job := self._prompt) is not None:
             self._prompt = None
             self._free_blocks += self._blocks(job.computed)
@@ -234,7 +262,7 @@ class Engine:
             job = next(reversed(self._decoding))
             job.given += self._step - job.begun
             self._leave(job)
-        job.computed = 0
+        job.cached, job.lost_from, job.computed = job.computed, lost_from, 0
         job.preemptions += 1
         self.preemptions += 1
         self._waiting.appendleft(job)
@@ -251,6 +279,7 @@ class Engine:
         # Steps take their blocks when the stretch ends; chunks take theirs here.
         spare = self._free_blocks - self._phase[self._step % block]
         budget = self.limits.max_num_batched_tokens - len(self._decoding)
+        self._resumed = None
         if self._prompt:
             job = self._prompt
             take = min(job.input_tokens + job.given - job.computed, budget)
@@ -259,8 +288,8 @@ class Engine:
                 self._preempt()
             else:
                 self._chunks.append((job, job.computed + take))
-                self._prompt = None
-                self._free_blocks -= need
+                self._prompt, self._resumed = None, job
+                self._take(need)
                 spare -= need
                 budget -= take
         running = len(self._decoding) + len(self._chunks)
@@ -271,14 +300,17 @@ class Engine:
             and self.preemptions == before
         ):
             job = self._waiting[0]
-            take = min(job.input_tokens + job.given, budget)
-            need = self._blocks(take)
+            known, found = job.input_tokens + job.given, self._found(job)
+            take = min(known - found, budget)
+            need = self._blocks(found + take)
             whole = self.limits.whole_prompts
-            if (self._blocks(job.input_tokens + job.given) if whole else need) > spare:
+            if (self._blocks(known) if whole else need) > spare:
                 break
             self._waiting.popleft()
-            self._chunks.append((job, take))
-            self._free_blocks -= need
+            job.computed = found
+            self._chunks.append((job, found + take))
+            self._take(need)
+            self._taken -= self._blocks(found)
             spare -= need
             budget -= take
             running += 1
@@ -299,10 +331,12 @@ class Engine:
     def _undo(self) -> None:
         """Take back the stretch that was planned and of which nothing has passed."""
         for job, computed in reversed(self._chunks):
-            self._free_blocks -= self._blocks(job.computed) - self._blocks(computed)
-            if job.computed:
+            self._take(self._blocks(job.computed) - self._blocks(computed))
+            if job is self._resumed:
                 self._prompt = job
             else:
+                self._free_blocks += self._blocks(job.computed)
+                job.computed = 0
                 self._waiting.appendleft(job)
         self._chunks = []
 
