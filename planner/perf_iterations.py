@@ -24,6 +24,7 @@ from foreserve.models.perf.model import Measured
 from foreserve.models.perf.timing import Estimate
 
 Floats = NDArray[np.float64]
+_GPUS = {"RTX4090": "rtx-4090", "RTXPRO6000": "rtx-pro-6000"}
 ASKED = 0.12
 """Median absolute error to stay within."""
 
@@ -208,16 +209,28 @@ def _vidur(folder: Path) -> Iterator[Iterations]:
 
 def _llmservingsim(folder: Path) -> Iterator[Iterations]:
     """vLLM's layers, profiled one by one; summed up to an iteration."""
-    gpus = {"RTX4090": "rtx-4090", "RTXPRO6000": "rtx-pro-6000"}
     for path in sorted(folder.glob("*_dense.csv.gz")):
         head, _, tp = path.name.removesuffix("_dense.csv.gz").rpartition("_tp")
         gpu, _, llm = head.partition("_")
         stem = f"{head}_tp{tp}"
-        timing = _timing(_llm_name(llm), gpus[gpu], int(tp))
+        timing = _timing(_llm_name(llm), _GPUS[gpu], int(tp))
         experts = folder / f"{head}_tp1_moe.csv.gz"
         if timing.llm.moe is not None and int(tp) > 1:
             continue  # its experts were profiled whole
         yield from _layer_sums(folder, stem, experts, timing)
+
+
+def profile_cells(folder: Path, timing: MeasuredTiming) -> list[Iterations]:
+    """What a folder of layer profiles says of the LLM, GPU and TP size of ``timing``,
+    beside its prediction; empty where it has none."""
+    found = []
+    for path in sorted(folder.glob(f"*_tp{timing.tp}_dense.csv.gz")):
+        stem = path.name.removesuffix("_dense.csv.gz")
+        gpu, _, llm = stem.removesuffix(f"_tp{timing.tp}").partition("_")
+        if (_GPUS.get(gpu), _llm_name(llm)) == (timing.gpu.name, timing.llm.name):
+            experts = folder / f"{gpu}_{llm}_tp1_moe.csv.gz"
+            found += list(_layer_sums(folder, stem, experts, timing))
+    return found
 
 
 def _layer_sums(
@@ -277,14 +290,13 @@ def _vllm_runs(folder: Path) -> Iterator[Iterations]:
     """vLLM 0.19 under overload: each request's TPOT at the batch it met."""
     from foreserve.planner.perf_calibration import Served, slopes_of_replica
 
-    gpus = {"RTX4090": "rtx-4090", "RTXPRO6000": "rtx-pro-6000"}
     for path in sorted(folder.glob("*_meta.json")):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["engine_kwargs"]["data_parallel_size"] > 1:
             continue  # which replica served a request is not recorded
         name = path.name.removesuffix("_meta.json")
         table = pd.read_csv(folder / f"{name}_requests.csv.gz")
-        timing = _timing(_llm_name(name.partition("_")[2]), gpus[meta["gpu"]], 1)
+        timing = _timing(_llm_name(name.partition("_")[2]), _GPUS[meta["gpu"]], 1)
         served = [
             Served(
                 replica=(timing.llm.name, ("0",)),

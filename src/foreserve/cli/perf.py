@@ -143,7 +143,7 @@ def show(
         engine=engine,
         slo=Slo(ttft_s=ttft, tpot_s=tpot),
         lengths=_lengths(trace, spec.name, input_tokens, output_tokens),
-        corrections=_read_corrections(corrections),
+        corrections=read_corrections(corrections),
     )
     if picture:
         draw_sheet(sheet, picture)
@@ -209,7 +209,7 @@ def validate(
         from foreserve.planner.figures import check_suffix
 
         check_suffix(picture)
-    own = _read_corrections(corrections)
+    own = read_corrections(corrections)
     with progress_bar("comparing", quiet or as_json) as update:
         found: Validation = run(data, own, update)
     if picture:
@@ -377,7 +377,7 @@ def _served(source: str) -> list[Served]:
     ]
 
 
-def _read_corrections(path: str | None) -> dict[str, Corrections] | None:
+def read_corrections(path: str | None) -> dict[str, Corrections] | None:
     if path is None:
         return None
     from foreserve.models.codec import read_text, structure
