@@ -281,7 +281,7 @@ def random_jobs(rng: np.random.Generator, services: int) -> Jobs:
 def test_two_services_of_equal_sizes_are_served_optimally(weighted):
     """1,000 instances against all schedules: the mean over requests (weight 1 / e) and
     that over services (1 / (N e)), each with its own key; budgets that are right know as
-    much as the oracle. Not every order does as well: static order loses over 20 %."""
+    much as the oracle. Not every order does as well: static order loses over 10 %."""
     rng = np.random.default_rng(1)
     static = 1.0
     for _ in range(500):
@@ -306,7 +306,7 @@ def test_two_services_of_equal_sizes_are_served_optimally(weighted):
         ]
         assert found[:2] == pytest.approx([best] * 2), (jobs, sizes)
         static = max(static, found[2] / best)
-    assert static > 1.2
+    assert static > 1.1
 
 
 def test_three_services_are_not_always():
