@@ -392,26 +392,36 @@ def test_a_margin_keeps_what_runs(margin, keeps):
     assert (chosen == (begun,)) is keeps
 
 
-def test_a_margin_does_not_reorder_what_waits_or_turns():
-    """Among those not running keys decide as ever, and a policy without costs (turns,
-    queues) is as before: the one that waited longest has the turn."""
-    profiles = profiles_of(3, 5)
+def test_a_margin_does_not_reorder_what_waits():
+    """Neither runs; keys of 5 x 5 and 3 x 3 decide as ever."""
     waiting = [request(0, 1, size_s=5.0), request(1, 0, size_s=3.0)]
-    ran = RoundRobin().ran(request(2, 0), 1.0, 1.0)
-    for policy, running, best in (
-        (Oracle(factor="service"), {2}, 1),
-        (RoundRobin(), {2}, 0),
-    ):
-        chosen = pick(
-            [*waiting, ran] if policy == RoundRobin() else waiting,
-            policy,
-            now_s=1.0,
-            profiles=profiles,
-            limit=1,
-            running=running,
-            margin=0.5,
-        )
-        assert chosen[0].request == best
+    chosen = pick(
+        waiting,
+        Oracle(factor="service"),
+        now_s=1.0,
+        profiles=profiles_of(3, 5),
+        limit=2,
+        running={7},
+        margin=0.5,
+    )
+    assert [r.request for r in chosen] == [1, 0]
+
+
+def test_a_margin_does_not_lengthen_turns():
+    """Where keys are no costs (seconds, levels) a share of one means nothing: 0 ran until
+    10, 1 waits since 8 and has the turn."""
+    ran = RoundRobin().ran(request(0), 1.0, 10.0)
+    newcomer = request(1, arrival_s=8.0)
+    chosen = pick(
+        (ran, newcomer),
+        RoundRobin(),
+        now_s=10.0,
+        profiles=profiles_of(1),
+        limit=1,
+        running={0},
+        margin=0.5,
+    )
+    assert chosen == (newcomer,)
 
 
 def test_patience_lets_the_starved_in():
