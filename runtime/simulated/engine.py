@@ -38,6 +38,9 @@ class EngineLimits(Record):
     whole_prompts: bool = True
     """Requests join only when blocks for all their known tokens are free, not only for
     their first chunk (vLLM since 0.19, pull request 37307)."""
+    mixes: bool = True
+    """Prompts share iterations with decodes. False: they have iterations of their own,
+    and decodes pause (SGLang, earlier engines)."""
     caches_prefixes: bool = True
     """Who was preempted finds those of its full blocks that nobody has taken since. Free
     blocks are taken in the order in which they became free, a request's last ones first."""
@@ -112,7 +115,8 @@ class Engine:
         # The stretch under way: `_count` iterations alike, begun at `_start_s`. With
         # prompts in it there is one, and `_chunks` says how much of each is computed.
         self._start_s = 0.0
-        self._count = 0
+        self._count = self._steps = 0
+        """Iterations, and steps of each decoding job in them (0 or as many)."""
         self._chunks: list[tuple[Job, int]] = []
         self._resumed: Job | None = None
         """Whose prompt was under way before: the first chunk is its."""
@@ -149,15 +153,15 @@ class Engine:
             and len(self._waiting) == 1
             and self.running < self.limits.max_num_seqs
         ):
-            self._count = self._iterations_until(now_s)
+            self._count = self._steps = self._iterations_until(now_s)
             self.next_s = self._start_s + self._stretch_s(self._count)
 
     def advance(self) -> tuple[Job, ...]:
         """Go to `next_s`; return the jobs that end there."""
         now_s, batch = self.next_s, len(self._decoding)
-        self._take(self._blocks_of_steps(self._count) if batch else 0)
-        self._step += self._count
-        self._context += batch * self._count
+        self._take(self._blocks_of_steps(self._steps) if batch else 0)
+        self._step += self._steps
+        self._context += batch * self._steps
         ended = []
         while self._ends and self._ends[0][0] <= self._step:
             _, joined, job = heapq.heappop(self._ends)
@@ -223,14 +227,19 @@ class Engine:
         if not (self.limits.caches_prefixes and job.cached):
             return 0
         # This iteration's steps take theirs first.
-        steps = self._phase[self._step % self.limits.block_tokens]
-        lost = max(0, self._taken + steps - job.lost_from)
+        lost = max(0, self._taken + self._need_of_step() - job.lost_from)
         kept = self._blocks(job.cached) - lost
         full = job.cached // self.limits.block_tokens
         return max(0, min(full, kept)) * self.limits.block_tokens
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_tokens)
+
+    def _need_of_step(self) -> int:
+        """Blocks that the next step takes, if prompts leave it its place."""
+        if not self.limits.mixes:
+            return 0
+        return self._phase[self._step % self.limits.block_tokens]
 
     def _blocks_of_steps(self, count: int) -> int:
         """Blocks that the next ``count`` steps take."""
@@ -273,12 +282,12 @@ class Engine:
         """Plan the next stretch from ``now_s``."""
         self._start_s = now_s
         before = self.preemptions
-        block = self.limits.block_tokens
-        while self._decoding and self._phase[self._step % block] > self._free_blocks:
+        while self._decoding and self._need_of_step() > self._free_blocks:
             self._preempt()
         # Steps take their blocks when the stretch ends; chunks take theirs here.
-        spare = self._free_blocks - self._phase[self._step % block]
-        budget = self.limits.max_num_batched_tokens - len(self._decoding)
+        spare = self._free_blocks - self._need_of_step()
+        budget = self.limits.max_num_batched_tokens
+        budget -= len(self._decoding) if self.limits.mixes else 0
         self._resumed = None
         if self._prompt:
             job = self._prompt
@@ -314,16 +323,24 @@ class Engine:
             spare -= need
             budget -= take
             running += 1
+        block = self.limits.block_tokens
+        if not self._chunks and not self.limits.mixes:
+            while (
+                self._decoding and self._phase[self._step % block] > self._free_blocks
+            ):
+                self._preempt()
         if self._chunks or (self._decoding and self.preemptions != before):
             # Whoever was preempted may join again in the next iteration.
             self._count = 1
+            self._steps = int(self.limits.mixes or not self._chunks)
         elif self._decoding:
             while self._ends[0][2].joined != self._ends[0][1]:
                 heapq.heappop(self._ends)
             to_end = self._ends[0][0] - self._step
             self._count = min(to_end, self._steps_with(self._free_blocks))
+            self._steps = self._count
         else:
-            self._count = 0
+            self._count = self._steps = 0
             self.next_s = math.inf
             return
         self.next_s = now_s + self._stretch_s(self._count)
@@ -346,8 +363,8 @@ class Engine:
         Decoding ``b`` sequences adds ``b`` tokens of context per step, so ``count`` steps
         from ``c`` tokens see ``count * c + b * count * (count - 1) / 2`` in all.
         """
-        seconds = 0.0
-        if self._decoding:
+        seconds, steps = 0.0, bool(self._steps and self._decoding)
+        if steps:
             batch = len(self._decoding)
             context = count * self._context + batch * (count * (count - 1) // 2)
             seconds = count * self.time.decode_s(batch, 0.0)
@@ -357,7 +374,7 @@ class Engine:
             tokens = sum(upto - job.computed for job, upto in self._chunks)
             tokens2 = sum(upto**2 - job.computed**2 for job, upto in self._chunks)
             # Beside decodes the weights are read anyway.
-            cost_s = self.time.chunk_s if self._decoding else self.time.prefill_s
+            cost_s = self.time.chunk_s if steps else self.time.prefill_s
             seconds += cost_s(tokens, tokens2)
         return seconds
 
