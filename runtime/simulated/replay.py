@@ -89,3 +89,45 @@ def replay(
         waiting=waiting,
         kv_used=kv_used,
     )
+
+
+def closed_loop(
+    time: IterationTime,
+    kv_tokens: int,
+    limits: EngineLimits,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    users: int,
+    duration_s: float,
+) -> tuple[float, Floats]:
+    """Output tokens per second and TTFTs where ``users`` each send their next request
+    when the last one has ended, for ``duration_s``; ``lengths`` are taken in order, again
+    from the first when they are used up."""
+    engine, number = Engine(time, kv_tokens, limits), 0
+    tokens, ttft_s = 0, []
+
+    def send(now_s: float) -> None:
+        nonlocal number
+        input_tokens, output_tokens = lengths[number % len(lengths)]
+        engine.submit(
+            Job(
+                request=number,
+                llm="",
+                arrival_s=now_s,
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
+            ),
+            now_s,
+        )
+        number += 1
+
+    for _ in range(users):
+        send(0.0)
+    while engine.next_s <= duration_s:
+        now_s = engine.next_s
+        for job in engine.advance():
+            assert job.first_token_s is not None
+            ttft_s.append(job.first_token_s - job.arrival_s)
+            tokens += job.output_tokens
+            send(now_s)
+    return tokens / duration_s, np.array(ttft_s)
