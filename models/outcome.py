@@ -28,9 +28,10 @@ class Residency(Record):
 class Latency(Record):
     """Mean and quantiles of one measure; all 0 where ``count`` is 0.
 
-    TTFT and E2E are over all requests: one that got no first token, or no end, counts with
-    the time from its arrival to the end of the run, so that a policy cannot look better by
-    never serving. TPOT is over finished requests of at least two tokens.
+    TTFT, E2E and normalized latency are over all requests: one that got no first token, or
+    no end, counts with the time from its arrival to the end of the run, so that a policy
+    cannot look better by never serving. TPOT is over finished requests of at least two
+    tokens.
     """
 
     count: int
@@ -39,6 +40,18 @@ class Latency(Record):
     p90_s: float
     p95_s: float
     p99_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratios(Record):
+    """Mean and quantiles of a measure without a unit; all 0 where ``count`` is 0."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +70,42 @@ class Service(Record):
     input_tokens: int
     """Of the finished requests, like ``output_tokens``."""
     output_tokens: int
+    normalized: Latency
+    """E2E per output token of each request (seconds per token). Its mean is D3."""
+    slowdown: Ratios
+    """E2E over ``e_m``, the isolated execution time of the LLM's mean request on its
+    fastest option (`Fleet.reference_s`), whatever the placement. Its mean is D2."""
+    d1: float
+    """Mean over the LLMs that got requests of each one's mean slowdown: LLMs count alike,
+    however many requests they get. 0 if none came."""
+    attainment_at: Mapping[str, float]
+    """By scale (`SCALES`): share of all requests that finished within that many times
+    what the request itself takes alone on the fastest option; 1 if none came."""
+    goodput_rps: float
+    """Requests within their targets (as for ``slo_attainment``) per second of the run's
+    span, in which requests arrive."""
+    goodput_tokens_per_s: float
+    """Output tokens of those requests per second."""
+
+
+SCALES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort(Record):
+    """What the replicas of one LLM took; `Outcome` has the same of all, and adds up."""
+
+    gpu_hours: float
+    """Each GPU's time goes to the LLMs that are in its most active phase, in equal
+    parts."""
+    loads: int
+    loaded_bytes: int
+    moved_bytes: int
+    wasted_bytes: int
+    unused_bytes: int
+    activations: int
+    warm_starts: int
+    cold_starts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +125,21 @@ class Outcome(Record):
     cost_usd: float
     loads: int
     loaded_bytes: int
+    """What the loads made resident: weights, and what each process keeps beside them."""
+    moved_bytes: int
+    """Weights alone: what went over the links. A load counts when it begins, in full."""
+    wasted_bytes: int
+    """Of them, those that were dropped (or whose load was cancelled) before any request
+    was worked on there. Not those lost in a crash."""
+    unused_bytes: int
+    """Of them, those still there at the end without having been worked with."""
     activations: int
     warm_starts: int
     """Activations whose weights were already resident when they were called for."""
     cold_starts: int
     """Activations that had to wait for weights."""
+    effort: Mapping[str, Effort]
+    """By LLM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from foreserve.models.errors import InvalidInput
-from foreserve.models.outcome import Latency, Outcome
+from foreserve.models.outcome import Latency, Outcome, Ratios
 
 
 class Part(NamedTuple):
@@ -26,9 +26,9 @@ def outcome_row(outcome: Outcome) -> Mapping[str, object]:
     """One run as a flat row of plain numbers; None where nothing was measured."""
     total = outcome.total
 
-    def measured(latency: Latency, quantile: str) -> float | None:
-        value: float = getattr(latency, quantile)
-        return value if latency.count else None
+    def measured(values: Latency | Ratios, statistic: str) -> float | None:
+        value: float = getattr(values, statistic)
+        return value if values.count else None
 
     return {
         "policy": outcome.policy,
@@ -46,6 +46,18 @@ def outcome_row(outcome: Outcome) -> Mapping[str, object]:
         "activations": outcome.activations,
         "warm_starts": outcome.warm_starts,
         "cold_starts": outcome.cold_starts,
+        "e2e_mean_s": measured(total.e2e, "mean_s"),
+        "e2e_p99_s": measured(total.e2e, "p99_s"),
+        "d1": total.d1 if total.requests else None,
+        "d2": measured(total.slowdown, "mean"),
+        "d3_s": measured(total.normalized, "mean_s"),
+        "slowdown_p99": measured(total.slowdown, "p99"),
+        **{f"attainment_at_{k}": share for k, share in total.attainment_at.items()},
+        "goodput_rps": total.goodput_rps,
+        "goodput_tokens_per_s": total.goodput_tokens_per_s,
+        "moved_bytes": outcome.moved_bytes,
+        "wasted_bytes": outcome.wasted_bytes,
+        "unused_bytes": outcome.unused_bytes,
     }
 
 

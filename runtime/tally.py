@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
 from foreserve.models.observed import Phase
-from foreserve.models.outcome import Latency, Outcome, Residency, Run, Service
+from foreserve.models.outcome import Effort, Outcome, Residency, Run
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet
 from foreserve.models.specs import GpuId
@@ -22,13 +24,14 @@ from foreserve.runtime.journal import (
     RequestEnd,
     Started,
 )
+from foreserve.runtime.measures import Requests, services
 
 Floats = NDArray[np.float64]
 
 BY_ACTIVITY: tuple[Phase, ...] = ("ACTIVE", "DRAINING", "ACTIVATING", "LOADING", "WARM")
 """A GPU counts each instant under the first of these that a replica on it is in."""
 
-QUANTILES = (0.5, 0.9, 0.95, 0.99)
+COUNTS = tuple(field.name for field in fields(Effort) if field.name != "gpu_hours")
 
 
 class Tally:
@@ -44,8 +47,10 @@ class Tally:
         """Replicas wanted ACTIVE whose weights were not there when that was so."""
         self._residency: list[Residency] = []
         self._requests: list[RequestEnd] = []
-        self._loads = self._loaded_bytes = 0
-        self._warm_starts = self._cold_starts = 0
+        self._counts = {llm.name: Counter[str]() for llm in fleet.llms}
+        """By LLM and name of `COUNTS`."""
+        self._unused: dict[ReplicaId, int] = {}
+        """Weight bytes of replicas that were loaded and have not been worked with."""
 
     def record(self, event: Event) -> None:
         if self.journal is not None:
@@ -53,6 +58,8 @@ class Tally:
         match event:
             case RequestEnd():
                 self._requests.append(event)
+                if self._unused and event.gpus is not None:
+                    self._unused.pop(ReplicaId(llm=event.llm, gpus=event.gpus), None)
             case PhaseChange():
                 self._change(event)
             case Decision(desired=desired) if desired is not None:
@@ -77,15 +84,22 @@ class Tally:
         self._close(key, event.at_s)
         if event.phase is not None:
             self._phases[key] = (event.phase, event.at_s)
+        counts = self._counts[key.llm]
         if event.phase == "LOADING":
             option = self.fleet.option_of(key.llm, key.gpus)
-            self._loads += 1
-            self._loaded_bytes += option.resident_bytes * len(key.gpus)
+            weights = (option.resident_bytes - option.residue_bytes) * len(key.gpus)
+            counts["loads"] += 1
+            counts["loaded_bytes"] += option.resident_bytes * len(key.gpus)
+            counts["moved_bytes"] += weights
+            self._unused[key] = weights
         elif event.phase == "ACTIVATING":
-            self._cold_starts += key in self._cold
-            self._warm_starts += key not in self._cold
-        elif event.phase is None and key in self._wanted:
-            self._cold.add(key)
+            counts["activations"] += 1
+            counts["cold_starts" if key in self._cold else "warm_starts"] += 1
+        elif event.phase is None:
+            unused = self._unused.pop(key, 0)
+            counts["wasted_bytes"] += 0 if event.lost else unused
+            if key in self._wanted:
+                self._cold.add(key)
 
     def _close(self, key: ReplicaId, at_s: float) -> None:
         if key not in self._phases:
@@ -96,6 +110,11 @@ class Tally:
                 llm=key.llm, gpus=key.gpus, phase=phase, start_s=since_s, end_s=at_s
             )
             self._residency.append(stretch)
+
+    def _effort(self, llm: str, gpu_s: float) -> Effort:
+        unused = sum(size for key, size in self._unused.items() if key.llm == llm)
+        counts = self._counts[llm] | Counter(unused_bytes=unused)
+        return Effort(gpu_hours=gpu_s / 3600, **{name: counts[name] for name in COUNTS})
 
     def run(self, load_bin_s: float = 300.0) -> Run:
         """The run, once its last event has been recorded."""
@@ -109,38 +128,29 @@ class Tally:
         llms = tuple(llm.name for llm in self.fleet.llms)
         index = {name: i for i, name in enumerate(llms)}
         llm = np.array([index[r.llm] for r in requests], dtype=np.int32)
-        arrival_s = np.array([r.arrival_s for r in requests], dtype=np.float64)
         left_s = np.array([r.at_s for r in requests], dtype=np.float64)
-        first_s = np.array(
-            [np.nan if r.first_token_s is None else r.first_token_s for r in requests]
-        )
         finished = np.array([r.result == "finished" for r in requests], dtype=bool)
-        finish_s = np.where(finished, left_s, np.nan)
         tokens = np.array(
             [(r.input_tokens, r.output_tokens) for r in requests], dtype=np.int64
         ).reshape(-1, 2)
-        delays = _delays(arrival_s, first_s, finish_s, tokens[:, 1], self._ended_s)
-        slo = np.array([(x.slo.ttft_s, x.slo.tpot_s) for x in self.fleet.llms])[llm]
-        kept = finished & (delays[0] <= slo[:, 0]) & ~(delays[1] > slo[:, 1])
-
-        def service(which: NDArray[np.bool_]) -> Service:
-            ttft, tpot, e2e = (_latency(row[which]) for row in delays)
-            done = which & finished
-            return Service(
-                requests=int(which.sum()),
-                finished=int(done.sum()),
-                ttft=ttft,
-                tpot=tpot,
-                e2e=e2e,
-                slo_attainment=float(kept[which].mean()) if which.any() else 1.0,
-                input_tokens=int(tokens[done, 0].sum()),
-                output_tokens=int(tokens[done, 1].sum()),
-            )
-
+        first_s = [
+            np.nan if r.first_token_s is None else r.first_token_s for r in requests
+        ]
+        columns = Requests(
+            llm=llm,
+            arrival_s=np.array([r.arrival_s for r in requests], dtype=np.float64),
+            first_token_s=np.array(first_s, dtype=np.float64),
+            finish_s=np.where(finished, left_s, np.nan),
+            input_tokens=tokens[:, 0],
+            output_tokens=tokens[:, 1],
+        )
+        total, by_llm = services(
+            self.fleet, columns, span_s=end_s - start_s, ended_s=self._ended_s
+        )
         residency = tuple(
             sorted(self._residency, key=lambda r: (r.gpus, r.start_s, r.llm))
         )
-        seconds = gpu_seconds(residency, start_s, end_s)
+        seconds, llm_s = occupied(residency, start_s, end_s)
         hours: dict[str, float] = {
             phase: sum(row[phase] for row in seconds.values()) / 3600
             for phase in BY_ACTIVITY
@@ -149,96 +159,88 @@ class Tally:
             self.fleet.cluster.type_of(gpu).price_usd_per_h * sum(row.values()) / 3600
             for gpu, row in seconds.items()
         )
+        effort = {name: self._effort(name, llm_s.get(name, 0.0)) for name in llms}
         outcome = Outcome(
             policy=started.policy,
             start_s=start_s,
             end_s=end_s,
-            total=service(np.ones(len(requests), dtype=bool)),
-            by_llm={name: service(llm == i) for i, name in enumerate(llms)},
+            total=total,
+            by_llm=by_llm,
             gpu_hours={**hours, "total": sum(hours.values())},
             cost_usd=cost_usd,
-            loads=self._loads,
-            loaded_bytes=self._loaded_bytes,
-            activations=self._warm_starts + self._cold_starts,
-            warm_starts=self._warm_starts,
-            cold_starts=self._cold_starts,
+            effort=effort,
+            **{name: sum(getattr(e, name) for e in effort.values()) for name in COUNTS},
         )
         bins = max(1, int(np.ceil((end_s - start_s) / load_bin_s)))
         mean = np.zeros((len(llms), bins))
         peak = np.zeros((len(llms), bins))
         for i in range(len(llms)):
             mean[i], peak[i] = loads(
-                arrival_s[llm == i], left_s[llm == i], start_s, end_s, load_bin_s
+                columns.arrival_s[llm == i],
+                left_s[llm == i],
+                start_s,
+                end_s,
+                load_bin_s,
             )
         return Run(
             outcome=outcome,
             residency=residency,
             llms=llms,
             llm=llm,
-            arrival_s=arrival_s,
-            first_token_s=first_s,
-            finish_s=finish_s,
+            arrival_s=columns.arrival_s,
+            first_token_s=columns.first_token_s,
+            finish_s=columns.finish_s,
             load_bin_s=load_bin_s,
             mean_load=mean,
             peak_load=peak,
         )
 
 
-def _delays(
-    arrival_s: Floats,
-    first_token_s: Floats,
-    finish_s: Floats,
-    output_tokens: NDArray[np.int64],
-    ended_s: float,
-) -> tuple[Floats, Floats, Floats]:
-    """[request] TTFT, TPOT, E2E. What never came counts until ``ended_s`` (`Latency`);
-    TPOT is NaN for requests of one token and for unfinished ones."""
-    waited_s = ended_s - arrival_s
-    ttft_s = np.where(np.isnan(first_token_s), waited_s, first_token_s - arrival_s)
-    e2e_s = np.where(np.isnan(finish_s), waited_s, finish_s - arrival_s)
-    gaps = np.where(output_tokens > 1, output_tokens - 1, np.nan)
-    return ttft_s, (finish_s - first_token_s) / gaps, e2e_s
-
-
-def _latency(delay_s: Floats) -> Latency:
-    known = delay_s[~np.isnan(delay_s)]
-    if not known.size:
-        return Latency(count=0, mean_s=0, p50_s=0, p90_s=0, p95_s=0, p99_s=0)
-    p50, p90, p95, p99 = (float(q) for q in np.quantile(known, QUANTILES))
-    return Latency(
-        count=known.size,
-        mean_s=float(known.mean()),
-        p50_s=p50,
-        p90_s=p90,
-        p95_s=p95,
-        p99_s=p99,
-    )
-
-
 def gpu_seconds(
     residency: Sequence[Residency], start_s: float, end_s: float
 ) -> Mapping[GpuId, Mapping[Phase, float]]:
     """Seconds of [start_s, end_s) by GPU and its most active phase."""
-    edges: dict[GpuId, list[tuple[float, int, int]]] = {}
+    return occupied(residency, start_s, end_s)[0]
+
+
+def occupied(
+    residency: Sequence[Residency], start_s: float, end_s: float
+) -> tuple[Mapping[GpuId, Mapping[Phase, float]], Mapping[str, float]]:
+    """`gpu_seconds`, and the same seconds by LLM: each GPU's go to the LLMs that are in
+    its most active phase, in equal parts."""
+    edges: dict[GpuId, list[_Edge]] = {}
     for stretch in residency:
         begin_s, stop_s = max(stretch.start_s, start_s), min(stretch.end_s, end_s)
-        rank = BY_ACTIVITY.index(stretch.phase)
+        rank, llm = BY_ACTIVITY.index(stretch.phase), stretch.llm
         for gpu in stretch.gpus if begin_s < stop_s else ():
-            edges.setdefault(gpu, []).extend([(begin_s, rank, 1), (stop_s, rank, -1)])
-    return {gpu: _sweep(sorted(rows)) for gpu, rows in sorted(edges.items())}
+            edges.setdefault(gpu, []).extend(
+                [(begin_s, rank, 1, llm), (stop_s, rank, -1, llm)]
+            )
+    llm_s: dict[str, float] = {}
+    return {
+        gpu: _sweep(sorted(rows), llm_s) for gpu, rows in sorted(edges.items())
+    }, llm_s
 
 
-def _sweep(edges: Iterable[tuple[float, int, int]]) -> Mapping[Phase, float]:
+_Edge = tuple[float, int, int, str]
+"""(when, index of the phase, 1 begins or -1 ends, LLM)."""
+
+
+def _sweep(edges: Iterable[_Edge], llm_s: dict[str, float]) -> Mapping[Phase, float]:
+    """Seconds of one GPU by phase; adds them to ``llm_s``."""
     seconds = dict.fromkeys(BY_ACTIVITY, 0.0)
-    held = [0] * len(BY_ACTIVITY)
+    held: list[Counter[str]] = [Counter() for _ in BY_ACTIVITY]
     since_s = 0.0
-    for at_s, rank, change in edges:
-        top = next(
-            (phase for phase, n in zip(BY_ACTIVITY, held, strict=True) if n), None
-        )
-        if top is not None:
-            seconds[top] += at_s - since_s
-        held[rank] += change
+    for at_s, rank, change, llm in edges:
+        for phase, there in zip(BY_ACTIVITY, held, strict=True):
+            if there:
+                seconds[phase] += at_s - since_s
+                for name in there:
+                    llm_s[name] = llm_s.get(name, 0.0) + (at_s - since_s) / len(there)
+                break
+        held[rank][llm] += change
+        if not held[rank][llm]:
+            del held[rank][llm]
         since_s = at_s
     return seconds
 

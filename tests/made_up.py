@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.cost import IterationTime
-from foreserve.models.outcome import Latency, Outcome, Residency, Run, Service
+from foreserve.models.outcome import (
+    SCALES,
+    Latency,
+    Outcome,
+    Ratios,
+    Residency,
+    Run,
+    Service,
+)
 from foreserve.models.placement import Placement, Replica, ReplicaId
 from foreserve.models.plan import (
     Certificate,
@@ -289,6 +297,12 @@ def made_up_run(plan: Plan, policy: str, seed: int = 2, slow: float = 1.0) -> Ru
             slo_attainment=float(good.sum() / asked) if asked else 0.0,
             input_tokens=500 * asked,
             output_tokens=121 * int(done.sum()),
+            normalized=_latency((finish_s - arrival_s)[done] / 121),
+            slowdown=Ratios(count=asked, mean=2.0, p50=1.5, p90=3.0, p95=4.0, p99=9.0),
+            d1=2.5 * slow,
+            attainment_at={str(scale): 1 - 0.5 / scale for scale in SCALES},
+            goodput_rps=float(good.sum() / plan.end_s),
+            goodput_tokens_per_s=float(121 * good.sum() / plan.end_s),
         )
 
     residency, loads = _residency(plan, rng, slow)
@@ -306,6 +320,10 @@ def made_up_run(plan: Plan, policy: str, seed: int = 2, slow: float = 1.0) -> Ru
         activations=90,
         warm_starts=round(80 / slow),
         cold_starts=90 - round(80 / slow),
+        moved_bytes=loads * 19 * GIB,
+        wasted_bytes=round(2 * slow) * 19 * GIB,
+        unused_bytes=0,
+        effort={},
     )
     return Run(
         outcome=outcome,
