@@ -98,6 +98,21 @@ def test_missing_columns_and_profiles_are_named(files, tmp_path):
         read_run(*files)
 
 
+def test_the_command_prints_what_it_compared(plan, files, tmp_path):
+    """Table, JSON and picture; a bad file is one line and exit code 2."""
+    args = f"simulate validate --run {files[0]} --meta {files[1]}"
+    code, out, err = plan(args, "--picture", tmp_path / "r.svg")
+    assert code == 0, err
+    assert "TTFT mean" in out
+    assert (tmp_path / "r.svg").exists()
+    found = json.loads(plan(args, "--json")[1])
+    assert (found["requests"], found["preemptions"]) == (2, 0)
+    assert {row["metric"] for row in found["compared"]} >= set(TARGETS)
+    code, out, err = plan("simulate validate --run none.csv --meta", files[1])
+    assert (code, out) == (2, "")
+    assert "none.csv" in err
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data sets")
 @pytest.mark.parametrize(
     ("name", "short"),

@@ -26,6 +26,9 @@ VERBS = {
     "compare": "foreserve.cli.compare:compare",
 }
 
+BESIDE = {("simulate", "validate"): "foreserve.cli.replay:validate"}
+"""Words after a verb that make it another command: `simulate` takes a plan else."""
+
 EXIT_FAILED, EXIT_INPUT, EXIT_NO_PLAN, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
@@ -36,11 +39,7 @@ class Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        module, _, attribute = VERBS[cmd_name].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
+        return _command(VERBS[cmd_name]) if cmd_name in VERBS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -50,7 +49,15 @@ class Verbs(click.Group):
 
             hint = did_you_mean(args[0], list(VERBS))
             raise click.UsageError(f"no command {args[0]!r}: {hint}", ctx)
+        if (words := tuple(args[:2])) in BESIDE:
+            return " ".join(words), _command(BESIDE[words]), args[2:]
         return super().resolve_command(ctx, args)
+
+
+def _command(name: str) -> click.Command:
+    module, _, attribute = name.partition(":")
+    command: click.Command = getattr(import_module(module), attribute)
+    return command
 
 
 @click.group(
