@@ -125,6 +125,8 @@ def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
             lambda v: percent(v, 2),
             1,
         ),
+        ("Goodput, requests/s", NONE, lambda o: o.total.goodput_rps, number, 1),
+        ("Slowdown (D1)", NONE, lambda o: o.total.d1, number, -1),
         (
             "Requests left unanswered",
             NONE,
@@ -150,6 +152,7 @@ def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
         ),
         ("of them from WARM", NONE, lambda o: o.warm_starts, number, 0),
         ("of them cold", NONE, lambda o: o.cold_starts, number, -1),
+        ("Weights dropped unused", NONE, lambda o: o.wasted_bytes, gib, -1),
     ]
     rows = []
     for name, plan_cell, measure, form, better in measures:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from foreserve.cli.common import (
     consoles,
     echo_json,
     json_option,
+    print_parts,
     progress_bar,
     quiet_option,
     read_scenario,
@@ -21,8 +22,9 @@ from foreserve.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from foreserve.models.outcome import Run
+    from foreserve.models.outcome import Outcome, Run
     from foreserve.models.plan import Plan
+    from foreserve.planner.studies import Interval
     from foreserve.traces.trace import Trace
 
 KEEP_ALIVE_S = 30.0
@@ -43,7 +45,25 @@ KEEP_ALIVE_S = 30.0
     help="planned, reactive or reactive-keep; repeat to compare on equal GPUs.",
 )
 @click.option("--scenario", help="Check that the plan fits this scenario's cluster.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Load-time noise.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Load-time noise.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Run with N seeds, from --seed on: mean and 95 % interval of each metric.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processes for --seeds.  [default: one per CPU, which is also the most]",
+)
 @click.option(
     "--keep-alive",
     type=click.FloatRange(0),
@@ -66,29 +86,46 @@ def simulate(
     policies: tuple[str, ...],
     scenario: str | None,
     seed: int,
+    seeds: int | None,
+    workers: int | None,
     keep_alive: float,
     journal: str | None,
     report: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Run a plan against a trace in virtual time. Same seed, same bytes."""
+    """Run a plan against a trace in virtual time. Same seed, same bytes.
+
+    With --seeds the report shows the first one.
+    """
+    from foreserve.cli.seeds import run_seeds
     from foreserve.cli.solve import command_line
     from foreserve.models.codec import load_plan
     from foreserve.planner.report import write_report
+    from foreserve.planner.studies import intervals, study_part
     from foreserve.planner.summary import run_summary
 
     check_parent(journal, report)
     if journal and len(policies) > 1:
         raise click.UsageError("--journal takes one --policy, not several")
+    if journal and seeds:
+        raise click.UsageError("--journal takes one --seed, not --seeds")
+    if workers and not seeds:
+        raise click.UsageError("--workers needs --seeds")
     plan = load_plan(plan_file)
     check_plan(plan, plan_file)
     if scenario:
         check_same_cluster(plan, read_scenario(scenario), plan_file)
     trace = read_traces(traces, {})
-    runs = run_policies(
-        plan, trace, policies, seed, keep_alive, quiet or as_json, journal
-    )
+    numbers = range(seed, seed + (seeds or 1))
+    silent = quiet or as_json
+    if seeds:
+        runs, by_seed = run_seeds(
+            plan, trace, policies, numbers, keep_alive, silent, workers
+        )
+    else:
+        runs = run_policies(plan, trace, policies, seed, keep_alive, silent, journal)
+        by_seed = []
     if report:
         write_report(
             report,
@@ -98,12 +135,40 @@ def simulate(
             title=f"Simulation of {Path(plan_file).name}",
             command=command_line(),
         )
-    if as_json:
-        echo_json({"seed": seed, "outcomes": outcomes(runs), "report": report})
-        return
+    stated = {"seed": seed, "outcomes": outcomes(runs), "report": report}
     out, _ = consoles(quiet)
-    for part in run_summary(plan, runs):
-        out.print(part)
+    if seeds:
+        studies = [intervals(own) for own in zip(*by_seed, strict=True)]
+        if as_json:
+            echo_json(stated | study(policies, numbers, by_seed, studies))
+        else:
+            print_parts(out, [study_part(policies, studies, seeds)])
+    elif as_json:
+        echo_json(stated)
+    else:
+        for part in run_summary(plan, runs):
+            out.print(part)
+
+
+def study(
+    policies: Sequence[str],
+    seeds: Iterable[int],
+    by_seed: Sequence[Sequence[Outcome]],
+    studies: Sequence[Mapping[str, Interval]],
+) -> dict[str, object]:
+    """What ``--seeds`` adds to the JSON document."""
+    from foreserve.models.codec import to_plain
+
+    rows = zip(seeds, by_seed, strict=True)
+    return {
+        "seeds": [
+            {"seed": k, "outcomes": [to_plain(o) for o in own]} for k, own in rows
+        ],
+        "intervals": [
+            {"policy": policy, "metrics": {k: to_plain(v) for k, v in found.items()}}
+            for policy, found in zip(policies, studies, strict=True)
+        ],
+    }
 
 
 def run_policies(
@@ -116,39 +181,59 @@ def run_policies(
     journal: str | None = None,
 ) -> tuple[Run, ...]:
     """One simulated run per policy, on the plan's fleet and over the plan's span."""
-    from foreserve.planner.fleet import align
-    from foreserve.planner.policies import get_policy
-    from foreserve.runtime.simulated import simulate as run
-
-    names = tuple(llm.name for llm in plan.fleet.llms)
-    trace = align(trace, names)
-    chosen = [get_policy(name, plan, keep_alive_s) for name in policies]
+    trace = check_policies(plan, trace, policies, keep_alive_s)
     runs = []
-    for policy in chosen:
-        with progress_bar(f"simulating {policy.name}", quiet) as update:
+    for name in policies:
+        with progress_bar(f"simulating {name}", quiet) as update:
             runs.append(
-                run(
-                    plan.fleet,
-                    trace,
-                    policy,
-                    start_s=plan.start_s,
-                    end_s=plan.end_s,
-                    seed=seed,
-                    load_bin_s=plan.epochs[0].end_s - plan.epochs[0].start_s,
-                    journal=journal,
-                    progress=update,
-                )
+                run_policy(plan, trace, name, seed, keep_alive_s, journal, update)
             )
     return tuple(runs)
 
 
+def check_policies(
+    plan: Plan, trace: Trace, policies: Sequence[str], keep_alive_s: float
+) -> Trace:
+    """The trace with the plan's LLMs; what would fail a run later is an error now."""
+    from foreserve.planner.fleet import align
+    from foreserve.planner.policies import get_policy
+
+    for name in policies:
+        get_policy(name, plan, keep_alive_s)
+    return align(trace, tuple(llm.name for llm in plan.fleet.llms))
+
+
+def run_policy(
+    plan: Plan,
+    trace: Trace,
+    name: str,
+    seed: int,
+    keep_alive_s: float,
+    journal: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Run:
+    """One simulated run; ``trace`` has the plan's LLMs in their order."""
+    from foreserve.planner.policies import get_policy
+    from foreserve.runtime.simulated import simulate as run
+
+    return run(
+        plan.fleet,
+        trace,
+        get_policy(name, plan, keep_alive_s),
+        start_s=plan.start_s,
+        end_s=plan.end_s,
+        seed=seed,
+        load_bin_s=plan.epochs[0].end_s - plan.epochs[0].start_s,
+        journal=journal,
+        progress=progress,
+    )
+
+
 def outcomes(runs: Sequence[Run]) -> list[object]:
     """The runs' outcomes as plain data."""
-    import json
+    from foreserve.models.codec import to_plain
 
-    from foreserve.models.codec import to_json
-
-    return [json.loads(to_json(run.outcome)) for run in runs]
+    return [to_plain(run.outcome) for run in runs]
 
 
 def check_plan(plan: Plan, file: str) -> None:
