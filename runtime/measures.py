@@ -7,7 +7,9 @@ token. All are kept, because a policy can win by one and lose by another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from foreserve.models.outcome import SCALES, Latency, Ratios, Service
 from foreserve.models.perf.compact import decode_many, prefill_many
 from foreserve.models.problem import Fleet
+from foreserve.runtime.journal import RequestEnd
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -40,6 +43,49 @@ class Requests:
     input_tokens: Ints
     output_tokens: Ints
     """Asked for, whether they came or not."""
+    left_s: Floats
+    """When it ended, was given up, or the run stopped."""
+
+
+class RequestLog:
+    """Ends of requests as they come, in columns: 64 bytes each. Mutable."""
+
+    def __init__(self, llms: Sequence[str]) -> None:
+        self._index = {name: index for index, name in enumerate(llms)}
+        self._integers = tuple(array("q") for _ in range(4))
+        self._seconds = tuple(array("d") for _ in range(4))
+
+    def add(self, end: RequestEnd) -> None:
+        first_s = math.nan if end.first_token_s is None else end.first_token_s
+        finish_s = end.at_s if end.result == "finished" else math.nan
+        whole = (
+            end.request,
+            self._index[end.llm],
+            end.input_tokens,
+            end.output_tokens,
+        )
+        for integers, number in zip(self._integers, whole, strict=True):
+            integers.append(number)
+        times_s = (end.arrival_s, first_s, finish_s, end.at_s)
+        for seconds, value_s in zip(self._seconds, times_s, strict=True):
+            seconds.append(value_s)
+
+    def requests(self) -> Requests:
+        """Those so far, in the order of their numbers; copies."""
+        number, llm, given, asked = (np.array(c, np.int64) for c in self._integers)
+        order = np.argsort(number, kind="stable")
+        arrival_s, first_s, finish_s, left_s = (
+            np.array(column, np.float64)[order] for column in self._seconds
+        )
+        return Requests(
+            llm=llm[order].astype(np.int32),
+            arrival_s=arrival_s,
+            first_token_s=first_s,
+            finish_s=finish_s,
+            input_tokens=given[order],
+            output_tokens=asked[order],
+            left_s=left_s,
+        )
 
 
 def services(

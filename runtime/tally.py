@@ -24,7 +24,7 @@ from foreserve.runtime.journal import (
     RequestEnd,
     Started,
 )
-from foreserve.runtime.measures import Requests, services
+from foreserve.runtime.measures import RequestLog, services
 
 Floats = NDArray[np.float64]
 
@@ -46,7 +46,7 @@ class Tally:
         self._cold: set[ReplicaId] = set()
         """Replicas wanted ACTIVE whose weights were not there when that was so."""
         self._residency: list[Residency] = []
-        self._requests: list[RequestEnd] = []
+        self._requests = RequestLog([llm.name for llm in fleet.llms])
         self._counts = {llm.name: Counter[str]() for llm in fleet.llms}
         """By LLM and name of `COUNTS`."""
         self._unused: dict[ReplicaId, int] = {}
@@ -57,7 +57,7 @@ class Tally:
             self.journal.record(event)
         match event:
             case RequestEnd():
-                self._requests.append(event)
+                self._requests.add(event)
                 if self._unused and event.gpus is not None:
                     self._unused.pop(ReplicaId(llm=event.llm, gpus=event.gpus), None)
             case PhaseChange():
@@ -124,28 +124,10 @@ class Tally:
                 "journal: no whole run, its first or last line is missing"
             )
         start_s, end_s = started.start_s, started.end_s
-        requests = sorted(self._requests, key=lambda r: r.request)
         llms = tuple(llm.name for llm in self.fleet.llms)
-        index = {name: i for i, name in enumerate(llms)}
-        llm = np.array([index[r.llm] for r in requests], dtype=np.int32)
-        left_s = np.array([r.at_s for r in requests], dtype=np.float64)
-        finished = np.array([r.result == "finished" for r in requests], dtype=bool)
-        tokens = np.array(
-            [(r.input_tokens, r.output_tokens) for r in requests], dtype=np.int64
-        ).reshape(-1, 2)
-        first_s = [
-            np.nan if r.first_token_s is None else r.first_token_s for r in requests
-        ]
-        columns = Requests(
-            llm=llm,
-            arrival_s=np.array([r.arrival_s for r in requests], dtype=np.float64),
-            first_token_s=np.array(first_s, dtype=np.float64),
-            finish_s=np.where(finished, left_s, np.nan),
-            input_tokens=tokens[:, 0],
-            output_tokens=tokens[:, 1],
-        )
+        requests = self._requests.requests()
         total, by_llm = services(
-            self.fleet, columns, span_s=end_s - start_s, ended_s=self._ended_s
+            self.fleet, requests, span_s=end_s - start_s, ended_s=self._ended_s
         )
         residency = tuple(
             sorted(self._residency, key=lambda r: (r.gpus, r.start_s, r.llm))
@@ -175,9 +157,10 @@ class Tally:
         mean = np.zeros((len(llms), bins))
         peak = np.zeros((len(llms), bins))
         for i in range(len(llms)):
+            own = requests.llm == i
             mean[i], peak[i] = loads(
-                columns.arrival_s[llm == i],
-                left_s[llm == i],
+                requests.arrival_s[own],
+                requests.left_s[own],
                 start_s,
                 end_s,
                 load_bin_s,
@@ -186,10 +169,10 @@ class Tally:
             outcome=outcome,
             residency=residency,
             llms=llms,
-            llm=llm,
-            arrival_s=columns.arrival_s,
-            first_token_s=columns.first_token_s,
-            finish_s=columns.finish_s,
+            llm=requests.llm,
+            arrival_s=requests.arrival_s,
+            first_token_s=requests.first_token_s,
+            finish_s=requests.finish_s,
             load_bin_s=load_bin_s,
             mean_load=mean,
             peak_load=peak,

@@ -17,7 +17,7 @@ from foreserve.models.problem import Fleet
 from foreserve.planner.policies import POLICIES
 from foreserve.planner.studies import interval, intervals, student_t, study_part
 from foreserve.runtime.journal import Ended, Event, PhaseChange, RequestEnd, Started
-from foreserve.runtime.measures import Requests, isolated_s
+from foreserve.runtime.measures import RequestLog, Requests, isolated_s
 from foreserve.runtime.simulated import simulate
 from foreserve.runtime.tally import Tally
 from foreserve.traces.trace import Trace
@@ -151,6 +151,7 @@ def test_isolated_time_is_the_fastest_options():
         finish_s=unknown,
         input_tokens=rng.integers(1, 9000, 50),
         output_tokens=rng.integers(1, 500, 50),
+        left_s=unknown,
     )
     found = isolated_s(fleet(*options), requests)
     pairs = zip(requests.input_tokens, requests.output_tokens, strict=True)
@@ -261,6 +262,20 @@ def test_what_is_there_from_the_start_was_not_loaded():
         0,
     )
     assert 3600 * outcome.effort["a"].gpu_hours == pytest.approx(3.0)
+
+
+def test_requests_in_the_order_of_their_numbers():
+    """They end in another order than they came; the columns are sorted, NaN where there
+    is no first token or no end."""
+    log = RequestLog(("a", "b"))
+    log.add(asked("b", 2.0, None, 3.0, 7, result="failed"))
+    log.add(asked("a", 1.0, 1.5, 4.0, 5))
+    found = log.requests()
+    assert (found.llm.tolist(), found.output_tokens.tolist()) == ([0, 1], [5, 7])
+    assert found.arrival_s.tolist() == [1.0, 2.0]
+    assert found.left_s.tolist() == [4.0, 3.0]
+    np.testing.assert_array_equal(found.first_token_s, [1.5, np.nan])
+    np.testing.assert_array_equal(found.finish_s, [4.0, np.nan])
 
 
 @pytest.mark.parametrize(
