@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from foreserve.models.outcome import Outcome, Run
     from foreserve.models.plan import Plan
     from foreserve.traces.trace import Trace
+
+    _Found = tuple[Outcome, Run | None]
 
 
 class _Common(NamedTuple):
@@ -60,38 +62,32 @@ def run_seeds(
         initializer=_begin,
         initargs=(_Common(plan, trace, keep_alive_s),),
     )
-    left = dict.fromkeys(seeds, len(policies))
-    label = f"simulating {len(seeds)} seeds"
+    found = []
     try:
-        with progress_bar(label, quiet) as update:
-            futures = {
-                pool.submit(_one, policy, seed, keep=index < len(policies)): (
-                    seed,
-                    policy,
-                )
+        with progress_bar(f"simulating {len(seeds)} seeds", quiet) as update:
+            futures = [
+                pool.submit(_one, policy, seed, keep=index < len(policies))
                 for index, (seed, policy) in enumerate(tasks)
-            }
-            for future in as_completed(futures):
-                seed, policy = futures[future]
-                _check(future, seed, policy)
-                left[seed] -= 1
-                update(sum(not count for count in left.values()), len(seeds))
+            ]
+            # In turn, which is about how they end: the same failure is told each time.
+            for future, (seed, policy) in zip(futures, tasks, strict=True):
+                found.append(_result(future, seed, policy))
+                update(len(found) // len(policies), len(seeds))
     except BaseException:
         for worker in set(active_children()) - others:
             worker.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    found = [future.result() for future in futures]
     runs = tuple(run for _, run in found if run is not None)
     outcomes = [outcome for outcome, _ in found]
     step = len(policies)
     return runs, [outcomes[i : i + step] for i in range(0, len(outcomes), step)]
 
 
-def _check(future: Future[tuple[Outcome, Run | None]], seed: int, policy: str) -> None:
+def _result(future: Future[_Found], seed: int, policy: str) -> _Found:
     try:
-        future.result()
+        return future.result()
     except BrokenProcessPool:
         raise click.ClickException(
             "a worker process ended suddenly (out of memory?); try fewer --workers"
@@ -110,7 +106,7 @@ def _begin(common: _Common) -> None:
     _common.append(common)
 
 
-def _one(policy: str, seed: int, *, keep: bool) -> tuple[Outcome, Run | None]:
+def _one(policy: str, seed: int, *, keep: bool) -> _Found:
     """One run, in a worker; the whole of it only where asked for."""
     from foreserve.cli.simulate import run_policy
 
