@@ -24,7 +24,8 @@ from foreserve.models.cost import IterationTime
 from foreserve.models.lengths import Lengths
 from foreserve.models.perf.model import Measured
 from foreserve.models.specs import Slo
-from foreserve.runtime.simulated.engine import Engine, Job
+from foreserve.runtime.simulated.engine import EngineLimits
+from foreserve.runtime.simulated.replay import replay
 
 REQUESTS, KV_TOKENS, ROUNDS = 4000, 400_000, 6
 REPLICAS = (("llama-3.1-8b", "h100", 1), ("llama-3.1-70b", "h100", 4))
@@ -95,36 +96,21 @@ def _meets(time: IterationTime, lengths: Lengths, slo: Slo, rate_rps: float) -> 
     rng = np.random.default_rng(3)
     arrivals = np.cumsum(rng.exponential(1 / rate_rps, REQUESTS)).tolist()
     pick = rng.integers(0, len(lengths.input_tokens), REQUESTS).tolist()
-    engine = Engine(time, KV_TOKENS)
-    jobs: list[Job] = []
-    ends: dict[int, float] = {}
-
-    def advance_to(limit_s: float) -> None:
-        while engine.next_s <= limit_s and engine.next_s < float("inf"):
-            now_s = engine.next_s
-            for ended in engine.advance():
-                ends[ended.request] = now_s
-
-    for i, (arrival_s, k) in enumerate(zip(arrivals, pick, strict=True)):
-        job = Job(
-            request=i,
-            llm="a",
-            arrival_s=arrival_s,
-            input_tokens=max(1, int(lengths.input_tokens[k])),
-            output_tokens=max(1, int(lengths.output_tokens[k])),
+    rows = [
+        (
+            arrival_s,
+            max(1, int(lengths.input_tokens[k])),
+            max(1, int(lengths.output_tokens[k])),
         )
-        advance_to(arrival_s)
-        engine.submit(job, arrival_s)
-        jobs.append(job)
-    advance_to(float("inf"))
-    # Neither the empty start nor the drain at the end.
-    steady = jobs[REQUESTS // 5 : REQUESTS * 4 // 5]
-    ttft = [(j.first_token_s or 0.0) - j.arrival_s for j in steady]
-    tpot = [
-        (ends[j.request] - (j.first_token_s or 0.0)) / (j.output_tokens - 1)
-        for j in steady
-        if j.output_tokens > 1
+        for arrival_s, k in zip(arrivals, pick, strict=True)
     ]
+    found = replay(time, KV_TOKENS, EngineLimits(), rows)
+    # Neither the empty start nor the drain at the end.
+    steady = slice(REQUESTS // 5, REQUESTS * 4 // 5)
+    arrival_s, _, tokens = np.array(rows)[steady].T
+    first_s, several = found.first_token_s[steady], tokens > 1
+    ttft = first_s - arrival_s
+    tpot = (found.end_s[steady] - first_s)[several] / (tokens[several] - 1)
     return bool(
         np.quantile(ttft, 0.99) <= slo.ttft_s and np.quantile(tpot, 0.99) <= slo.tpot_s
     )

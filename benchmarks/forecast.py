@@ -16,7 +16,7 @@ clients that are not among the thirty.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from foreserve.traces.backtest import (
     observed_trace,
     roll,
 )
-from foreserve.traces.forecast import Forecast, get_forecaster, get_rule
+from foreserve.traces.forecast import Outlook, get_forecaster, get_rule
 from foreserve.traces.lengths import LengthQuantiles
 from foreserve.traces.margins import margins
 from foreserve.traces.rates import Rates, read_rates, sample_requests
@@ -56,10 +56,10 @@ LENGTHS = LengthQuantiles(
 def main(shared: str) -> None:
     """Print and write all tables."""
     data = Path(shared) / "data"
-    totals = _rows(read_rates(data / "servegen/totals.csv.gz"), ("m-large", "m-small"))
+    totals = observed_rates(read_rates(data / "servegen/totals.csv.gz"), HOUR_S)
     clients = _clients(data)
     sets = {
-        "servegen totals": observed_rates(totals, HOUR_S),
+        "servegen totals": totals.select(("m-large", "m-small")),
         "servegen clients": observed_rates(clients, HOUR_S),
         "azure 2024 conversation": observed_rates(
             read_rates(data / "azure_llm_2024_digitised/conv_envelope.csv.gz"), HOUR_S
@@ -82,16 +82,6 @@ def main(shared: str) -> None:
     found["speed"] = _speed()
     write_result("forecast", found)
     _show(found)
-
-
-def _rows(rates: Rates, names: Sequence[str]) -> Rates:
-    rows = [rates.names.index(name) for name in names]
-    return Rates(
-        names=tuple(names),
-        window_s=rates.window_s,
-        start_s=rates.start_s,
-        counts=rates.counts[rows],
-    )
 
 
 def _clients(data: Path) -> Rates:
@@ -220,18 +210,12 @@ def _coverage(observed: Observed) -> dict[str, Any]:
 
 def _joined(one: Observed, other: Observed) -> Observed:
     """Series forecast together."""
-    series = Series(
+    series = replace(
+        one.series,
         values=np.vstack([one.series.values, other.series.values]),
         means=np.vstack([one.series.means, other.series.means]),
-        days=one.series.days,
     )
-    return Observed(
-        names=(*one.names, *other.names),
-        series=series,
-        epoch_s=one.epoch_s,
-        start_s=one.start_s,
-        unit=one.unit,
-    )
+    return replace(one, names=(*one.names, *other.names), series=series)
 
 
 def _joint(observed: Observed, every: int = 1) -> dict[str, Any]:
@@ -248,11 +232,11 @@ def _joint(observed: Observed, every: int = 1) -> dict[str, Any]:
         input_tokens=np.zeros(values.shape),
         output_tokens=np.zeros(values.shape),
     )
-    forecaster = get_forecaster("auto")
+    outlook = Outlook(get_rule("auto"), demand, 1)
     inside: dict[bool, list[bool]] = {True: [], False: []}
     correlation = []
     for epoch in range(observed.num_epochs // 2, observed.num_epochs, every):
-        forecast: Forecast = forecaster(demand.upto(epoch), 1)
+        forecast = outlook.after(epoch)
         total = values[:, epoch].sum()
         for together, hits in inside.items():
             rng = np.random.default_rng(epoch)

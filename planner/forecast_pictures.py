@@ -54,7 +54,7 @@ def draw_forecast(observed: Observed, ahead: Floats, path: str) -> None:
     busiest = np.argsort(-np.nansum(values, axis=1), kind="stable")[:MOST_PANELS]
     figure = new_figure(1, len(busiest), width=WIDTH_IN, height=HEIGHT_IN)
     past = _hours(observed, observed.num_epochs)
-    # Twice a day and at least twice what is forecast is past enough to see.
+    # Two days, and at least twice what is forecast, are past enough to see.
     kept = min(len(past), max(2 * observed.series.days.per_day, 2 * len(ahead)))
     coming = past[-1] + (1 + np.arange(len(ahead))) * observed.epoch_s / 3600
     for place, row in enumerate(busiest):

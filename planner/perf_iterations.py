@@ -209,33 +209,37 @@ def _vidur(folder: Path) -> Iterator[Iterations]:
 
 def _llmservingsim(folder: Path) -> Iterator[Iterations]:
     """vLLM's layers, profiled one by one; summed up to an iteration."""
-    for path in sorted(folder.glob("*_dense.csv.gz")):
-        head, _, tp = path.name.removesuffix("_dense.csv.gz").rpartition("_tp")
-        gpu, _, llm = head.partition("_")
-        stem = f"{head}_tp{tp}"
-        timing = _timing(_llm_name(llm), _GPUS[gpu], int(tp))
-        experts = folder / f"{head}_tp1_moe.csv.gz"
-        if timing.llm.moe is not None and int(tp) > 1:
+    for head, gpu, llm, tp in _profiles(folder):
+        timing = _timing(llm, gpu, tp)
+        if timing.llm.moe is not None and tp > 1:
             continue  # its experts were profiled whole
-        yield from _layer_sums(folder, stem, experts, timing)
+        yield from _layer_sums(folder, head, timing)
 
 
 def profile_cells(folder: Path, timing: MeasuredTiming) -> list[Iterations]:
     """What a folder of layer profiles says of the LLM, GPU and TP size of ``timing``,
     beside its prediction; empty where it has none."""
-    found = []
-    for path in sorted(folder.glob(f"*_tp{timing.tp}_dense.csv.gz")):
-        stem = path.name.removesuffix("_dense.csv.gz")
-        gpu, _, llm = stem.removesuffix(f"_tp{timing.tp}").partition("_")
-        if (_GPUS.get(gpu), _llm_name(llm)) == (timing.gpu.name, timing.llm.name):
-            experts = folder / f"{gpu}_{llm}_tp1_moe.csv.gz"
-            found += list(_layer_sums(folder, stem, experts, timing))
-    return found
+    wanted = (timing.gpu.name, timing.llm.name, timing.tp)
+    return [
+        cell
+        for head, *found in _profiles(folder)
+        if tuple(found) == wanted
+        for cell in _layer_sums(folder, head, timing)
+    ]
+
+
+def _profiles(folder: Path) -> Iterator[tuple[str, str, str, int]]:
+    """Begin of the files' names, GPU and LLM by catalogue names, and TP of each profile."""
+    for path in sorted(folder.glob("*_dense.csv.gz")):
+        head, _, tp = path.name.removesuffix("_dense.csv.gz").rpartition("_tp")
+        gpu, _, llm = head.partition("_")
+        yield head, _GPUS.get(gpu, gpu), _llm_name(llm), int(tp)
 
 
 def _layer_sums(
-    folder: Path, stem: str, experts: Path, timing: MeasuredTiming
+    folder: Path, head: str, timing: MeasuredTiming
 ) -> Iterator[Iterations]:
+    stem, experts = f"{head}_tp{timing.tp}", folder / f"{head}_tp1_moe.csv.gz"
     llm = timing.llm
     dense = _by_size(folder / f"{stem}_dense.csv.gz", "tokens", "layer")
     last = _by_size(folder / f"{stem}_per_sequence.csv.gz", "sequences", "layer")

@@ -158,7 +158,7 @@ def _corrected(timing: MeasuredTiming, folder: Path) -> MeasuredTiming:
     """Kernels of decodes and of prompts each scaled by one number, the median over the
     profile; what the engine adds stays."""
     cells = profile_cells(folder, timing)
-    factors = {"decode": [], "prefill": []}  # type: dict[str, list[Floats]]
+    factors: dict[str, list[Floats]] = {"decode": [], "prefill": []}
     for cell in cells:
         factors["decode" if cell.phase == "decode" else "prefill"].append(
             cell.measured_s / cell.predicted_s

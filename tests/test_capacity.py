@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from foreserve.models.capacity import capacity
 from foreserve.models.lengths import Lengths
 from foreserve.models.specs import Slo
-from foreserve.runtime.simulated.engine import Engine, Job
+from foreserve.runtime.simulated.engine import EngineLimits
+from foreserve.runtime.simulated.replay import replay
 from tests.build import TIME
 
 LOOSE = Slo(ttft_s=100.0, tpot_s=100.0)
@@ -120,22 +121,12 @@ def simulated_ttft_p99_s(lengths: Lengths, rate_rps: float, kv_tokens: int) -> f
     rng = np.random.default_rng(3)
     arrivals = np.cumsum(rng.exponential(1 / rate_rps, 6000))
     pick = rng.integers(0, len(lengths.input_tokens), 6000)
-    engine, jobs = Engine(TIME, kv_tokens), []
-    for i, (at, k) in enumerate(zip(arrivals.tolist(), pick.tolist(), strict=True)):
-        job = Job(
-            request=i,
-            llm="a",
-            arrival_s=at,
-            input_tokens=int(lengths.input_tokens[k]),
-            output_tokens=int(lengths.output_tokens[k]),
-        )
-        while engine.next_s <= at:
-            engine.advance()
-        engine.submit(job, at)
-        jobs.append(job)
-    while engine.next_s < float("inf"):
-        engine.advance()
-    return float(np.quantile([j.first_token_s - j.arrival_s for j in jobs], 0.99))
+    rows = [
+        (at, int(lengths.input_tokens[k]), int(lengths.output_tokens[k]))
+        for at, k in zip(arrivals.tolist(), pick.tolist(), strict=True)
+    ]
+    found = replay(TIME, kv_tokens, EngineLimits(), rows)
+    return float(np.quantile(found.first_token_s - arrivals, 0.99))
 
 
 def test_the_engine_meets_the_ttft_at_the_predicted_rate():

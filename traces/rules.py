@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from foreserve.traces.trace import Demand, Floats
+from foreserve.traces.trace import Floats
 
 DAY_S = 86_400.0
 CORRECTION_EPOCHS = 10
@@ -36,11 +36,6 @@ class Calendar:
         """Days of a clock whose second 0 is midnight, in whole epochs."""
         per_day = max(1, round(DAY_S / epoch_s))
         return cls(per_day=per_day, phase=round(start_s % DAY_S / epoch_s) % per_day)
-
-    @classmethod
-    def of_demand(cls, past: Demand) -> Calendar:
-        """Days of `Demand`'s clock."""
-        return cls.of(past.epoch_s, past.start_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -257,9 +257,13 @@ class Engine:
         while (need := self._phase[(self._step + steps) % len(self._phase)]) <= left:
             left -= need
             steps += 1
-            if need == left == 0 and steps % len(self._phase) == 0:
-                break
         return steps
+
+    def _make_room(self) -> None:
+        """Preempt until the next step of those that decode has its blocks."""
+        block = self.limits.block_tokens
+        while self._decoding and self._phase[self._step % block] > self._free_blocks:
+            self._preempt()
 
     def _preempt(self) -> None:
         """The one that joined last gives its blocks back and waits again."""
@@ -282,8 +286,30 @@ class Engine:
         """Plan the next stretch from ``now_s``."""
         self._start_s = now_s
         before = self.preemptions
-        while self._decoding and self._need_of_step() > self._free_blocks:
-            self._preempt()
+        if self.limits.mixes:
+            self._make_room()
+        self._fill(before)
+        if not (self._chunks or self.limits.mixes):
+            self._make_room()
+        if self._chunks or (self._decoding and self.preemptions != before):
+            # Whoever was preempted may join again in the next iteration.
+            self._count = 1
+            self._steps = int(self.limits.mixes or not self._chunks)
+        elif self._decoding:
+            while self._ends[0][2].joined != self._ends[0][1]:
+                heapq.heappop(self._ends)
+            to_end = self._ends[0][0] - self._step
+            self._count = min(to_end, self._steps_with(self._free_blocks))
+            self._steps = self._count
+        else:
+            self._count = self._steps = 0
+            self.next_s = math.inf
+            return
+        self.next_s = now_s + self._stretch_s(self._count)
+
+    def _fill(self, before: int) -> None:
+        """Plan the chunks of one iteration; nobody joins if there were more preemptions
+        than ``before``."""
         # Steps take their blocks when the stretch ends; chunks take theirs here.
         spare = self._free_blocks - self._need_of_step()
         budget = self.limits.max_num_batched_tokens
@@ -323,27 +349,6 @@ class Engine:
             spare -= need
             budget -= take
             running += 1
-        block = self.limits.block_tokens
-        if not self._chunks and not self.limits.mixes:
-            while (
-                self._decoding and self._phase[self._step % block] > self._free_blocks
-            ):
-                self._preempt()
-        if self._chunks or (self._decoding and self.preemptions != before):
-            # Whoever was preempted may join again in the next iteration.
-            self._count = 1
-            self._steps = int(self.limits.mixes or not self._chunks)
-        elif self._decoding:
-            while self._ends[0][2].joined != self._ends[0][1]:
-                heapq.heappop(self._ends)
-            to_end = self._ends[0][0] - self._step
-            self._count = min(to_end, self._steps_with(self._free_blocks))
-            self._steps = self._count
-        else:
-            self._count = self._steps = 0
-            self.next_s = math.inf
-            return
-        self.next_s = now_s + self._stretch_s(self._count)
 
     def _undo(self) -> None:
         """Take back the stretch that was planned and of which nothing has passed."""

@@ -221,6 +221,15 @@ def echo_json(document: Mapping[str, object]) -> None:
     click.echo(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
 
 
+def check_picture(path: str | None) -> None:
+    """Refuse a picture of no known format or in no folder, before any work is done."""
+    check_parent(path)
+    if path:
+        from foreserve.planner.figures import check_suffix
+
+        check_suffix(path)
+
+
 def check_parent(*paths: str | None) -> None:
     """Refuse output paths in folders that do not exist, before any work is done."""
     for path in paths:

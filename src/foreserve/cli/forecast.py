@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from foreserve.cli.common import (
-    check_parent,
+    check_picture,
     consoles,
     echo_json,
     json_option,
@@ -63,21 +63,19 @@ cover_option = click.option(
     show_default=True,
     help="Share of epochs that the bound is to cover.",
 )
-flight_options = (
-    click.option(
-        "--first-token",
-        type=click.FloatRange(0),
-        default=0.1,
-        show_default=True,
-        help="Seconds to the first token: how long a request is in flight.",
-    ),
-    click.option(
-        "--token",
-        type=click.FloatRange(0),
-        default=0.02,
-        show_default=True,
-        help="Seconds for each output token.",
-    ),
+first_token_option = click.option(
+    "--first-token",
+    type=click.FloatRange(0),
+    default=0.1,
+    show_default=True,
+    help="Seconds to the first token: how long a request is in flight.",
+)
+token_option = click.option(
+    "--token",
+    type=click.FloatRange(0),
+    default=0.02,
+    show_default=True,
+    help="Seconds for each output token.",
 )
 
 
@@ -116,8 +114,8 @@ def forecast() -> None:
     type=click.FloatRange(0, min_open=True),
     help="Load that one GPU serves; adds GPU-hours in whole GPUs.",
 )
-@flight_options[0]
-@flight_options[1]
+@first_token_option
+@token_option
 @click.option(
     "--picture",
     metavar="FILE.svg|png|pdf",
@@ -157,11 +155,7 @@ def backtest(
     from foreserve.traces.backtest import backtest as score
     from foreserve.traces.forecast import get_rule
 
-    check_parent(picture)
-    if picture:
-        from foreserve.planner.figures import check_suffix
-
-        check_suffix(picture)
+    check_picture(picture)
     names = list(methods.split(",")) if methods else list(METHODS)
     names += [name for name in ALWAYS if name not in names]
     for name in names:
@@ -234,8 +228,8 @@ def backtest(
 )
 @click.option("--method", default="auto", show_default=True)
 @cover_option
-@flight_options[0]
-@flight_options[1]
+@first_token_option
+@token_option
 @click.option("--picture", metavar="FILE.svg|png|pdf", help="Draw past and forecast.")
 @json_option
 def show(
@@ -256,11 +250,7 @@ def show(
     from foreserve.traces.forecast import get_rule
     from foreserve.traces.margins import margins
 
-    check_parent(picture)
-    if picture:
-        from foreserve.planner.figures import check_suffix
-
-        check_suffix(picture)
+    check_picture(picture)
     rule = get_rule(method)
     observed = _observed(trace, epoch, (llm,) if llm else (), first_token, token)
     values = observed.series.values

@@ -11,6 +11,7 @@ import click
 
 from foreserve.cli.common import (
     check_parent,
+    check_picture,
     consoles,
     echo_json,
     json_option,
@@ -117,11 +118,7 @@ def show(
     from foreserve.models.specs import Slo
     from foreserve.planner.perf_sheet import draw_sheet, make_sheet
 
-    check_parent(picture)
-    if picture:
-        from foreserve.planner.figures import check_suffix
-
-        check_suffix(picture)
+    check_picture(picture)
     spec = catalog.llm(llm)
     if dtype is not None and dtype != spec.weight_dtype:
         spec = spec.quantised(dtype)  # type: ignore[arg-type]
@@ -204,11 +201,8 @@ def validate(
     from foreserve.models.codec import write_text
     from foreserve.planner.perf_report import Validation, draw, markdown_table, run
 
-    check_parent(picture, markdown)
-    if picture:
-        from foreserve.planner.figures import check_suffix
-
-        check_suffix(picture)
+    check_picture(picture)
+    check_parent(markdown)
     own = read_corrections(corrections)
     with progress_bar("comparing", quiet or as_json) as update:
         found: Validation = run(data, own, update)

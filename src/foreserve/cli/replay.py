@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from foreserve.cli.common import (
-    check_parent,
+    check_picture,
     consoles,
     echo_json,
     json_option,
@@ -15,6 +15,7 @@ from foreserve.cli.common import (
     progress_bar,
     quiet_option,
 )
+from foreserve.cli.perf import corrections_option, read_corrections
 
 
 @click.command(
@@ -38,11 +39,7 @@ from foreserve.cli.common import (
     metavar="FOLDER",
     help="Layer times of this GPU and LLM, to correct the cost model by.",
 )
-@click.option(
-    "--corrections",
-    metavar="FILE.json",
-    help="Corrections of your own, as `plan perf calibrate` writes them.",
-)
+@corrections_option
 @click.option(
     "--picture",
     metavar="FILE.svg|png|pdf",
@@ -64,16 +61,12 @@ def validate(
     The cost model is corrected by measurements of other runs or of single layers, never
     by the run itself. Memory is what the memory model says the engine had.
     """
-    from foreserve.cli.perf import read_corrections
     from foreserve.models.perf.compact import compact
     from foreserve.planner import recorded_runs
-    from foreserve.planner.figures import check_suffix
     from foreserve.runtime.simulated.engine import EngineLimits
     from foreserve.runtime.simulated.replay import replay
 
-    check_parent(picture)
-    if picture:
-        check_suffix(picture)
+    check_picture(picture)
     run = recorded_runs.read_run(
         requests, meta, profile=profile, corrections=read_corrections(corrections)
     )
