@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,8 +79,8 @@ def read_run(
     """Read a run; `InvalidInput` on a fault, with file and field."""
     plain = _meta(meta)
     kwargs = plain["engine_kwargs"]
-    llm = catalog.llm(_llm_name(str(plain["model"]), meta))
-    gpu = catalog.gpu(_gpu_name(str(plain["gpu"])))
+    llm = catalog.llm(llm_name(str(plain["model"])))
+    gpu = catalog.gpu(gpu_name(str(plain["gpu"])))
     tp = int(kwargs.get("tensor_parallel_size", 1))
     known = Measured(corrections=tuple((corrections or {}).items()))
     timing = known.timing(llm, gpu, tp)
@@ -87,10 +88,7 @@ def read_run(
         raise InvalidInput(f"GPU type {gpu.name!r} has no kernel tables", file=meta)
     if profile:
         timing = _corrected(timing, Path(profile))
-    table = pd.read_csv(_readable(requests))
-    for column in COLUMNS:
-        if column not in table:
-            raise InvalidInput(f"no column {column!r}", file=requests, line=1)
+    table = read_table(requests, dict.fromkeys(COLUMNS, 0.0))
     table = table.sort_values("queued_s", kind="stable")
     seqs = int(kwargs.get("max_num_seqs", 256))
     tokens = int(kwargs.get("max_num_batched_tokens", 8192))
@@ -101,7 +99,7 @@ def read_run(
         vllm=_version(str(plain.get("engine", ""))),
     )
     columns = {name: table[name].to_numpy(dtype=np.float64) for name in COLUMNS}
-    beside = Path(requests.replace("_requests.csv.gz", "_timeseries.csv"))
+    beside = Path(requests.removesuffix("_requests.csv.gz") + "_timeseries.csv")
     return RecordedRun(
         name=f"{llm.name} on {tp} x {gpu.name}",
         llm=llm.name,
@@ -111,15 +109,42 @@ def read_run(
         kv_tokens=footprint(llm, gpu, tp, memory).kv_tokens,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
-        timeseries=pd.read_csv(beside) if beside.is_file() else None,
+        timeseries=read_table(str(beside), {"t": 0.0}) if beside.is_file() else None,
         **columns,
     )
 
 
-def _readable(path: str) -> str:
-    if not Path(path).is_file():
-        raise InvalidInput("no such file", file=path)
-    return path
+def read_table(
+    path: str, columns: Mapping[str, float | None], blank: Sequence[str] = ()
+) -> pd.DataFrame:
+    """A CSV file (or CSV.gz) with these columns: texts, or numbers of at least so much;
+    numbers in the columns ``blank`` may be missing. `InvalidInput` with the line else."""
+    try:
+        table = pd.read_csv(path, low_memory=False)
+    except FileNotFoundError:
+        raise InvalidInput("no such file", file=path) from None
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        what = next(iter(str(error).splitlines()), "")
+        raise InvalidInput(f"not a table: {what}", file=path) from None
+    for name in (*columns, *blank):
+        if name not in table:
+            raise InvalidInput(f"no column {name!r}", file=path, line=1)
+        if (least := columns.get(name, 0.0)) is None:
+            continue
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        right = np.isfinite(numbers) & (numbers >= least)
+        if name in blank:
+            right |= table[name].isna()
+        if not right.all():
+            row = int(np.argmin(right))
+            raise InvalidInput(
+                f"{table[name].iloc[row]!r} is not a number of at least {least:g}",
+                file=path,
+                line=row + 2,
+                field=name,
+            )
+        table[name] = numbers
+    return table
 
 
 def _meta(path: str) -> dict[str, Any]:
@@ -136,14 +161,14 @@ def _meta(path: str) -> dict[str, Any]:
     return dict(plain)
 
 
-def _llm_name(model: str, file: str) -> str:
+def llm_name(model: str) -> str:
     """The catalogue's name of a hub's."""
     name = model.rpartition("/")[2].lower().removesuffix("-instruct-2507")
     by_hub = {llm.hub_id.lower(): llm.name for llm in catalog.llms()}
     return by_hub.get(model.lower(), name)
 
 
-def _gpu_name(gpu: str) -> str:
+def gpu_name(gpu: str) -> str:
     """``RTXPRO6000`` is ``rtx-pro-6000``: names without their hyphens."""
     plain = {each.name.replace("-", ""): each.name for each in catalog.gpus()}
     return plain.get(re.sub(r"[^a-z0-9]", "", gpu.lower()), gpu.lower())
