@@ -24,7 +24,8 @@ def gap_bin(gap_s: float) -> int:
     """The bin of a gap."""
     if not gap_s > LEAST_S:
         return 0
-    return min(int(math.log(gap_s / LEAST_S) / LOG_RATIO), GAP_BINS - 1)
+    place = math.log(gap_s / LEAST_S) / LOG_RATIO
+    return int(place) if place < GAP_BINS else GAP_BINS - 1
 
 
 def gap_edge_s(index: int) -> float:

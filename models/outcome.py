@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foreserve.models.gaps import GAP_BINS
 from foreserve.models.observed import Phase
 from foreserve.models.record import Record
 from foreserve.models.specs import GpuId
@@ -31,7 +32,8 @@ class Latency(Record):
     TTFT, E2E and normalized latency are over all requests: one that got no first token, or
     no end, counts with the time from its arrival to the end of the run, so that a policy
     cannot look better by never serving. TPOT is over finished requests of at least two
-    tokens.
+    tokens. ITL is over single gaps between tokens of a request, whatever became of it; its
+    quantiles are those of a histogram, right within 1 % (`models.gaps`).
     """
 
     count: int
@@ -40,6 +42,9 @@ class Latency(Record):
     p90_s: float
     p95_s: float
     p99_s: float
+
+
+NO_LATENCY = Latency(count=0, mean_s=0, p50_s=0, p90_s=0, p95_s=0, p99_s=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +91,8 @@ class Service(Record):
     span, in which requests arrive."""
     goodput_tokens_per_s: float
     """Output tokens of those requests per second."""
+    itl: Latency = NO_LATENCY
+    """None counted in a run that is read from its journal: it has no single tokens."""
 
 
 SCALES = (1, 2, 4, 8, 16)
@@ -161,3 +168,7 @@ class Run:
     """[llm, bin] requests in the system (waiting and running), mean over the bin."""
     peak_load: NDArray[np.float64]
     """[llm, bin] the same, maximum in the bin."""
+    itl: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, GAP_BINS), int))
+    """[llm, bin] gaps between tokens, in the bins of `models.gaps`; may lack all rows."""
+    itl_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """[llm] sum of these gaps."""

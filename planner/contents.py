@@ -118,6 +118,7 @@ def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
             seconds,
             -1,
         ),
+        ("ITL, P99", NONE, lambda o: _quantile(o.total.itl, "p99_s"), seconds, -1),
         (
             "SLO attainment",
             NONE,
@@ -195,7 +196,7 @@ def _best(values: Sequence[float], better: int) -> frozenset[int]:
 def service(plan: Plan, runs: Sequence[Run]) -> Table:
     """What each LLM's users got, policy by policy, beside what was predicted."""
     head = ["LLM", "requests", "answered", "TTFT P50", "P90", "P99", "TPOT P50", "P99"]
-    head += ["SLO met", "TTFT pred.", "TPOT pred."]
+    head += ["ITL P99", "SLO met", "TTFT pred.", "TPOT pred."]
     several, colour = len(runs) > 1, colours(plan.fleet)
     if several:
         head.insert(1, "policy")
@@ -227,6 +228,7 @@ def _service_cells(got: Service) -> Iterator[str]:
     for latency, quantiles in (
         (got.ttft, ("p50_s", "p90_s", "p99_s")),
         (got.tpot, ("p50_s", "p99_s")),
+        (got.itl, ("p99_s",)),
     ):
         yield from (seconds(_quantile(latency, q)) for q in quantiles)
     yield percent(got.slo_attainment if got.requests else None, 2)

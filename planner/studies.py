@@ -91,6 +91,7 @@ MAIN: Sequence[tuple[str, str, Callable[[float], str]]] = (
     ("TTFT, median", "ttft_p50_s", seconds),
     ("TTFT, P99", "ttft_p99_s", seconds),
     ("TPOT, P99", "tpot_p99_s", seconds),
+    ("ITL, P99", "itl_p99_s", seconds),
     ("End to end, P99", "e2e_p99_s", seconds),
     ("Slowdown by LLM (D1)", "d1", number),
     ("Slowdown by request (D2)", "d2", number),

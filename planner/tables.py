@@ -39,6 +39,8 @@ def outcome_row(outcome: Outcome) -> Mapping[str, object]:
         "ttft_p99_s": measured(total.ttft, "p99_s"),
         "tpot_p50_s": measured(total.tpot, "p50_s"),
         "tpot_p99_s": measured(total.tpot, "p99_s"),
+        "itl_p50_s": measured(total.itl, "p50_s"),
+        "itl_p99_s": measured(total.itl, "p99_s"),
         "gpu_hours": outcome.gpu_hours.get("total"),
         "cost_usd": outcome.cost_usd,
         "loads": outcome.loads,
