@@ -24,14 +24,29 @@ class Clock(Protocol):
         ...
 
 
-class VirtualClock:
-    """Time that passes only in `wait`, from one scheduled event to the next.
+class Stream(Protocol):
+    """Events in such numbers that they run by themselves, without the clock's heap."""
 
-    Events of one instant run in the order in which they were scheduled, all of them
-    before a woken wait returns: whoever waits sees the instant as a whole.
+    def run(self, until_s: float) -> float:
+        """Let everything up to and including ``until_s`` happen. Stops early, and returns
+        when, after an event that `handle` has to deal with; returns infinity if none."""
+        ...
+
+    def handle(self) -> None:
+        """Deal with it; the clock shows the time that `run` returned."""
+        ...
+
+
+class VirtualClock:
+    """Time that passes only in `wait`, from one event to the next.
+
+    Events of one instant run in the order in which they were scheduled, those of the
+    ``stream`` first, all of them before a woken wait returns: whoever waits sees the
+    instant as a whole.
     """
 
     def __init__(self, start_s: float = 0.0) -> None:
+        self.stream: Stream | None = None
         self._now_s = start_s
         self._woken = False
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -54,7 +69,14 @@ class VirtualClock:
         events = self._events
         while True:
             limit_s = self._now_s if self._woken else until_s
-            if not events or events[0][0] > limit_s:
+            event_s = events[0][0] if events else math.inf
+            if self.stream is not None:
+                at_s = self.stream.run(min(event_s, limit_s))
+                if at_s < math.inf:
+                    self._now_s = at_s
+                    self.stream.handle()
+                    continue
+            if event_s > limit_s or not events:
                 break
             at_s, _, callback = heapq.heappop(events)
             self._now_s = at_s

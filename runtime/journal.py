@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Protocol, Self
+from typing import IO, Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from foreserve.models.codec import structure, to_plain
 from foreserve.models.errors import InvalidInput
 from foreserve.models.observed import Phase
-from foreserve.models.placement import Action, Placement
+from foreserve.models.placement import Action, Placement, ReplicaId
 from foreserve.models.record import Record
 from foreserve.models.specs import GpuId
 
@@ -68,6 +72,11 @@ class PhaseChange(Record):
     """Gone without having been asked to."""
 
 
+Result = Literal["finished", "failed", "unfinished"]
+RESULTS: tuple[Result, ...] = ("unfinished", "finished", "failed")
+"""By the numbers that `RequestTable` has for them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestEnd(Record):
     """All about one request, written once: when it ends, or when the run does."""
@@ -79,12 +88,95 @@ class RequestEnd(Record):
     arrival_s: float
     input_tokens: int
     output_tokens: int
-    result: Literal["finished", "failed", "unfinished"]
+    result: Result
     first_token_s: float | None = None
     gpus: tuple[GpuId, ...] | None = None
     """Where it was worked on last; None: nowhere."""
     reason: str | None = None
     """Why it failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RequestTable:
+    """All requests of a run in columns, in the order of arrival: its owner fills in what
+    comes of them."""
+
+    llms: Sequence[str]
+    first_request: int
+    """The number of the first one."""
+    arrival_s: NDArray[np.float64]
+    llm: NDArray[np.int32]
+    """Index into ``llms``."""
+    input_tokens: NDArray[np.int32]
+    output_tokens: NDArray[np.int32]
+    """Asked for, whether they came or not."""
+    first_token_s: NDArray[np.float64]
+    """NaN where there was none."""
+    end_s: NDArray[np.float64]
+    """When it ended, was given up, or the run stopped."""
+    result: NDArray[np.int8]
+    """Index into `RESULTS`."""
+    where: NDArray[np.int32]
+    """Index into ``replicas`` of where it was worked on last; -1: nowhere."""
+    replicas: Sequence[ReplicaId]
+
+    @property
+    def finish_s(self) -> NDArray[np.float64]:
+        """NaN where it did not finish."""
+        done = self.result == RESULTS.index("finished")
+        return np.where(done, self.end_s, np.nan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RequestEnds:
+    """Requests that ended since the last time: `RequestEnd`s by the thousand."""
+
+    table: RequestTable
+    rows: NDArray[np.int32]
+    """In the order of their ends."""
+
+    def worked_on(self) -> Iterator[ReplicaId]:
+        """The replicas that these requests were worked on."""
+        for index in np.unique(self.table.where[self.rows]).tolist():
+            if index >= 0:
+                yield self.table.replicas[index]
+
+    def events(self) -> Iterator[RequestEnd]:
+        """One by one."""
+        t = self.table
+        requests = (t.arrival_s, t.llm, t.input_tokens, t.output_tokens)
+        ends = (t.first_token_s, t.end_s, t.result, t.where)
+        columns: list[list[Any]] = [c[self.rows].tolist() for c in (*requests, *ends)]
+        for row, *values in zip(self.rows.tolist(), *columns, strict=True):
+            arrival_s, llm, given, asked, first_s, end_s, result, where = values
+            reason = None
+            if RESULTS[result] == "failed":
+                tokens = given + asked - 1
+                reason = f"{tokens} tokens exceed the KV cache of every ACTIVE replica"
+            yield RequestEnd(
+                at_s=end_s,
+                request=t.first_request + row,
+                llm=t.llms[llm],
+                arrival_s=arrival_s,
+                input_tokens=given,
+                output_tokens=asked,
+                result=RESULTS[result],
+                first_token_s=None if math.isnan(first_s) else first_s,
+                gpus=t.replicas[where].gpus if where >= 0 else None,
+                reason=reason,
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gaps(Record):
+    """The gaps between tokens that an LLM's users have seen, counted (`models.gaps`)."""
+
+    at_s: float
+    llm: str
+    seconds: float
+    """Their sum."""
+    counts: tuple[tuple[int, int], ...]
+    """(bin, how many), where there are any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +186,7 @@ class Ended(Record):
     at_s: float
 
 
-Event = Started | Decision | Refusal | PhaseChange | RequestEnd | Ended
+Event = Started | Decision | Refusal | PhaseChange | RequestEnd | Gaps | Ended
 
 EVENTS: Mapping[str, type[Event]] = {
     "started": Started,
@@ -102,6 +194,7 @@ EVENTS: Mapping[str, type[Event]] = {
     "refusal": Refusal,
     "phase": PhaseChange,
     "request": RequestEnd,
+    "gaps": Gaps,
     "ended": Ended,
 }
 _NAMES = {cls: name for name, cls in EVENTS.items()}
@@ -110,7 +203,7 @@ _NAMES = {cls: name for name, cls in EVENTS.items()}
 class Recorder(Protocol):
     """Whoever wants to know what happens."""
 
-    def record(self, event: Event) -> None: ...
+    def record(self, event: Event | RequestEnds) -> None: ...
 
 
 class Journal:
@@ -135,7 +228,11 @@ class Journal:
                     filename="", mode="wb", fileobj=self._raw, mtime=0
                 )
 
-    def record(self, event: Event) -> None:
+    def record(self, event: Event | RequestEnds) -> None:
+        if isinstance(event, RequestEnds):
+            for end in event.events():
+                self.record(end)
+            return
         plain = {"event": _NAMES[type(event)], **to_plain(event)}
         line = json.dumps(
             plain,

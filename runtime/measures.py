@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from foreserve.models.outcome import SCALES, Latency, Ratios, Service
 from foreserve.models.perf.compact import decode_many, prefill_many
 from foreserve.models.problem import Fleet
-from foreserve.runtime.journal import RequestEnd
+from foreserve.runtime.journal import RequestEnd, RequestTable
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Ints = NDArray[np.int64] | NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
@@ -45,6 +45,19 @@ class Requests:
     """Asked for, whether they came or not."""
     left_s: Floats
     """When it ended, was given up, or the run stopped."""
+
+    @classmethod
+    def of(cls, table: RequestTable) -> Requests:
+        """The whole of ``table``; shares its columns."""
+        return cls(
+            llm=table.llm,
+            arrival_s=table.arrival_s,
+            first_token_s=table.first_token_s,
+            finish_s=table.finish_s,
+            input_tokens=table.input_tokens,
+            output_tokens=table.output_tokens,
+            left_s=table.end_s,
+        )
 
 
 class RequestLog:

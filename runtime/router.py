@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Sequence
 
-from foreserve.models.observed import Phase
-from foreserve.models.placement import ReplicaId
+import numpy as np
+from numpy.typing import NDArray
 
+Numbers = Sequence[int] | NDArray[np.int64]
 
-class Routable(Protocol):
-    """What the choice depends on (`ObservedReplica` is one)."""
-
-    @property
-    def id(self) -> ReplicaId: ...
-    @property
-    def phase(self) -> Phase: ...
-    @property
-    def in_flight(self) -> int: ...
+NEVER = -2
+"""No replica could ever hold the request."""
 
 
 def choose(
-    replicas: Iterable[Routable], cap: Mapping[ReplicaId, int]
-) -> ReplicaId | None:
-    """The ACTIVE replica with the fewest requests in flight, ties by id; None if each
-    has as many as its ``cap``. All ``replicas`` are of the request's LLM."""
-    best: tuple[int, ReplicaId] | None = None
-    for replica in replicas:
-        if replica.phase != "ACTIVE" or replica.in_flight >= cap[replica.id]:
+    in_flight: Numbers,
+    cap: Numbers,
+    room_tokens: Numbers,
+    tokens: int,
+) -> int:
+    """Index of the ACTIVE replica that takes a request of ``tokens`` in the KV cache.
+
+    Of those whose KV caches have ``room_tokens`` for it, the one with the fewest requests
+    ``in_flight``, below its ``cap``; ties go to the first, so list them by id. -1 where
+    each has as many as its cap, `NEVER` where none has room. All are of the request's LLM.
+    Plain arithmetic, as the simulator compiles it.
+    """
+    best, able = -1, len(in_flight) == 0
+    for i in range(len(in_flight)):
+        if room_tokens[i] < tokens:
             continue
-        if best is None or (replica.in_flight, replica.id) < best:
-            best = (replica.in_flight, replica.id)
-    return best[1] if best else None
+        able = True
+        if in_flight[i] < cap[i] and (best < 0 or in_flight[i] < in_flight[best]):
+            best = i
+    return best if able else NEVER

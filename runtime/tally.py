@@ -22,9 +22,11 @@ from foreserve.runtime.journal import (
     PhaseChange,
     Recorder,
     RequestEnd,
+    RequestEnds,
+    RequestTable,
     Started,
 )
-from foreserve.runtime.measures import RequestLog, services
+from foreserve.runtime.measures import RequestLog, Requests, services
 
 Floats = NDArray[np.float64]
 
@@ -46,18 +48,25 @@ class Tally:
         self._cold: set[ReplicaId] = set()
         """Replicas wanted ACTIVE whose weights were not there when that was so."""
         self._residency: list[Residency] = []
-        self._requests = RequestLog([llm.name for llm in fleet.llms])
+        self._log = RequestLog([llm.name for llm in fleet.llms])
+        self._table: RequestTable | None = None
+        """Where requests come as `RequestEnds`: read at the end."""
         self._counts = {llm.name: Counter[str]() for llm in fleet.llms}
         """By LLM and name of `COUNTS`."""
         self._unused: dict[ReplicaId, int] = {}
         """Weight bytes of replicas that were loaded and have not been worked with."""
 
-    def record(self, event: Event) -> None:
+    def record(self, event: Event | RequestEnds) -> None:
         if self.journal is not None:
             self.journal.record(event)
         match event:
+            case RequestEnds(table=table):
+                self._table = table
+                if self._unused:
+                    for key in event.worked_on():
+                        self._unused.pop(key, None)
             case RequestEnd():
-                self._requests.add(event)
+                self._log.add(event)
                 if self._unused and event.gpus is not None:
                     self._unused.pop(ReplicaId(llm=event.llm, gpus=event.gpus), None)
             case PhaseChange():
@@ -116,6 +125,12 @@ class Tally:
         counts = self._counts[llm] | Counter(unused_bytes=unused)
         return Effort(gpu_hours=gpu_s / 3600, **{name: counts[name] for name in COUNTS})
 
+    def requests(self) -> Requests:
+        """All that have ended, in the order of their numbers."""
+        if self._table is None:
+            return self._log.requests()
+        return Requests.of(self._table)
+
     def run(self, load_bin_s: float = 300.0) -> Run:
         """The run, once its last event has been recorded."""
         started = self._started
@@ -125,7 +140,7 @@ class Tally:
             )
         start_s, end_s = started.start_s, started.end_s
         llms = tuple(llm.name for llm in self.fleet.llms)
-        requests = self._requests.requests()
+        requests = self.requests()
         total, by_llm = services(
             self.fleet, requests, span_s=end_s - start_s, ended_s=self._ended_s
         )

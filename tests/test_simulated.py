@@ -24,13 +24,26 @@ from foreserve.runtime.controller import Controller, Policy
 from foreserve.runtime.journal import Ended, PhaseChange, Started, read_journal
 from foreserve.runtime.simulated import simulate
 from foreserve.runtime.simulated.backend import SimulatedBackend
-from foreserve.runtime.simulated.engine import Engine, EngineLimits, Job
+from foreserve.runtime.simulated.engine import EngineLimits, Engines
+from foreserve.runtime.simulated.layout import FAILED, FINISHED, Columns
 from foreserve.runtime.tally import Tally, gpu_seconds, loads
 from foreserve.traces.trace import Trace
 from tests.build import TIME, cluster, fleet, gpu, option
 from tests.test_reconcile import random_fleet, random_placement
 
 # --- the engine -----------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request, and what comes of it."""
+
+    request: int
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    first_token_s: float | None = None
+    preemptions: int = 0
 
 
 def per_token(
@@ -159,35 +172,37 @@ def per_token(
 def closed_form(
     time: IterationTime, kv_tokens: int, jobs: list[Job], limits: EngineLimits
 ) -> dict[int, float]:
-    """The engine under test, driven as the backend does. Events of one instant come in
-    either order: arrivals first where the request number is even."""
-    engine, ends = Engine(time, kv_tokens, limits), {}
+    """The engine under test. Events of one instant come in either order: arrivals first
+    where the request number is even."""
+    count = len(jobs)
+    columns = Columns(
+        np.full(count, np.inf),
+        np.zeros(count, np.int32),
+        np.array([job.input_tokens for job in jobs], np.int32),
+        np.array([job.output_tokens for job in jobs], np.int32),
+    )
+    engines = Engines(1, columns)
+    e = engines.open(0, 0, time, kv_tokens, limits)
+    ends: dict[int, float] = {}
 
     def advance_to(limit_s: float, inclusive: bool) -> None:
-        while engine.next_s < limit_s or (inclusive and engine.next_s == limit_s):
-            if engine.next_s == math.inf:
+        while (now_s := float(engines.row(e)["next_s"])) <= limit_s:
+            if now_s == math.inf or (now_s == limit_s and not inclusive):
                 break
-            now_s = engine.next_s
-            for job in engine.advance():
-                ends[job.request] = now_s
+            ends.update(dict.fromkeys(engines.advance(e), now_s))
 
     for job in sorted(jobs, key=lambda job: job.arrival_s):
         advance_to(job.arrival_s, inclusive=job.request % 2 == 1)
-        engine.submit(job, job.arrival_s)
+        engines.submit(e, job.request, job.arrival_s)
     advance_to(math.inf, inclusive=True)
-    assert not list(engine.jobs())
-    assert engine.used_blocks == 0
+    for job in jobs:
+        job.first_token_s = float(engines.state.first_s[job.request])
+        job.preemptions = int(engines.state.preempted[job.request])
+    assert engines.row(e)["in_flight"] == engines.used_blocks(e) == 0
+    assert engines.state.gaps.sum() == sum(job.output_tokens - 1 for job in jobs)
+    waited = sum(ends[job.request] - (job.first_token_s or 0) for job in jobs)
+    assert engines.state.gaps_s[0] == pytest.approx(waited)
     return ends
-
-
-def job(request: int, arrival_s: float, input_tokens: int, output_tokens: int) -> Job:
-    return Job(
-        request=request,
-        llm="a",
-        arrival_s=arrival_s,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-    )
 
 
 def both(
@@ -199,7 +214,7 @@ def both(
     """[request, (first token, end, preemptions)] by engine and by reference."""
     results = []
     for run in (closed_form, per_token):
-        jobs = [job(i, *row) for i, row in enumerate(rows)]
+        jobs = [Job(i, *row) for i, row in enumerate(rows)]
         ends = run(time, kv_tokens, jobs, limits or EngineLimits())
         assert sorted(ends) == [j.request for j in jobs]
         results.append(
@@ -352,11 +367,14 @@ def test_engine_joins_only_what_fits_its_kv_cache():
 
 
 def test_engine_refuses_what_it_can_never_hold():
-    """11 tokens do not fit a cache of 10."""
-    engine = Engine(TIME, 10)
-    assert not engine.can_hold(job(0, 0.0, 10, 1))
-    with pytest.raises(ValueError, match="request 0"):
-        engine.submit(job(0, 0.0, 10, 1), 0.0)
+    """11 tokens need 11 blocks of one; a cache of 10 fails the request, 11 hold it."""
+    limits = EngineLimits(block_tokens=1)
+    for blocks, expected in ((10, FAILED), (11, FINISHED)):
+        row = np.array([0.0]), *np.array([[0], [10], [2]], np.int32)
+        engines = Engines(1, Columns(*row))
+        engines.open(0, 0, TIME, blocks, limits)
+        assert engines.run(math.inf)
+        assert engines.state.result.tolist() == [expected]
 
 
 # --- whole runs -----------------------------------------------------------------------
@@ -800,7 +818,7 @@ def test_requests_are_conserved(seed):
     controller.run(40.0)
     backend.stop()
     assert backend.in_system == 0
-    ends = tally._requests.requests()
+    ends = tally.requests()
     np.testing.assert_array_equal(ends.arrival_s, trace.arrival_s)
     np.testing.assert_array_equal(ends.input_tokens, trace.input_tokens)
     done = ~np.isnan(ends.finish_s)

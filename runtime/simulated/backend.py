@@ -3,16 +3,17 @@
 Requests are routed as they come; those that no replica can take wait in one queue per
 LLM, first come first served, and move when a slot frees or a replica becomes ACTIVE.
 Nothing polls. The ledger is checked at every change, so over-commitment raises.
+
+All that concerns single requests is the `Engines`' and compiled; here are the replicas'
+lives.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import numpy as np
 
@@ -22,10 +23,16 @@ from foreserve.models.placement import Action, Placement, ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.models.specs import GpuId
 from foreserve.runtime.clock import VirtualClock
-from foreserve.runtime.journal import PhaseChange, Recorder, RequestEnd
+from foreserve.runtime.journal import (
+    Gaps,
+    PhaseChange,
+    Recorder,
+    RequestEnds,
+    RequestTable,
+)
 from foreserve.runtime.ledger import Ledger, phase_bytes
-from foreserve.runtime.router import choose
-from foreserve.runtime.simulated.engine import Engine, Job
+from foreserve.runtime.simulated.engine import EngineLimits, Engines
+from foreserve.runtime.simulated.layout import NONE, Columns
 from foreserve.runtime.states import check_action, check_move
 from foreserve.traces.trace import Trace
 
@@ -40,12 +47,9 @@ class _Replica:
     load_s: float
     """With its noise; the time in the queue for the link comes on top."""
     story: list[tuple[float, Phase | None]] = field(default_factory=list)
-    engine: Engine | None = None
-    in_flight: int = 0
-    idle_since_s: float | None = None
+    engine: int | None = None
+    """Its number while it holds KV."""
     on_link: bool = False
-    scheduled_s: float = math.nan
-    """When the engine's latest event is due."""
 
 
 class SimulatedBackend:
@@ -62,49 +66,82 @@ class SimulatedBackend:
         first_request: int = 0,
         load_noise: float = 0.1,
         initial: Placement | None = None,
-        on_arrival: Callable[[float], None] | None = None,
+        limits: EngineLimits | None = None,
+        watch: Callable[[float], None] | None = None,
+        watch_every_s: float = math.inf,
     ) -> None:
         """All requests of ``trace`` will come; the first is number ``first_request``.
 
-        A load takes ``option.load_s * exp(load_noise * N)`` with standard normal N.
-        ``on_arrival`` is told the time of each arrival.
+        ``watch`` is told the time every ``watch_every_s``. A load takes
+        ``option.load_s * exp(load_noise * N)`` with standard normal N.
         """
         unknown = {trace.llms[i] for i in np.unique(trace.llm)} - {*fleet.llm_by_name}
         if unknown:
             raise InvalidInput(f"trace: the fleet does not serve {min(unknown)!r}")
         self.fleet, self.clock, self.journal = fleet, clock, journal
-        self.arrived = self.ended = 0
+        self.limits = limits or EngineLimits()
+        self._watch, self._watch_every_s = watch, watch_every_s
+        self._watch_s = clock.now_s() + watch_every_s
         self._rng, self._load_noise = rng, load_noise
-        self._on_arrival = on_arrival
         self._ledger = Ledger(fleet)
         self._replicas: dict[ReplicaId, _Replica] = {}
-        self._caps: dict[ReplicaId, int] = {}
-        self._of_llm: dict[str, list[_Replica]] = {n: [] for n in fleet.llm_by_name}
-        self._queues: dict[str, deque[Job]] = {n: deque() for n in fleet.llm_by_name}
+        self._by_engine: dict[int, _Replica] = {}
+        self._llms = {llm.name: index for index, llm in enumerate(fleet.llms)}
         self._loads: list[_Replica] = []
         self._busy_links: set[GpuId] = set()
-        self._left = len(trace)
-        self._arrivals = _jobs(trace, first_request)
+        own = np.array([self._llms.get(name, -1) for name in trace.llms], np.int32)
+        self.engines = Engines(
+            len(fleet.llms),
+            Columns(
+                trace.arrival_s, own[trace.llm], trace.input_tokens, trace.output_tokens
+            ),
+            clock.now_s(),
+        )
+        state = self.engines.state
+        self._told = 0
+        """Requests whose end the journal knows."""
+        self._lives: list[ReplicaId] = []
+        self._table = RequestTable(
+            llms=tuple(self._llms),
+            first_request=first_request,
+            arrival_s=state.arrival_s,
+            llm=state.llm,
+            input_tokens=state.input_tokens,
+            output_tokens=state.output_tokens,
+            first_token_s=state.first_s,
+            end_s=state.end_s,
+            result=state.result,
+            where=state.where,
+            replicas=self._lives,
+        )
+        clock.stream = self
         for replica in (initial or Placement()).replicas:
             self._put(replica.id, replica.state)
-        self._await_arrival()
 
     # --- Backend -----------------------------------------------------------------------
 
     def observe(self) -> Observed:
+        self._tell()
+        queue = self.engines.state.queue.tolist()
         return Observed(
             now_s=self.clock.now_s(),
-            replicas=tuple(
-                ObservedReplica(
-                    llm=replica.id.llm,
-                    gpus=replica.id.gpus,
-                    phase=replica.phase,
-                    in_flight=replica.in_flight,
-                    idle_since_s=replica.idle_since_s,
-                )
-                for replica in self._replicas.values()
-            ),
-            waiting={llm: len(queue) for llm, queue in self._queues.items() if queue},
+            replicas=tuple(self._observed(r) for r in self._replicas.values()),
+            waiting={llm: queue[i] for llm, i in self._llms.items() if queue[i]},
+        )
+
+    def _observed(self, replica: _Replica) -> ObservedReplica:
+        in_flight, idle_since_s = 0, None
+        if replica.engine is not None:
+            row = self.engines.row(replica.engine)
+            in_flight = int(row["in_flight"])
+            if replica.phase == "ACTIVE" and not in_flight:
+                idle_since_s = float(row["idle_since_s"])
+        return ObservedReplica(
+            llm=replica.id.llm,
+            gpus=replica.id.gpus,
+            phase=replica.phase,
+            in_flight=in_flight,
+            idle_since_s=idle_since_s,
         )
 
     def apply(self, actions: Sequence[Action]) -> None:
@@ -120,21 +157,49 @@ class SimulatedBackend:
             if after == "ACTIVATING" and replica:
                 ready_s = self.clock.now_s() + replica.option.activate_s
                 self.clock.schedule(ready_s, partial(self._activated, replica))
-            elif after == "DRAINING" and replica and not replica.in_flight:
-                self._move(replica, "WARM")
+            elif after == "DRAINING" and replica and replica.engine is not None:
+                self.engines.withdraw(replica.engine)
+                if not self.engines.row(replica.engine)["in_flight"]:
+                    self._move(replica, "WARM")
 
     def lose(self, key: ReplicaId) -> None:
         """The replica vanishes. Its requests go back to the head of the queue and start
         anew elsewhere: what was streamed of them is lost."""
-        replica = self._replicas[key]
-        jobs = list(replica.engine.jobs()) if replica.engine else []
-        for job in sorted(jobs, key=lambda job: job.request, reverse=True):
-            job.restart()
-            self._queues[key.llm].appendleft(job)
-        self._move(replica, None, lost=True)
-        self._drain_queue(key.llm)
+        self._move(self._replicas[key], None, lost=True)
+        self.engines.serve_queue(self._llms[key.llm])
+
+    # --- Stream ------------------------------------------------------------------------
+
+    def run(self, until_s: float) -> float:
+        """Let requests come, be worked on and end, up to and including ``until_s``."""
+        while True:
+            if self.engines.run(min(until_s, self._watch_s)):
+                return float(self.engines.top["now_s"])
+            if self._watch is None or self._watch_s > until_s:
+                return math.inf
+            self._watch(self._watch_s)
+            self._watch_s += self._watch_every_s
+
+    def handle(self) -> None:
+        """Do what the engines stopped for."""
+        top = self.engines.top
+        if top["woken"]:
+            top["woken"] = False
+            self.clock.wake()
+        if top["emptied"] != NONE:
+            replica = self._by_engine[int(top["emptied"])]
+            top["emptied"] = NONE
+            self._move(replica, "WARM")
 
     # --- requests ----------------------------------------------------------------------
+
+    @property
+    def arrived(self) -> int:
+        return int(self.engines.top["arrived"])
+
+    @property
+    def ended(self) -> int:
+        return int(self.engines.top["ended"])
 
     @property
     def in_system(self) -> int:
@@ -142,105 +207,30 @@ class SimulatedBackend:
         return self.arrived - self.ended
 
     def stop(self) -> None:
-        """End the run: book every request that is still here as unfinished."""
-        for queue in self._queues.values():
-            for job in queue:
-                self._end(job, "unfinished", None)
-        for replica in self._replicas.values():
-            for job in replica.engine.jobs() if replica.engine else ():
-                self._end(job, "unfinished", replica.id)
+        """End the run: book every request that is still here as unfinished, and write
+        down what the tokens' gaps were."""
+        self.engines.give_up(self.clock.now_s())
+        self._tell()
+        for llm, index in self._llms.items():
+            counts = self.engines.state.gaps[index]
+            if counts.any():
+                self.journal.record(
+                    Gaps(
+                        at_s=self.clock.now_s(),
+                        llm=llm,
+                        seconds=float(self.engines.state.gaps_s[index]),
+                        counts=tuple(
+                            (i, int(counts[i])) for i in np.flatnonzero(counts).tolist()
+                        ),
+                    )
+                )
 
-    def _await_arrival(self) -> None:
-        job = next(self._arrivals, None)
-        if job is not None:
-            self.clock.schedule(job.arrival_s, partial(self._arrive, job))
-
-    def _arrive(self, job: Job) -> None:
-        self._await_arrival()
-        self.arrived += 1
-        self._left -= 1
-        queue = self._queues[job.llm]
-        if queue or not self._send(job):
-            queue.append(job)
-            # A long queue wakes the controller each time it has doubled.
-            if len(queue) & (len(queue) - 1) == 0:
-                self.clock.wake()
-        if self._on_arrival:
-            self._on_arrival(job.arrival_s)
-
-    def _send(self, job: Job) -> bool:
-        """Give ``job`` to a replica, or fail it if none could ever hold it."""
-        active = [r for r in self._of_llm[job.llm] if r.phase == "ACTIVE"]
-        able = [r for r in active if r.engine and r.engine.can_hold(job)]
-        if active and not able:
-            reason = (
-                f"{job.kv_tokens} tokens exceed the KV cache of every ACTIVE replica"
-            )
-            self._end(job, "failed", None, reason)
-            return True
-        key = choose(able, self._caps)
-        if key is None:
-            return False
-        replica = self._replicas[key]
-        assert replica.engine is not None
-        replica.in_flight += 1
-        replica.idle_since_s = None
-        replica.engine.submit(job, self.clock.now_s())
-        self._schedule(replica, replica.engine)
-        return True
-
-    def _drain_queue(self, llm: str) -> None:
-        queue = self._queues[llm]
-        while queue and self._send(queue[0]):
-            queue.popleft()
-
-    def _schedule(self, replica: _Replica, engine: Engine) -> None:
-        if engine.next_s < math.inf and engine.next_s != replica.scheduled_s:
-            replica.scheduled_s = engine.next_s
-            self.clock.schedule(engine.next_s, partial(self._advance, replica, engine))
-
-    def _advance(self, replica: _Replica, engine: Engine) -> None:
-        now_s = self.clock.now_s()
-        if replica.engine is not engine or engine.next_s != now_s:
-            return  # the replica is lost, or its plans have changed since
-        ended = engine.advance()
-        replica.scheduled_s = math.nan
-        for job in ended:
-            replica.in_flight -= 1
-            self._end(job, "finished", replica.id)
-        if ended and replica.phase == "ACTIVE":
-            self._drain_queue(replica.id.llm)
-        self._schedule(replica, engine)
-        if not replica.in_flight:
-            if replica.phase == "DRAINING":
-                self._move(replica, "WARM")
-            else:
-                replica.idle_since_s = now_s
-
-    def _end(
-        self,
-        job: Job,
-        result: Literal["finished", "failed", "unfinished"],
-        where: ReplicaId | None,
-        reason: str | None = None,
-    ) -> None:
-        self.ended += 1
-        self.journal.record(
-            RequestEnd(
-                at_s=self.clock.now_s(),
-                request=job.request,
-                llm=job.llm,
-                arrival_s=job.arrival_s,
-                input_tokens=job.input_tokens,
-                output_tokens=job.output_tokens,
-                result=result,
-                first_token_s=job.first_token_s,
-                gpus=where.gpus if where else None,
-                reason=reason,
-            )
-        )
-        if not self._left and not self.in_system:
-            self.clock.wake()
+    def _tell(self) -> None:
+        """Write down the requests that have ended since the last time."""
+        if (ended := self.ended) > self._told:
+            rows = self.engines.state.order[self._told : ended]
+            self._told = ended
+            self.journal.record(RequestEnds(table=self._table, rows=rows))
 
     # --- replicas ----------------------------------------------------------------------
 
@@ -254,8 +244,6 @@ class SimulatedBackend:
         )
         replica.story.append((self.clock.now_s(), phase))
         self._replicas[key] = replica
-        self._caps[key] = option.concurrency
-        self._of_llm[key.llm].append(replica)
         if phase == "ACTIVE":
             self._serve(replica)
         return replica
@@ -271,18 +259,19 @@ class SimulatedBackend:
         replica.story.append((now_s, after))
         if after is None:
             del self._replicas[key]
-            self._of_llm[key.llm].remove(replica)
         else:
             replica.phase = after
-        if after in (None, "WARM"):
-            replica.engine = replica.idle_since_s = None
-        elif after == "DRAINING":
-            replica.idle_since_s = None
+        if after in (None, "WARM") and replica.engine is not None:
+            self._tell()
+            del self._by_engine[replica.engine]
+            self.engines.close(replica.engine)
+            replica.engine = None
         self._note(replica, after, lost)
         if before == "LOADING":
             self._leave_link(replica)
 
     def _note(self, replica: _Replica, phase: Phase | None, lost: bool = False) -> None:
+        self._tell()
         self.journal.record(
             PhaseChange(
                 at_s=self.clock.now_s(),
@@ -301,10 +290,18 @@ class SimulatedBackend:
 
     def _serve(self, replica: _Replica) -> None:
         option = replica.option
-        kv_tokens = option.kv_bytes // option.kv_token_bytes
-        replica.engine = Engine(option.time, kv_tokens)
-        replica.idle_since_s = self.clock.now_s()
-        self._drain_queue(replica.id.llm)
+        self._lives.append(replica.id)
+        replica.engine = self.engines.open(
+            self._llms[replica.id.llm],
+            replica.id,
+            option.time,
+            option.kv_bytes // option.kv_token_bytes,
+            self.limits,
+            cap=option.concurrency,
+            life=len(self._lives) - 1,
+        )
+        self._by_engine[replica.engine] = replica
+        self.engines.serve_queue(self._llms[replica.id.llm])
 
     # --- loads: one at a time on each GPU's link, in the order they were asked for -----
 
@@ -333,19 +330,3 @@ class SimulatedBackend:
         if replica.on_link:
             self._busy_links.difference_update(replica.id.gpus)
         self._start_loads()
-
-
-def _jobs(trace: Trace, first_request: int) -> Iterator[Job]:
-    """The requests one by one, so that the clock holds only the next arrival."""
-    columns = (trace.arrival_s, trace.llm, trace.input_tokens, trace.output_tokens)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    for request, (arrival_s, llm, input_tokens, output_tokens) in enumerate(
-        rows, first_request
-    ):
-        yield Job(
-            request=request,
-            llm=trace.llms[llm],
-            arrival_s=arrival_s,
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-        )

@@ -1,7 +1,6 @@
-"""One ACTIVE replica in virtual time: continuous batching, iteration by iteration, with
-closed forms between events instead of work per token.
+"""ACTIVE replicas in virtual time: continuous batching, iteration by iteration.
 
-It schedules as vLLM's V1 engine does. In each iteration, within a budget of tokens:
+An engine schedules as vLLM's V1 engine does. In each iteration, within a budget of tokens:
 
 1. Running requests in the order in which they joined: each that decodes takes one token,
    one whose prompt is not done takes as much of it as is left of the budget. Tokens live
@@ -13,19 +12,28 @@ It schedules as vLLM's V1 engine does. In each iteration, within a budget of tok
 
 All of it takes one iteration's time. A request whose tokens are all computed gets its next
 one at the end of the iteration. A request that comes during an iteration is considered
-at the end of it.
+at the end of it. The work itself is compiled (`core`, `flow`).
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from foreserve.models.cost import IterationTime
 from foreserve.models.record import Record
+from foreserve.runtime.simulated import core, flow, layout
+from foreserve.runtime.simulated.layout import NONE, Columns
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+NO_CAP = 2**62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,351 +58,216 @@ class EngineLimits(Record):
             raise ValueError("engine: max_num_batched_tokens must exceed max_num_seqs")
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request on its way. Mutable; its engine fills in the rest."""
+class Engines:
+    """All engines of a cluster, the requests on their way to them, and the time.
 
-    request: int
-    llm: str
-    arrival_s: float
-    input_tokens: int
-    output_tokens: int
-    given: int = 0
-    """Output tokens so far."""
-    computed: int = 0
-    """Tokens in the KV cache; while it decodes, as of the step that it began in."""
-    first_token_s: float | None = None
-    preemptions: int = 0
-    # While it decodes: the engine's step before its first, and its count of joins.
-    begun: int = 0
-    joined: int = -1
-    # Since it was preempted: tokens that were computed, and the engine's count of blocks
-    # taken at which the first of its own goes.
-    cached: int = 0
-    lost_from: int = 0
+    Its owner opens and closes engines and calls `run`. ``state`` may be read by anyone;
+    `layout` says what is in it.
+    """
+
+    def __init__(self, llms: int, requests: Columns, start_s: float = 0.0) -> None:
+        self.state = layout.empty(llms, requests)
+        self.top["now_s"] = start_s
+        self._times: dict[int, IterationTime] = {}
+        self._lanes: list[list[tuple[Any, int, int]]] = [[] for _ in range(llms)]
+        """By LLM: (key, engine, cap) of those that take requests, sorted."""
 
     @property
-    def kv_tokens(self) -> int:
-        """Most tokens it has in the KV cache: its last one never gets there."""
-        return self.input_tokens + self.output_tokens - 1
+    def top(self) -> Any:
+        return self.state.top[0]
 
-    def restart(self) -> None:
-        """Forget all progress: its replica is lost, and with it the KV cache."""
-        self.given, self.computed, self.first_token_s, self.joined = 0, 0, None, -1
-        self.cached = 0
+    def row(self, e: int) -> Any:
+        """All numbers of one engine, by the names of `layout.ENGINE`."""
+        return self.state.engines[e]
 
-
-class Engine:
-    """Works on jobs. Its owner calls `advance` at `next_s`, and again as that changes."""
-
-    def __init__(
-        self, time: IterationTime, kv_tokens: int, limits: EngineLimits | None = None
-    ) -> None:
-        self.time = time
-        self.limits = limits or EngineLimits()
-        self.num_blocks = kv_tokens // self.limits.block_tokens
-        self.next_s = math.inf
-        """When something happens next: a first token, an end, or a join."""
-        self.preemptions = 0
-        self._free_blocks = self.num_blocks
-        self._taken = 0
-        """Blocks taken so far, but for those that were found again."""
-        self._waiting: deque[Job] = deque()
-        # Running: those that decode, by the order of joining, and at most one whose prompt
-        # is under way, the last to join (the budget ended there).
-        self._decoding: dict[Job, None] = {}
-        self._prompt: Job | None = None
-        self._ends: list[tuple[int, int, Job]] = []
-        """Heap of (step after which it ends, count of joins, job); stale where the job
-        was preempted."""
-        self._context = 0
-        """Tokens that the next step of the decoding jobs reads."""
-        self._phase = [0] * self.limits.block_tokens
-        """Decoding jobs by the step, modulo the block, in which they need a new one."""
-        self._step = self._joins = 0
-        # The stretch under way: `_count` iterations alike, begun at `_start_s`. With
-        # prompts in it there is one, and `_chunks` says how much of each is computed.
-        self._start_s = 0.0
-        self._count = self._steps = 0
-        """Iterations, and steps of each decoding job in them (0 or as many)."""
-        self._chunks: list[tuple[Job, int]] = []
-        self._resumed: Job | None = None
-        """Whose prompt was under way before: the first chunk is its."""
-
-    @property
-    def running(self) -> int:
-        return len(self._decoding) + (self._prompt is not None)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def used_blocks(self) -> int:
-        """At the begin of the stretch under way."""
-        return self.num_blocks - self._free_blocks
-
-    def can_hold(self, job: Job) -> bool:
-        """Whether ``job`` fits the KV cache at all."""
-        return self._blocks(job.kv_tokens) <= self.num_blocks
-
-    def submit(self, job: Job, now_s: float) -> None:
-        """Take ``job``, which `can_hold`. ``now_s`` is not after `next_s`."""
-        if not self.can_hold(job):
-            raise ValueError(
-                f"request {job.request}: more tokens than the KV cache has"
-            )
-        self._waiting.append(job)
-        if self.next_s == math.inf or now_s == self._start_s:
-            self._undo()
-            self._begin(now_s)
-        elif (
-            self._count > 1
-            and len(self._waiting) == 1
-            and self.running < self.limits.max_num_seqs
-        ):
-            self._count = self._steps = self._iterations_until(now_s)
-            self.next_s = self._start_s + self._stretch_s(self._count)
-
-    def advance(self) -> tuple[Job, ...]:
-        """Go to `next_s`; return the jobs that end there."""
-        now_s, batch = self.next_s, len(self._decoding)
-        self._take(self._blocks_of_steps(self._steps) if batch else 0)
-        self._step += self._steps
-        self._context += batch * self._steps
-        ended = []
-        while self._ends and self._ends[0][0] <= self._step:
-            _, joined, job = heapq.heappop(self._ends)
-            if job.joined == joined:
-                job.given = job.output_tokens
-                self._leave(job)
-                ended.append(job)
-        for job, computed in self._chunks:
-            job.computed = computed
-            if computed < job.input_tokens + job.given:
-                self._prompt = job
-                continue
-            job.given += 1
-            if job.first_token_s is None:
-                job.first_token_s = now_s
-            if job.given == job.output_tokens:
-                self._free_blocks += self._blocks(job.computed)
-                ended.append(job)
-            else:
-                self._decode(job)
-        self._chunks = []
-        self._begin(now_s)
-        return tuple(ended)
-
-    def jobs(self) -> Iterable[Job]:
-        """All jobs it has, in no particular order."""
-        yield from self._waiting
-        yield from self._decoding
-        if self._prompt:
-            yield self._prompt
-        yield from (job for job, _ in self._chunks if job is not self._prompt)
-
-    # --- running jobs ----------------------------------------------------------------
-
-    def _decode(self, job: Job) -> None:
-        """Its prompt is done, and blocks for it are booked: a token a step from now on."""
-        self._joins += 1
-        job.begun, job.joined = self._step, self._joins
-        self._decoding[job] = None
-        self._context += job.computed + 1
-        self._phase[self._needs_at(job)] += 1
-        end = self._step + job.output_tokens - job.given
-        heapq.heappush(self._ends, (end, job.joined, job))
-
-    def _leave(self, job: Job) -> None:
-        """It decodes no more: its blocks are free."""
-        del self._decoding[job]
-        self._phase[self._needs_at(job)] -= 1
-        job.computed += self._step - job.begun
-        self._context -= job.computed + 1
-        self._free_blocks += self._blocks(job.computed)
-        job.joined = -1
-
-    def _needs_at(self, job: Job) -> int:
-        return (job.begun - job.computed) % self.limits.block_tokens
-
-    def _take(self, blocks: int) -> None:
-        self._free_blocks -= blocks
-        self._taken += blocks
-
-    def _found(self, job: Job) -> int:
-        """Tokens of a waiting job that are still in its old blocks."""
-        if not (self.limits.caches_prefixes and job.cached):
-            return 0
-        # This iteration's steps take theirs first.
-        lost = max(0, self._taken + self._need_of_step() - job.lost_from)
-        kept = self._blocks(job.cached) - lost
-        full = job.cached // self.limits.block_tokens
-        return max(0, min(full, kept)) * self.limits.block_tokens
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.limits.block_tokens)
-
-    def _need_of_step(self) -> int:
-        """Blocks that the next step takes, if prompts leave it its place."""
-        if not self.limits.mixes:
-            return 0
-        return self._phase[self._step % self.limits.block_tokens]
-
-    def _blocks_of_steps(self, count: int) -> int:
-        """Blocks that the next ``count`` steps take."""
-        rounds, rest = divmod(count, self.limits.block_tokens)
-        found = rounds * len(self._decoding)
-        for step in range(self._step, self._step + rest):
-            found += self._phase[step % self.limits.block_tokens]
-        return found
-
-    def _steps_with(self, blocks: int) -> int:
-        """Most steps that take no more than ``blocks``."""
-        rounds = blocks // len(self._decoding)
-        steps, left = rounds * self.limits.block_tokens, blocks
-        left -= rounds * len(self._decoding)
-        while (need := self._phase[(self._step + steps) % len(self._phase)]) <= left:
-            left -= need
-            steps += 1
-        return steps
-
-    def _make_room(self) -> None:
-        """Preempt until the next step of those that decode has its blocks."""
-        block = self.limits.block_tokens
-        while self._decoding and self._phase[self._step % block] > self._free_blocks:
-            self._preempt()
-
-    def _preempt(self) -> None:
-        """The one that joined last gives its blocks back and waits again."""
-        lost_from = self._taken + self._free_blocks
-        if (job := self._prompt) is not None:
-            self._prompt = None
-            self._free_blocks += self._blocks(job.computed)
-        else:
-            job = next(reversed(self._decoding))
-            job.given += self._step - job.begun
-            self._leave(job)
-        job.cached, job.lost_from, job.computed = job.computed, lost_from, 0
-        job.preemptions += 1
-        self.preemptions += 1
-        self._waiting.appendleft(job)
-
-    # --- stretches -------------------------------------------------------------------
-
-    def _begin(self, now_s: float) -> None:
-        """Plan the next stretch from ``now_s``."""
-        self._start_s = now_s
-        before = self.preemptions
-        if self.limits.mixes:
-            self._make_room()
-        self._fill(before)
-        if not (self._chunks or self.limits.mixes):
-            self._make_room()
-        if self._chunks or (self._decoding and self.preemptions != before):
-            # Whoever was preempted may join again in the next iteration.
-            self._count = 1
-            self._steps = int(self.limits.mixes or not self._chunks)
-        elif self._decoding:
-            while self._ends[0][2].joined != self._ends[0][1]:
-                heapq.heappop(self._ends)
-            to_end = self._ends[0][0] - self._step
-            self._count = min(to_end, self._steps_with(self._free_blocks))
-            self._steps = self._count
-        else:
-            self._count = self._steps = 0
-            self.next_s = math.inf
-            return
-        self.next_s = now_s + self._stretch_s(self._count)
-
-    def _fill(self, before: int) -> None:
-        """Plan the chunks of one iteration; nobody joins if there were more preemptions
-        than ``before``."""
-        # Steps take their blocks when the stretch ends; chunks take theirs here.
-        spare = self._free_blocks - self._need_of_step()
-        budget = self.limits.max_num_batched_tokens
-        budget -= len(self._decoding) if self.limits.mixes else 0
-        self._resumed = None
-        if self._prompt:
-            job = self._prompt
-            take = min(job.input_tokens + job.given - job.computed, budget)
-            need = self._blocks(job.computed + take) - self._blocks(job.computed)
-            if need > spare:
-                self._preempt()
-            else:
-                self._chunks.append((job, job.computed + take))
-                self._prompt, self._resumed = None, job
-                self._take(need)
-                spare -= need
-                budget -= take
-        running = len(self._decoding) + len(self._chunks)
-        while (
-            self._waiting
-            and budget > 0
-            and running < self.limits.max_num_seqs
-            and self.preemptions == before
-        ):
-            job = self._waiting[0]
-            known, found = job.input_tokens + job.given, self._found(job)
-            take = min(known - found, budget)
-            need = self._blocks(found + take)
-            whole = self.limits.whole_prompts
-            if (self._blocks(known) if whole else need) > spare:
+    def run(self, until_s: float) -> bool:
+        """Let everything happen up to and including ``until_s``. True: stopped right after
+        an event that is for the owner to deal with (see the end of `layout.TOP`)."""
+        top = self.top
+        while True:
+            flow.run(self.state, until_s)
+            if not top["full"]:
                 break
-            self._waiting.popleft()
-            job.computed = found
-            self._chunks.append((job, found + take))
-            self._take(need)
-            self._taken -= self._blocks(found)
-            spare -= need
-            budget -= take
-            running += 1
+            self._more_jobs()
+            top["full"] = False
+        return bool(
+            top["woken"]
+            or top["revoked"]
+            or top["emptied"] != NONE
+            or top["foreign"] != NONE
+        )
 
-    def _undo(self) -> None:
-        """Take back the stretch that was planned and of which nothing has passed."""
-        for job, computed in reversed(self._chunks):
-            self._take(self._blocks(job.computed) - self._blocks(computed))
-            if job is self._resumed:
-                self._prompt = job
-            else:
-                self._free_blocks += self._blocks(job.computed)
-                job.computed = 0
-                self._waiting.appendleft(job)
-        self._chunks = []
+    # --- engines ---------------------------------------------------------------------
 
-    def _stretch_s(self, count: int) -> float:
-        """Seconds of the first ``count`` iterations of the stretch.
+    def open(
+        self,
+        llm: int,
+        key: Any,
+        time: IterationTime,
+        kv_tokens: int,
+        limits: EngineLimits,
+        *,
+        cap: int = NO_CAP,
+        life: int = 0,
+        speed: float = 1.0,
+    ) -> int:
+        """A new engine for ``llm``; its number. It takes requests at once, ``cap`` of them
+        at most; among equals the router prefers small ``key``s. ``life`` is noted with
+        each request that ends there."""
+        closed = np.flatnonzero(self.state.engines["llm"] == NONE)
+        if not len(closed):
+            self._more_engines()
+            closed = np.flatnonzero(self.state.engines["llm"] == NONE)
+        self._widen(limits)
+        e = int(closed[0])
+        self.state.engines[e] = np.zeros((), layout.ENGINE)
+        row = self.row(e)
+        for name in layout.LINKS:
+            row[name] = NONE
+        row["llm"], row["life"] = llm, life
+        row["max_tokens"] = limits.max_num_batched_tokens
+        row["max_seqs"], row["block"] = limits.max_num_seqs, limits.block_tokens
+        row["whole"], row["mixes"] = limits.whole_prompts, limits.mixes
+        row["caches"] = limits.caches_prefixes
+        row["blocks"] = row["free"] = kv_tokens // limits.block_tokens
+        row["start_s"], row["next_s"] = -math.inf, math.inf
+        row["idle_since_s"] = self.top["now_s"]
+        self.state.phase[e] = 0
+        self._times[e] = time
+        self._set_times(e, speed)
+        flow.add_engine(self.state, e)
+        self._lanes[llm].append((key, e, cap))
+        self._write_lane(llm)
+        return e
 
-        Decoding ``b`` sequences adds ``b`` tokens of context per step, so ``count`` steps
-        from ``c`` tokens see ``count * c + b * count * (count - 1) / 2`` in all.
-        """
-        seconds, steps = 0.0, bool(self._steps and self._decoding)
-        if steps:
-            batch = len(self._decoding)
-            context = count * self._context + batch * (count * (count - 1) // 2)
-            seconds = count * self.time.decode_s(batch, 0.0)
-            seconds += self.time.decode_s_per_context_token * context
-        if self._chunks:
-            # Attention of the tokens from p to q of a prompt: q^2 - p^2 of its square.
-            tokens = sum(upto - job.computed for job, upto in self._chunks)
-            tokens2 = sum(upto**2 - job.computed**2 for job, upto in self._chunks)
-            # Beside decodes the weights are read anyway.
-            cost_s = self.time.chunk_s if steps else self.time.prefill_s
-            seconds += cost_s(tokens, tokens2)
-        return seconds
+    def serve_queue(self, llm: int) -> None:
+        """Send what waits for ``llm`` to the engines that take it."""
+        flow.drain_queue(self.state, llm, float(self.top["now_s"]))
 
-    def _iterations_until(self, now_s: float) -> int:
-        """Iterations of the stretch (decoding only) until the first end at or after
-        ``now_s``: the root of the quadratic in `_stretch_s`, rounded up."""
-        batch, time = len(self._decoding), self.time
-        square = time.decode_s_per_context_token * batch / 2
-        linear = time.decode_s(batch, self._context) - square
-        passed_s = now_s - self._start_s
-        root = linear + math.sqrt(linear**2 + 4 * square * passed_s)
-        count = min(self._count, math.ceil(2 * passed_s / root))
-        # Rounding may be off by one either way; the ends themselves decide.
-        while count > 1 and self._start_s + self._stretch_s(count - 1) >= now_s:
-            count -= 1
-        while self._start_s + self._stretch_s(count) < now_s:
-            count += 1
-        return count
+    def withdraw(self, e: int) -> None:
+        """The engine takes no more requests; `run` stops when it has none."""
+        llm = int(self.row(e)["llm"])
+        self._lanes[llm] = [entry for entry in self._lanes[llm] if entry[1] != e]
+        self.row(e)["lane"] = NONE
+        self._write_lane(llm)
+
+    def close(self, e: int) -> None:
+        """The engine is gone, and what it had goes back to the head of its LLM's queue to
+        start anew: what was streamed of it is lost."""
+        for slot in core.jobs_of(self.state, e)[::-1].tolist():
+            core.restart(self.state, slot)
+            flow.enqueue(self.state, slot, True)
+        self.withdraw(e)
+        flow.remove_engine(self.state, e)
+        self.row(e)["llm"] = NONE
+        del self._times[e]
+
+    def submit(self, e: int, request: int, now_s: float) -> None:
+        """Give the engine a request by hand; ``now_s`` is not after its ``next_s``."""
+        if self.top["free_job"] == NONE:
+            self._more_jobs()
+        core.submit(self.state, e, core.new_job(self.state, request), now_s)
+        flow.place_engine(self.state, e)
+
+    def advance(self, e: int) -> list[int]:
+        """Take the engine to its ``next_s`` by hand; the requests that end there."""
+        top = self.top
+        top["now_s"], top["ended"] = self.row(e)["next_s"], 0
+        core.advance(self.state, e)
+        flow.place_engine(self.state, e)
+        ended: list[int] = self.state.order[: top["ended"]].tolist()
+        return ended
+
+    def set_speed(self, e: int, factor: float) -> None:
+        """From its next iteration on, iterations take ``factor`` times the cost model's."""
+        core.rebase(self.state, e, float(self.top["now_s"]))
+        self._set_times(e, factor)
+        flow.place_engine(self.state, e)
+
+    def lend(self, e: int, share: Callable[[int, int, int], int]) -> int:
+        """Set blocks of the KV cache aside until the engine misses them; how many.
+        ``share`` says how many, of (blocks, requests in flight, blocks in use)."""
+        now_s, row = float(self.top["now_s"]), self.row(e)
+        core.rebase(self.state, e, now_s)
+        flow.place_engine(self.state, e)
+        used = core.used_at(self.state, e, now_s)
+        spare = int(row["blocks"]) - int(row["lent"]) - used
+        more = share(int(row["blocks"]), int(row["in_flight"]), used) - int(row["lent"])
+        more = max(0, min(more, spare))
+        core.lend(self.state, e, more)
+        return more
+
+    def running(self, e: int) -> int:
+        row = self.row(e)
+        return int(row["in_flight"] - row["waiting"])
+
+    def used_blocks(self, e: int) -> int:
+        """By the end of the iteration under way."""
+        return int(core.used_at(self.state, e, float(self.top["now_s"])))
+
+    def _set_times(self, e: int, factor: float) -> None:
+        row, time = self.row(e), self._times[e]
+        for name in layout.TIMES:
+            scale = 1.0 if name == "expert_share" else factor
+            row[name] = getattr(time, name) * scale
+
+    def _write_lane(self, llm: int) -> None:
+        state, lane = self.state, self._lanes[llm]
+        lane.sort(key=lambda entry: entry[0])
+        state.lanes[llm] = len(lane)
+        for i, (_, e, cap) in enumerate(lane):
+            row = self.row(e)
+            row["lane"] = i
+            state.lane_engine[llm, i] = e
+            state.lane_load[llm, i] = row["in_flight"]
+            state.lane_cap[llm, i] = cap
+            state.lane_room[llm, i] = row["blocks"] * row["block"]
+
+    def give_up(self, now_s: float) -> None:
+        """Book every request that has come and not ended as unfinished."""
+        state = self.state
+        for llm in range(len(state.queue)):
+            slot = int(state.queue_first[llm])
+            while slot != NONE:
+                following = int(state.jobs[slot]["next"])
+                core.end(state, slot, layout.UNFINISHED, NONE, now_s)
+                slot = following
+            state.queue[llm], state.queue_first[llm] = 0, NONE
+            state.queue_last[llm] = NONE
+        for e in sorted(self._times):
+            for slot in core.jobs_of(state, e).tolist():
+                core.end(
+                    state, slot, layout.UNFINISHED, int(self.row(e)["life"]), now_s
+                )
+
+    # --- space -----------------------------------------------------------------------
+
+    def _more_jobs(self) -> None:
+        jobs, top = self.state.jobs, self.top
+        count = len(jobs)
+        grown = np.concatenate([jobs, np.zeros(count, layout.JOB)])
+        layout.chain(grown, count, int(top["free_job"]))
+        top["free_job"] = count
+        self.state = self.state._replace(jobs=grown)
+
+    def _more_engines(self) -> None:
+        s = self.state
+        more = np.zeros(len(s.engines), layout.ENGINE)
+        more["llm"] = NONE
+        self.state = s._replace(
+            engines=np.concatenate([s.engines, more]),
+            **{name: layout.doubled(getattr(s, name), 0) for name in layout.BY_ENGINE},
+            **{name: layout.doubled(getattr(s, name), 1) for name in layout.BY_LANE},
+        )
+
+    def _widen(self, limits: EngineLimits) -> None:
+        """Columns for the most blocks and sequences of any engine."""
+        s = self.state
+        while s.ends.shape[1] < limits.max_num_seqs:
+            names = ("ends", "chunk_job", "chunk_end")
+            s = s._replace(
+                **{name: layout.doubled(getattr(s, name), 1) for name in names}
+            )
+        while s.phase.shape[1] < limits.block_tokens:
+            s = s._replace(phase=layout.doubled(s.phase, 1))
+        self.state = s

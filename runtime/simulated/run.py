@@ -18,6 +18,8 @@ from foreserve.runtime.simulated.backend import SimulatedBackend
 from foreserve.runtime.tally import Tally
 from foreserve.traces.trace import Trace
 
+FRAMES = 200
+"""How often the progress is told."""
 DRAIN_S = 600.0
 """How long after ``end_s`` the last requests may still end."""
 
@@ -46,14 +48,10 @@ def simulate(
     """
     window = trace.between(start_s, end_s)
     first = int(np.searchsorted(trace.arrival_s, start_s, side="left"))
-    shown = 0.0
 
-    def on_arrival(now_s: float) -> None:
-        nonlocal shown
-        share = (now_s - start_s) / (end_s - start_s)
-        if progress and share >= shown + 0.005:
-            shown = share
-            progress(share)
+    def watch(now_s: float) -> None:
+        if progress and now_s < end_s:
+            progress((now_s - start_s) / (end_s - start_s))
 
     with ExitStack() as stack:
         file = stack.enter_context(Journal(journal)) if journal is not None else None
@@ -78,7 +76,8 @@ def simulate(
             first_request=first,
             load_noise=load_noise,
             initial=initial,
-            on_arrival=on_arrival,
+            watch=watch,
+            watch_every_s=(end_s - start_s) / FRAMES,
         )
         controller = Controller(
             policy=policy, backend=backend, clock=clock, fleet=fleet, journal=tally
