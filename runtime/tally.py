@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
+from foreserve.models.gaps import GAP_BINS
 from foreserve.models.observed import Phase
 from foreserve.models.outcome import Effort, Outcome, Residency, Run
 from foreserve.models.placement import ReplicaId
@@ -19,6 +20,7 @@ from foreserve.runtime.journal import (
     Decision,
     Ended,
     Event,
+    Gaps,
     PhaseChange,
     Recorder,
     RequestEnd,
@@ -51,6 +53,8 @@ class Tally:
         self._log = RequestLog([llm.name for llm in fleet.llms])
         self._table: RequestTable | None = None
         """Where requests come as `RequestEnds`: read at the end."""
+        self._gaps = np.zeros((len(fleet.llms), GAP_BINS), np.int64)
+        self._gaps_s = np.zeros(len(fleet.llms))
         self._counts = {llm.name: Counter[str]() for llm in fleet.llms}
         """By LLM and name of `COUNTS`."""
         self._unused: dict[ReplicaId, int] = {}
@@ -69,6 +73,11 @@ class Tally:
                 self._log.add(event)
                 if self._unused and event.gpus is not None:
                     self._unused.pop(ReplicaId(llm=event.llm, gpus=event.gpus), None)
+            case Gaps(llm=llm, seconds=seconds, counts=counts):
+                index = [x.name for x in self.fleet.llms].index(llm)
+                self._gaps_s[index] += seconds
+                for which, number in counts:
+                    self._gaps[index, which] += number
             case PhaseChange():
                 self._change(event)
             case Decision(desired=desired) if desired is not None:
@@ -191,6 +200,8 @@ class Tally:
             load_bin_s=load_bin_s,
             mean_load=mean,
             peak_load=peak,
+            itl=self._gaps,
+            itl_s=self._gaps_s,
         )
 
 
