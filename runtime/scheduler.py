@@ -83,6 +83,8 @@ class Policy(ABC):
 
     costs: ClassVar[bool] = False
     """Whether the first part of a key is a cost above 0, of which a share makes sense."""
+    keeps: ClassVar[bool] = True
+    """Whether who runs ranks no lower for it until its budget is used up."""
 
     def arrive(self, request: Progress, profiles: Sequence[Profile]) -> Progress:
         """``request`` as it enters: with its first budget, level and place."""
@@ -112,6 +114,7 @@ class RoundRobin(Policy):
     """Longest unserved first: processor sharing, one iteration each."""
 
     __slots__ = ()
+    keeps = False
 
     def key(self, request: Progress, now_s: float, profiles: Sequence[Profile]) -> Key:
         return request.unserved_since_s, request.arrival_s, request.request
@@ -247,6 +250,44 @@ def _cost_key(cost: float, request: Progress, profile: Profile, weighted: bool) 
     return cost, profile.reference_s, request.arrival_s, request.request
 
 
+Order = Callable[[Progress], tuple[bool, Key]]
+"""Smaller runs first; False comes first of all: unserved for too long."""
+
+
+def order(
+    policy: Policy,
+    *,
+    now_s: float,
+    profiles: Sequence[Profile],
+    running: Collection[int] = frozenset(),
+    margin: float = 0.0,
+    patience: float = math.inf,
+) -> Order:
+    """How requests rank at ``now_s``.
+
+    First those unserved for more than ``patience`` times their e_s, longest overdue first;
+    then by key, where a request of ``running`` (ids of the last iteration's) gives way
+    only to a cost below (1 - ``margin``) of its own. A policy whose keys are no `costs`
+    knows no margin. ``margin`` is from 0 up to, not including, 1.
+    """
+    if not 0 <= margin < 1:
+        raise InvalidInput("must be at least 0 and below 1", field="margin")
+    keep = 1 - margin if policy.costs else 1.0
+
+    def rank(request: Progress) -> tuple[bool, Key]:
+        bound_s = patience * profiles[request.service].reference_s
+        due_s = request.unserved_since_s + bound_s
+        if now_s > due_s:
+            return False, (due_s, request.arrival_s, request.request)
+        key = policy.key(request, now_s, profiles)
+        if keep < 1:
+            held = request.request in running
+            key = (key[0] * keep if held else key[0], not held, *key[1:])
+        return True, key
+
+    return rank
+
+
 def pick(
     requests: Iterable[Progress],
     policy: Policy,
@@ -258,29 +299,17 @@ def pick(
     margin: float = 0.0,
     patience: float = math.inf,
 ) -> tuple[Progress, ...]:
-    """The up to ``limit`` requests that run next, best first. O(n log limit).
-
-    First those unserved for more than ``patience`` times their e_s, longest overdue first;
-    then by key, where a request of ``running`` (ids of the last iteration's) gives way
-    only to a cost below (1 - ``margin``) of its own. A policy whose keys are no `costs`
-    knows no margin. ``margin`` is from 0 up to, not including, 1.
-    """
-    if not 0 <= margin < 1:
-        raise InvalidInput("must be at least 0 and below 1", field="margin")
-    keep = 1 - margin if policy.costs else 1.0
-
-    def order(request: Progress) -> tuple[bool, Key]:
-        bound_s = patience * profiles[request.service].reference_s
-        due_s = request.unserved_since_s + bound_s
-        if now_s > due_s:
-            return False, (due_s, request.arrival_s, request.request)
-        key = policy.key(request, now_s, profiles)
-        if keep < 1:
-            held = request.request in running
-            key = (key[0] * keep if held else key[0], not held, *key[1:])
-        return True, key
-
-    return tuple(heapq.nsmallest(limit, requests, key=order))
+    """The up to ``limit`` requests that run next, best first in `order`.
+    O(n log limit)."""
+    rank = order(
+        policy,
+        now_s=now_s,
+        profiles=profiles,
+        running=running,
+        margin=margin,
+        patience=patience,
+    )
+    return tuple(heapq.nsmallest(limit, requests, key=rank))
 
 
 class Known(NamedTuple):
