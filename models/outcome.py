@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foreserve.models.gaps import GAP_BINS
 from foreserve.models.observed import Phase
 from foreserve.models.record import Record
 from foreserve.models.specs import GpuId
@@ -44,9 +43,6 @@ class Latency(Record):
     p99_s: float
 
 
-NO_LATENCY = Latency(count=0, mean_s=0, p50_s=0, p90_s=0, p95_s=0, p99_s=0)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratios(Record):
     """Mean and quantiles of a measure without a unit; all 0 where ``count`` is 0."""
@@ -69,6 +65,7 @@ class Service(Record):
     or failed because no replica has a KV cache of their size."""
     ttft: Latency
     tpot: Latency
+    itl: Latency
     e2e: Latency
     slo_attainment: float
     """Share of all requests that finished within TTFT and TPOT targets; 1 if none came."""
@@ -91,8 +88,6 @@ class Service(Record):
     span, in which requests arrive."""
     goodput_tokens_per_s: float
     """Output tokens of those requests per second."""
-    itl: Latency = NO_LATENCY
-    """None counted in a run that is read from its journal: it has no single tokens."""
 
 
 SCALES = (1, 2, 4, 8, 16)
@@ -163,12 +158,23 @@ class Run:
     """NaN where the run ended before."""
     finish_s: NDArray[np.float64]
     """NaN where the run ended before."""
+    left_s: NDArray[np.float64]
+    """When it ended, was given up, or the run stopped."""
+    output_tokens: NDArray[np.int32] | NDArray[np.int64]
+    """Asked for, whether they came or not."""
     load_bin_s: float
     mean_load: NDArray[np.float64]
     """[llm, bin] requests in the system (waiting and running), mean over the bin."""
     peak_load: NDArray[np.float64]
     """[llm, bin] the same, maximum in the bin."""
-    itl: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, GAP_BINS), int))
-    """[llm, bin] gaps between tokens, in the bins of `models.gaps`; may lack all rows."""
-    itl_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    itl: NDArray[np.int64]
+    """[llm, bin] gaps between tokens, in the bins of `models.gaps`."""
+    itl_s: NDArray[np.float64]
     """[llm] sum of these gaps."""
+
+    @property
+    def ttft_s(self) -> NDArray[np.float64]:
+        """[request] as for `Latency`: without a first token, until the end of the run."""
+        ended_s = self.left_s.max(initial=self.outcome.end_s)
+        found: NDArray[np.float64] = self.first_token_s - self.arrival_s
+        return np.where(np.isnan(found), ended_s - self.arrival_s, found)

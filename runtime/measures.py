@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from foreserve.models.gaps import gap_quantiles
 from foreserve.models.outcome import SCALES, Latency, Ratios, Service
 from foreserve.models.perf.compact import decode_many, prefill_many
 from foreserve.models.problem import Fleet
@@ -102,10 +103,17 @@ class RequestLog:
 
 
 def services(
-    fleet: Fleet, requests: Requests, *, span_s: float, ended_s: float
+    fleet: Fleet,
+    requests: Requests,
+    *,
+    gaps: NDArray[np.int64],
+    gaps_s: Floats,
+    span_s: float,
+    ended_s: float,
 ) -> tuple[Service, Mapping[str, Service]]:
     """What all users got, and those of each LLM.
 
+    ``gaps``: [llm, bin] those between tokens (`models.gaps`), ``gaps_s``: [llm] their sum;
     ``span_s``: seconds in which requests arrived; ``ended_s``: when the run stopped, which
     is how long requests without an answer count as waiting.
     """
@@ -123,7 +131,7 @@ def services(
     def share(met: Mask, which: Mask) -> float:
         return float(met[which].mean()) if which.any() else 1.0
 
-    def service(which: Mask) -> Service:
+    def service(which: Mask, llms: slice) -> Service:
         done, good = which & finished, which & kept
         means = [slowdown[part].mean() for one in own if (part := one & which).any()]
         return Service(
@@ -131,6 +139,7 @@ def services(
             finished=int(done.sum()),
             ttft=latency(ttft_s[which]),
             tpot=latency(tpot_s[which]),
+            itl=gap_latency(gaps[llms].sum(axis=0), float(gaps_s[llms].sum())),
             e2e=latency(e2e_s[which]),
             slo_attainment=share(kept, which),
             input_tokens=int(requests.input_tokens[done].sum()),
@@ -143,8 +152,11 @@ def services(
             goodput_tokens_per_s=float(requests.output_tokens[good].sum() / span_s),
         )
 
-    by_llm = {x.name: service(one) for x, one in zip(fleet.llms, own, strict=True)}
-    return service(np.ones(len(requests.llm), dtype=bool)), by_llm
+    by_llm = {
+        x.name: service(one, slice(index, index + 1))
+        for index, (x, one) in enumerate(zip(fleet.llms, own, strict=True))
+    }
+    return service(np.ones(len(requests.llm), dtype=bool), slice(None)), by_llm
 
 
 def delays(requests: Requests, ended_s: float) -> tuple[Floats, Floats, Floats]:
@@ -184,6 +196,22 @@ def latency(delay_s: Floats) -> Latency:
         p90_s=found.p90,
         p95_s=found.p95,
         p99_s=found.p99,
+    )
+
+
+def gap_latency(counts: NDArray[np.int64], sum_s: float) -> Latency:
+    """Of the gaps counted in ``counts`` [bin], which last ``sum_s`` together."""
+    count = int(counts.sum())
+    if not count:
+        return latency(np.empty(0))
+    p50_s, p90_s, p95_s, p99_s = gap_quantiles(counts, QUANTILES)
+    return Latency(
+        count=count,
+        mean_s=sum_s / count,
+        p50_s=p50_s,
+        p90_s=p90_s,
+        p95_s=p95_s,
+        p99_s=p99_s,
     )
 
 

@@ -151,7 +151,12 @@ class Tally:
         llms = tuple(llm.name for llm in self.fleet.llms)
         requests = self.requests()
         total, by_llm = services(
-            self.fleet, requests, span_s=end_s - start_s, ended_s=self._ended_s
+            self.fleet,
+            requests,
+            gaps=self._gaps,
+            gaps_s=self._gaps_s,
+            span_s=end_s - start_s,
+            ended_s=self._ended_s,
         )
         residency = tuple(
             sorted(self._residency, key=lambda r: (r.gpus, r.start_s, r.llm))
@@ -197,6 +202,8 @@ class Tally:
             arrival_s=requests.arrival_s,
             first_token_s=requests.first_token_s,
             finish_s=requests.finish_s,
+            left_s=requests.left_s,
+            output_tokens=requests.output_tokens,
             load_bin_s=load_bin_s,
             mean_load=mean,
             peak_load=peak,

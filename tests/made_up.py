@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.cost import IterationTime
+from foreserve.models.gaps import GAP_BINS
 from foreserve.models.outcome import (
     SCALES,
     Latency,
@@ -293,6 +294,7 @@ def made_up_run(plan: Plan, policy: str, seed: int = 2, slow: float = 1.0) -> Ru
             finished=int(done.sum()),
             ttft=_latency(waits),
             tpot=_latency(tpot_s[done]),
+            itl=_latency(tpot_s[done]),
             e2e=_latency((finish_s - arrival_s)[done]),
             slo_attainment=float(good.sum() / asked) if asked else 0.0,
             input_tokens=500 * asked,
@@ -333,6 +335,10 @@ def made_up_run(plan: Plan, policy: str, seed: int = 2, slow: float = 1.0) -> Ru
         arrival_s=arrival_s,
         first_token_s=first_token_s,
         finish_s=finish_s,
+        left_s=np.where(np.isnan(finish_s), plan.end_s, finish_s),
+        output_tokens=np.full(len(llm), 121),
+        itl=np.zeros((len(llms), GAP_BINS), np.int64),
+        itl_s=np.zeros(len(llms)),
         load_bin_s=epoch_s,
         mean_load=mean_load,
         peak_load=peak_load,
