@@ -182,7 +182,7 @@ class Tally:
             effort=effort,
             **{name: sum(getattr(e, name) for e in effort.values()) for name in COUNTS},
         )
-        bins = max(1, int(np.ceil((end_s - start_s) / load_bin_s)))
+        bins = len(bin_starts(start_s, end_s, load_bin_s))
         mean = np.zeros((len(llms), bins))
         peak = np.zeros((len(llms), bins))
         for i in range(len(llms)):
@@ -261,14 +261,20 @@ def _sweep(edges: Iterable[_Edge], llm_s: dict[str, float]) -> Mapping[Phase, fl
     return seconds
 
 
+def bin_starts(start_s: float, end_s: float, bin_s: float) -> Floats:
+    """Where bins of ``bin_s`` begin; rounding leaves no empty one at the end."""
+    bins = max(1, int(np.ceil((end_s - start_s) / bin_s - 1e-9)))
+    return start_s + bin_s * np.arange(bins, dtype=np.float64)
+
+
 def loads(
     arrival_s: Floats, left_s: Floats, start_s: float, end_s: float, bin_s: float
 ) -> tuple[Floats, Floats]:
     """[bin] mean and maximum of the number of requests in the system, bins of ``bin_s``
     from ``start_s``; the last may be shorter. One that leaves as another comes makes
     room for it."""
-    bins = max(1, int(np.ceil((end_s - start_s) / bin_s)))
-    starts_s = start_s + bin_s * np.arange(bins)
+    starts_s = bin_starts(start_s, end_s, bin_s)
+    bins = len(starts_s)
     at_s = np.concatenate([left_s, arrival_s, starts_s])
     change = np.repeat([-1, 1, 0], [len(left_s), len(arrival_s), bins])
     order = np.argsort(at_s, kind="stable")

@@ -20,6 +20,7 @@ from foreserve.cli.common import (
     read_scenario,
     read_traces,
 )
+from foreserve.cli.forecast import Duration
 
 if TYPE_CHECKING:
     from foreserve.models.outcome import Outcome, Run
@@ -77,6 +78,18 @@ KEEP_ALIVE_S = 30.0
     type=click.Path(),
     help="Write every event as JSON lines (.jsonl or .jsonl.gz); one policy only.",
 )
+@click.option(
+    "--series",
+    metavar="FILE.csv[.gz]|.parquet",
+    help="Write load, delays, throughput and GPUs over time, by LLM.",
+)
+@click.option(
+    "--bin",
+    "bin_s",
+    type=Duration(),
+    metavar="S",
+    help="Bins of --series, e.g. 10s.  [default: the plan's epochs]",
+)
 @click.option("--report", type=click.Path(), help="Write an HTML report here.")
 @quiet_option
 @json_option
@@ -90,15 +103,18 @@ def simulate(
     workers: int | None,
     keep_alive: float,
     journal: str | None,
+    series: str | None,
+    bin_s: float | None,
     report: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Run a plan against a trace in virtual time. Same seed, same bytes.
 
-    With --seeds the report shows the first one.
+    With --seeds the report and the series show the first one.
     """
     from foreserve.cli.seeds import run_seeds
+    from foreserve.cli.series import check_series, write_series
     from foreserve.cli.solve import command_line
     from foreserve.models.codec import load_plan
     from foreserve.planner.report import write_report
@@ -106,6 +122,9 @@ def simulate(
     from foreserve.planner.summary import run_summary
 
     check_parent(journal, report)
+    check_series(series)
+    if bin_s and not series:
+        raise click.UsageError("--bin needs --series")
     if journal and len(policies) > 1:
         raise click.UsageError("--journal takes one --policy, not several")
     if journal and seeds:
@@ -126,6 +145,8 @@ def simulate(
     else:
         runs = run_policies(plan, trace, policies, seed, keep_alive, silent, journal)
         by_seed = []
+    if series:
+        write_series(series, runs, bin_s)
     if report:
         write_report(
             report,
