@@ -321,7 +321,7 @@ def test_members_come_and_go():
 
 def test_a_pool_that_shrinks_evicts():
     """Two requests of 2 pages, then 3 each. Of 20 pages 5 are left when a member joins at
-    1.5: the iteration under way still takes its 6, the next one evicts the later request."""
+    1.5: the iteration under way still takes its 6, the next one evicts the later one."""
     engine = SharedEngine([hosted()], pool(20), Fcfs())
     for number in (0, 1):
         engine.submit(job(number, 0, 0.0, 2, 4), 0.0)
@@ -333,8 +333,8 @@ def test_a_pool_that_shrinks_evicts():
     assert (engine.used, engine.running, engine.waiting) == (4, 1, 1)
     assert run(engine, [])[1] > 4.0
     assert engine.preemptions == 1
+    engine.submit(job(2, 0, 9.0, 2, 4), 9.0)
     with pytest.raises(ValueError, match="no longer holds"):
-        engine.submit(job(2, 0, 9.0, 2, 4), 9.0)
         engine.add(hosted(), pool(4), 9.0)
 
 
