@@ -10,13 +10,23 @@ import pytest
 
 from foreserve.models.codec import to_json
 from foreserve.models.cost import IterationTime
+from foreserve.models.gaps import gap_bin
 from foreserve.models.observed import Phase
-from foreserve.models.outcome import Outcome, Run
+from foreserve.models.outcome import Latency, Outcome, Run
 from foreserve.models.placement import Placement, Replica
 from foreserve.models.problem import Fleet
+from foreserve.planner.display import NONE
 from foreserve.planner.policies import POLICIES
 from foreserve.planner.studies import interval, intervals, student_t, study_part
-from foreserve.runtime.journal import Ended, Event, PhaseChange, RequestEnd, Started
+from foreserve.planner.tables import outcome_row
+from foreserve.runtime.journal import (
+    Ended,
+    Event,
+    Gaps,
+    PhaseChange,
+    RequestEnd,
+    Started,
+)
 from foreserve.runtime.measures import RequestLog, Requests, isolated_s
 from foreserve.runtime.simulated import simulate
 from foreserve.runtime.tally import Tally
@@ -262,6 +272,38 @@ def test_what_is_there_from_the_start_was_not_loaded():
         0,
     )
     assert 3600 * outcome.effort["a"].gpu_hours == pytest.approx(3.0)
+
+
+def test_itl_is_over_single_gaps():
+    """a: 98 gaps of 10 ms and 2 of 1 s, b: 300 of 10 ms. Of a 2 in 100 are long, so its
+    P99 is; of all 2 in 400. Means are exact, quantiles right within 1 %."""
+    outcome = tallied(
+        PAIR,
+        Gaps(
+            at_s=9.0,
+            llm="a",
+            seconds=98 * 0.01 + 2,
+            counts=((gap_bin(0.01), 98), (gap_bin(1.0), 2)),
+        ),
+        Gaps(at_s=9.0, llm="b", seconds=3.0, counts=((gap_bin(0.01), 300),)),
+    )
+    a, b, both = outcome.by_llm["a"].itl, outcome.by_llm["b"].itl, outcome.total.itl
+    assert (a.count, b.count, both.count) == (100, 300, 400)
+    assert a.mean_s == pytest.approx(0.0298)
+    assert both.mean_s == pytest.approx(5.98 / 400)
+    assert (a.p50_s, a.p99_s) == pytest.approx((0.01, 1.0), rel=0.01)
+    assert both.p99_s == pytest.approx(0.01, rel=0.01)
+    row = outcome_row(outcome)
+    assert (row["itl_p50_s"], row["itl_p99_s"]) == (both.p50_s, both.p99_s)
+
+
+def test_no_gap_is_no_number(served):
+    """Without single gaps there is no ITL, which shows as a dash."""
+    assert served.total.itl == Latency(
+        count=0, mean_s=0, p50_s=0, p90_s=0, p95_s=0, p99_s=0
+    )
+    part = study_part(["p"], [intervals([served])], 1)
+    assert next(row for row in part.rows if row[0] == "ITL, P99")[1] == NONE
 
 
 def test_requests_in_the_order_of_their_numbers():
