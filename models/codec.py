@@ -232,7 +232,8 @@ def _keys_at(cls: Any, loc: Sequence[str | int]) -> list[str]:
             cls = args[0] if isinstance(part, int) else args[-1]
         if typing.get_origin(cls) in (typing.Union, types.UnionType):
             cls = next(a for a in typing.get_args(cls) if a is not type(None))
-    return [f.name for f in fields(cls)] if is_dataclass(cls) else []
+    # A field is called ``for_`` where its key is a word of Python.
+    return [f.name.rstrip("_") for f in fields(cls)] if is_dataclass(cls) else []
 
 
 def line_of(text: str, loc: Sequence[str | int]) -> int | None:

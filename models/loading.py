@@ -16,6 +16,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal, NamedTuple
 
+from foreserve.models.errors import InvalidInput
 from foreserve.models.llm import ModelSpec
 from foreserve.models.record import Record
 from foreserve.models.specs import GpuType
@@ -40,6 +41,10 @@ class LoaderRates(Record):
     interval: tuple[float, float]
     """Factors on a time; wide enough for the middle nine tenths of all repeats seen."""
     source: str
+
+    def readers_bytes_per_s(self, tp: int) -> float:
+        """Of storage, at most: each rank has a reader of its own."""
+        return self.storage_bytes_per_s * tp
 
 
 LOADERS: dict[Loader, LoaderRates] = {
@@ -96,6 +101,36 @@ class LoadTimes:
         return self.total_s * self.interval[1]
 
 
+HostCache = Literal["all", "lru", "none"]
+"""Which weights are in pinned host memory. all: as the plan assumed, so that loads take
+their option's time; lru: what was loaded last and has room; none: loads read storage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRules(Record):
+    """How loads are run, beside the rates of links and loaders."""
+
+    host_cache: HostCache = "all"
+    process_start_s: float = 0.0
+    """Engine process of a load that finds none ready; no link is used meanwhile."""
+    process_pool: int = 0
+    """Ready processes that each node keeps; one that is taken is replaced at once, which
+    takes ``process_start_s``."""
+    share_beside_serving: float = 1.0
+    """Share of its rate that a load gets while a replica serves on one of its GPUs. An
+    assumption, like the next: no measurement of either is known to us."""
+    slowdown_beside_loading: float = 0.0
+    """By how much iterations take longer while weights are copied to one of their GPUs."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share_beside_serving <= 1:
+            raise InvalidInput("load_share_beside_serving must be in (0, 1]")
+        if self.slowdown_beside_loading < 0:
+            raise InvalidInput("slowdown_beside_loading must not be negative")
+        if self.process_start_s < 0 or self.process_pool < 0:
+            raise InvalidInput("process_start and process_pool must not be negative")
+
+
 def shared(rate: float, users: int) -> float:
     """Each of ``users`` equal flows gets the same share of a link."""
     return rate / max(1, users)
@@ -123,9 +158,8 @@ def load_times(
     stages = [_stage("host to GPU", copy_s, known)]
     if storage_bytes_per_s is not None:
         rate = shared(storage_bytes_per_s * known.storage_share, loads_at_once)
-        # Each rank has a reader of its own, but there is one storage.
-        rate = min(rate, known.storage_bytes_per_s * tp)
-        stages.insert(0, _stage("storage to host", llm.weight_bytes / rate, known))
+        read_s = llm.weight_bytes / min(rate, known.readers_bytes_per_s(tp))
+        stages.insert(0, _stage("storage to host", read_s, known))
     return LoadTimes(stages=tuple(stages), interval=known.interval)
 
 

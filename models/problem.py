@@ -14,6 +14,7 @@ from functools import cached_property
 
 from foreserve.models.cost import IterationTime
 from foreserve.models.errors import InvalidInput
+from foreserve.models.loading import LoadRules
 from foreserve.models.placement import Placement, Replica, State
 from foreserve.models.record import Record
 from foreserve.models.specs import ClusterSpec, GpuId, Slo
@@ -69,6 +70,21 @@ class ReplicaOption(Record):
     """What the process of a resident replica keeps on a GPU beside its weights."""
     activation_bytes: int = 0
     """Per GPU while ACTIVE: peak of a forward pass."""
+    weight_bytes: int | None = None
+    """Of the LLM, as storage and host memory hold it; None: as its GPUs do."""
+    copy_s: float | None = None
+    """``load_s`` from pinned host memory; None: ``load_s`` is."""
+
+    @property
+    def shard_bytes(self) -> int:
+        """Weights on each GPU."""
+        return self.resident_bytes - self.residue_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Weights in storage and host memory."""
+        stated = self.weight_bytes
+        return self.shard_bytes * self.tp if stated is None else stated
 
     @property
     def active_bytes(self) -> int:
@@ -87,6 +103,7 @@ class Fleet(Record):
     cluster: ClusterSpec
     llms: tuple[ServedLlm, ...]
     options: tuple[ReplicaOption, ...]
+    loading: LoadRules = field(default_factory=LoadRules)
 
     def __post_init__(self) -> None:
         names = [llm.name for llm in self.llms]

@@ -101,6 +101,9 @@ class Node(Record):
     host_ram_bytes: int
     storage_bytes_per_s: float = 3.0e9
     """Checkpoint storage to host memory, for the whole node."""
+    host_link_bytes_per_s: float | None = None
+    """Host memory to all GPUs together, where they share a switch; None: no limit beside
+    each GPU's own link."""
     domain: str = "default"
     """Failure domain."""
 
@@ -113,6 +116,8 @@ class Node(Record):
             raise InvalidInput(
                 f"node {self.name!r}: host_ram and storage_bytes_per_s must be positive"
             )
+        if self.host_link_bytes_per_s is not None and self.host_link_bytes_per_s <= 0:
+            raise InvalidInput(f"node {self.name!r}: host_link must be positive")
 
     def gpu_ids(self) -> tuple[GpuId, ...]:
         return tuple(GpuId(node=self.name, index=i) for i in range(self.gpus))

@@ -128,7 +128,12 @@ def build_fleet(
                 nodes=llm.nodes,
             )
         )
-    return Fleet(cluster=cluster, llms=tuple(served), options=tuple(options))
+    return Fleet(
+        cluster=cluster,
+        llms=tuple(served),
+        options=tuple(options),
+        loading=scenario.runtime.loading(),
+    )
 
 
 def _options(
@@ -141,6 +146,8 @@ def _options(
     spec = llm.model_spec()
     input_tokens, output_tokens = lengths.mean_input, lengths.mean_output
     storage = _storage_bytes_per_s(scenario, cluster)
+    rules = scenario.runtime.loading()
+    start_s = 0.0 if rules.process_pool else rules.process_start_s
     for gpu in cluster.gpu_types:
         largest = max(node.gpus for node in cluster.nodes if node.gpu == gpu.name)
         for tp in (tp for tp in spec.tp if tp <= largest):
@@ -175,7 +182,9 @@ def _options(
                 concurrency=held.concurrency,
                 rate_rps=round_rate(held.rate_rps * scenario.runtime.max_load),
                 exec_s=time.isolated_s(input_tokens, output_tokens),
-                load_s=perf.load_s(spec, gpu, tp, storage),
+                load_s=start_s + perf.load_s(spec, gpu, tp, storage),
+                copy_s=perf.load_s(spec, gpu, tp),
+                weight_bytes=spec.weight_bytes,
                 activate_s=perf.activate_s(spec, gpu, tp),
                 ttft_s=held.ttft_s,
                 tpot_s=held.tpot_s,
@@ -202,7 +211,8 @@ def _usable_bytes(cluster: ClusterSpec, gpu: GpuType) -> int:
 def _storage_bytes_per_s(scenario: Scenario, cluster: ClusterSpec) -> float | None:
     """None where every node can pin all weights in host memory, else storage's rate."""
     weights = sum(llm.model_spec().weight_bytes for llm in scenario.models)
-    if all(weights <= node.host_ram_bytes for node in cluster.nodes):
+    cached = scenario.runtime.host_cache != "none"
+    if cached and all(weights <= node.host_ram_bytes for node in cluster.nodes):
         return None
     return min(node.storage_bytes_per_s for node in cluster.nodes)
 

@@ -16,6 +16,7 @@ from foreserve.models import catalog
 from foreserve.models.codec import read_text, read_yaml, structure
 from foreserve.models.errors import InvalidInput
 from foreserve.models.llm import ModelSpec
+from foreserve.models.loading import HostCache, LoadRules
 from foreserve.models.problem import Prices
 from foreserve.models.quantities import Bytes, BytesPerSecond, Seconds
 from foreserve.models.record import Record
@@ -46,6 +47,8 @@ class NodeSpec(Record):
     count: int = 1
     host_ram: Bytes = 2 * 1024**4
     storage: BytesPerSecond = 3e9
+    host_link: BytesPerSecond | None = None
+    """To all GPUs of the node together; None: each GPU's own link is the only limit."""
     domain: str = "default"
 
     def nodes(self) -> tuple[Node, ...]:
@@ -57,6 +60,7 @@ class NodeSpec(Record):
                 gpus=self.gpus,
                 host_ram_bytes=self.host_ram,
                 storage_bytes_per_s=self.storage,
+                host_link_bytes_per_s=self.host_link,
                 domain=self.domain,
             )
             for name in (names if self.count > 1 else [self.name])
@@ -153,6 +157,26 @@ class RuntimePart(Record):
     processes (context, NCCL, graphs), by TP size."""
     keep_alive: Seconds = 30.0
     """How long a replica that was started on demand stays ACTIVE without requests."""
+    host_cache: HostCache = "all"
+    """Weights in pinned host memory: ``all`` (loads take the plan's time), ``lru``
+    (what was loaded last and fits ``host_ram``), ``none`` (loads read storage)."""
+    process_start: Seconds = 0.0
+    """Start of an engine process, before a load that finds none ready."""
+    process_pool: int = 0
+    """Engine processes that each node keeps ready."""
+    load_share_beside_serving: float = 1.0
+    """Share of its rate that a load gets where a replica serves (assumed, not measured)."""
+    slowdown_beside_loading: float = 0.0
+    """By how much iterations take longer beside a load: 0.05 is 5 % (assumed)."""
+
+    def loading(self) -> LoadRules:
+        return LoadRules(
+            host_cache=self.host_cache,
+            process_start_s=self.process_start,
+            process_pool=self.process_pool,
+            share_beside_serving=self.load_share_beside_serving,
+            slowdown_beside_loading=self.slowdown_beside_loading,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +219,11 @@ class Scenario(Record):
             raise InvalidInput(f"models: {twice[0]!r} is listed twice")
         if self.epoch <= 0:
             raise InvalidInput("epoch: must be positive")
-        # Build both now, so that an unknown GPU or LLM is reported with its file.
+        # Build all now, so that an unknown GPU or LLM is reported with its file.
+        try:
+            self.runtime.loading()
+        except InvalidInput as error:
+            raise error.at(field="runtime") from None
         cluster = self.cluster.cluster()
         for index, llm in enumerate(self.models):
             self._check_tp(index, llm, cluster)
