@@ -20,6 +20,7 @@ from foreserve.planner.display import TERMS, clock, time_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
@@ -64,6 +65,16 @@ class Curve(NamedTuple):
     """First-token delays of one policy; infinite where no token came."""
 
     delay_s: Floats
+    color: str
+    dashes: str
+
+
+class Course(NamedTuple):
+    """One policy over time: means of the bins, and NaN where no request came."""
+
+    edges_s: Floats
+    load: Floats
+    ttft_p99_s: Floats
     color: str
     dashes: str
 
@@ -190,7 +201,7 @@ def ttft(curves: Sequence[Curve], slo_s: float | None) -> str:
         for axes in (body, tail):
             axes.set_xscale("log")
             axes.margins(x=0.02)
-            _plain_seconds(axes)
+            _plain_seconds(axes.xaxis)
             axes.set_xlabel("time to first token")
             if slo_s is not None:
                 axes.axvline(slo_s, color=MUTED, lw=0.9, ls=(0, (1, 2)))
@@ -205,12 +216,33 @@ def ttft(curves: Sequence[Curve], slo_s: float | None) -> str:
         return _svg(figure, "Distribution of the time to first token by policy")
 
 
-def _plain_seconds(axes: Axes) -> None:
+def over_time(courses: Sequence[Course], slo_s: float | None) -> str:
+    """Requests in the system, and below the P99 of the time to the first token of those
+    that arrived then, on a logarithmic axis."""
+    with _figure(12, 4.2, "course") as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for course in courses:
+            style: Any = {"where": "post", "color": course.color, "ls": course.dashes}
+            upper.step(course.edges_s, _steps(course.load), **style)
+            delay_s = np.maximum(course.ttft_p99_s, 1e-4)
+            lower.step(course.edges_s, _steps(delay_s), **style)
+        upper.set_ylim(bottom=0)
+        upper.set_title("Requests in the system, mean")
+        lower.set_yscale("log")
+        _plain_seconds(lower.yaxis)
+        if slo_s is not None:
+            lower.axhline(slo_s, color=MUTED, lw=0.9, ls=(0, (1, 2)))
+        lower.set_title("P99 of the time to first token, by arrival")
+        _time_axis(lower, courses[0].edges_s, 13)
+        return _svg(figure, "Load and P99 time to first token over time by policy")
+
+
+def _plain_seconds(axis: Axis) -> None:
     def text(value: float, position: float) -> str:
         return f"{value:g} s" if value >= 0.1 else f"{1000 * value:g} ms"
 
-    axes.xaxis.set_major_formatter(text)
-    axes.xaxis.set_minor_formatter(lambda value, position: "")
+    axis.set_major_formatter(text)
+    axis.set_minor_formatter(lambda value, position: "")
 
 
 def _percents(value: float, position: float) -> str:

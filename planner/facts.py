@@ -15,6 +15,7 @@ from foreserve.models.outcome import Run
 from foreserve.models.placement import Kind, Placement, diff
 from foreserve.models.plan import Epoch, Plan, Status, gap_at_stake, relative_gap
 from foreserve.models.problem import ReplicaOption
+from foreserve.models.quantiles import grouped_quantiles
 from foreserve.planner.fleet import gpu_hours, perfect_system_gpus
 
 
@@ -259,3 +260,16 @@ def first_token_delay_s(run: Run) -> NDArray[np.float64]:
     """[request] TTFT; infinite for requests that never got a first token."""
     delay_s = run.first_token_s - run.arrival_s
     return np.where(np.isnan(delay_s), np.inf, delay_s)
+
+
+def course(
+    run: Run,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Edges of the run's load bins; of each bin the mean load of all LLMs, and the P99 of
+    the TTFT of requests that arrived in it (NaN if none did)."""
+    start_s, end_s = run.outcome.start_s, run.outcome.end_s
+    load = run.mean_load.sum(axis=0)
+    edges_s = np.append(start_s + run.load_bin_s * np.arange(len(load)), end_s)
+    number = np.searchsorted(edges_s[1:-1], run.arrival_s, side="right")
+    (p99_s,) = grouped_quantiles(run.ttft_s, number, len(load), (0.99,))
+    return edges_s, load, p99_s

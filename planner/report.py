@@ -47,6 +47,7 @@ from foreserve.planner.facts import (
     PlanFacts,
     Solve,
     busiest,
+    course,
     first_token_delay_s,
     load_fits,
     plan_facts,
@@ -211,13 +212,14 @@ def _load(plan: Plan, runs: Sequence[Run]) -> dict[str, object] | None:
 
 
 def _latency(plan: Plan, runs: Sequence[Run]) -> dict[str, object] | None:
-    curves, legend = [], []
+    curves, courses, legend = [], [], []
     for index, run in enumerate(runs):
         color = POLICY_COLORS[index % len(POLICY_COLORS)]
         dashes = DASHES[index % len(DASHES)]
         delay_s = first_token_delay_s(run)
         if np.isfinite(delay_s).any():
             curves.append(charts.Curve(delay_s, color, dashes))
+            courses.append(charts.Course(*course(run), color, dashes))
             legend.append((run.outcome.policy, color, dashes))
     if not curves:
         return None
@@ -225,6 +227,7 @@ def _latency(plan: Plan, runs: Sequence[Run]) -> dict[str, object] | None:
     slo_s = targets.pop() if len(targets) == 1 else None
     return {
         "chart": Markup(charts.ttft(curves, slo_s)),
+        "course": Markup(charts.over_time(courses, slo_s)),
         "legend": legend,
         "slo": seconds(slo_s) if slo_s is not None else None,
     }

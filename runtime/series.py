@@ -51,7 +51,7 @@ class Series:
     llm: tuple[str, ...]
     """Names by number, `ALL` last."""
     columns: Mapping[str, NDArray[Any]]
-    """By name, each [llm, bin]: integers for `COUNTS`, else numbers."""
+    """By name, each [llm, bin]; integers where it counts requests."""
 
     def table(self) -> dict[str, NDArray[Any]]:
         """The rows in columns of equal length, for a file."""
@@ -86,7 +86,7 @@ def series(run: Run, bin_s: float | None = None) -> Series:
         "finished": cells.count(run.finish_s, where=done),
         "failed": cells.count(run.left_s, where=~done),
         "in_system_mean": in_system[0],
-        "in_system_max": in_system[1],
+        "in_system_max": in_system[1].astype(np.int64),
         "waiting_mean": cells.levels(first_s, bin_s)[0],
         **dict(zip(("ttft_p50_s", "ttft_p99_s"), cells.ttft((0.5, 0.99)), strict=True)),
         "output_tokens_per_s": cells.tokens() / (ends_s - starts_s),

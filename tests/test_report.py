@@ -29,7 +29,7 @@ from foreserve.planner.display import (
     shorten,
     time_ticks,
 )
-from foreserve.planner.facts import load_fits, plan_facts, predicted
+from foreserve.planner.facts import course, load_fits, plan_facts, predicted
 from foreserve.planner.picture import ledger_bars
 from foreserve.planner.report import write_report
 from foreserve.planner.residency import planned_residency, residency_map
@@ -221,6 +221,31 @@ def test_a_plan_alone_says_what_is_missing(tmp_path: Path) -> None:
     assert "Solve times are not part of a plan file" in text
     assert not re.search(r"\bnan\b", text, re.I)
     assert "no certificate" in printed(summary(bare, (), ()))
+
+
+def test_the_course_of_a_run_by_hand(day: Any) -> None:
+    """One request a bin waits 1, 2, 3 ... s: its P99 is that; the load is the sum over
+    LLMs, and a bin without requests has no delay."""
+    plan, _, runs = day
+    run = runs[0]
+    bins = run.mean_load.shape[1]
+    at = run.outcome.start_s + run.load_bin_s * (np.arange(bins - 1) + 0.5)
+    wait_s = np.arange(1.0, bins)
+    single = replace(
+        run,
+        llm=np.zeros(bins - 1, np.int32),
+        arrival_s=at,
+        first_token_s=at + wait_s,
+        finish_s=at + wait_s,
+        left_s=at + wait_s,
+        output_tokens=np.ones(bins - 1, np.int64),
+    )
+    edges_s, load, p99_s = course(single)
+    assert (edges_s[0], edges_s[-1]) == (plan.start_s, plan.end_s)
+    assert len(edges_s) == bins + 1
+    np.testing.assert_allclose(load, run.mean_load.sum(axis=0))
+    np.testing.assert_allclose(p99_s[:-1], wait_s)
+    assert np.isnan(p99_s[-1])
 
 
 def test_unfinished_requests_count_and_leave_no_holes(tmp_path: Path, day: Any) -> None:
