@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from foreserve.models.gaps import gap_bin, gap_edge_s
 from foreserve.runtime.simulated.layout import FINISHED, NONE, State, compiled
@@ -77,24 +76,28 @@ def _blocks_of_steps(s: State, e: int, count: int) -> int:
     engine = s.engines[e]
     block = engine.block
     found = (count // block) * engine.decoding
-    for step in range(engine.step, engine.step + count % block):
-        found += s.phase[e, step % block]
+    at = engine.step % block
+    for _ in range(count % block):
+        found += s.phase[e, at]
+        at = at + 1 if at + 1 < block else 0
     return found
 
 
 @compiled
-def _steps_with(s: State, e: int, blocks: int) -> int:
-    """Most steps that take no more than ``blocks``; some job decodes."""
+def _steps_with(s: State, e: int, blocks: int, most: int) -> int:
+    """Most steps, up to ``most``, that take no more than ``blocks``; some job decodes."""
     engine = s.engines[e]
     rounds = blocks // engine.decoding
     steps = rounds * engine.block
+    if steps >= most:
+        return most
     left = blocks - rounds * engine.decoding
-    while True:
-        need = s.phase[e, (engine.step + steps) % engine.block]
-        if need > left:
-            return steps
-        left -= need
+    at = engine.step % engine.block
+    while steps < most and s.phase[e, at] <= left:
+        left -= s.phase[e, at]
         steps += 1
+        at = at + 1 if at + 1 < engine.block else 0
+    return steps
 
 
 @compiled
@@ -360,7 +363,7 @@ def _begin(s: State, e: int, now_s: float) -> None:
         engine.steps = 1 if engine.mixes or engine.chunks == 0 else 0
     elif engine.decoding:
         to_end = s.jobs[s.ends[e, 0]].end - engine.step
-        engine.count = min(to_end, _steps_with(s, e, engine.free))
+        engine.count = _steps_with(s, e, engine.free, to_end)
         engine.steps = engine.count
     else:
         engine.count = engine.steps = 0
@@ -586,27 +589,3 @@ def _finish(s: State, e: int, slot: int, now_s: float) -> None:
     if engine.lane != NONE:
         s.lane_load[engine.llm, engine.lane] -= 1
     end(s, slot, FINISHED, engine.life, now_s)
-
-
-@compiled
-def jobs_of(s: State, e: int) -> NDArray[np.int64]:
-    """Slots of all jobs that the engine has, in the order of their requests."""
-    engine = s.engines[e]
-    found = np.empty(engine.in_flight, np.int64)
-    count = 0
-    for first in (engine.waiting_first, engine.decoding_first):
-        slot = first
-        while slot != NONE:
-            found[count] = slot
-            count += 1
-            slot = s.jobs[slot].next
-    for i in range(engine.chunks):
-        found[count] = s.chunk_job[e, i]
-        count += 1
-    if engine.prompt != NONE:
-        found[count] = engine.prompt
-        count += 1
-    requests = np.empty(count, np.int64)
-    for i in range(count):
-        requests[i] = s.jobs[found[i]].request
-    return found[np.argsort(requests)]

@@ -154,7 +154,7 @@ class Engines:
     def close(self, e: int) -> None:
         """The engine is gone, and what it had goes back to the head of its LLM's queue to
         start anew: what was streamed of it is lost."""
-        for slot in core.jobs_of(self.state, e)[::-1].tolist():
+        for slot in reversed(self._jobs(e)):
             core.restart(self.state, slot)
             flow.enqueue(self.state, slot, True)
         self.withdraw(e)
@@ -205,6 +205,18 @@ class Engines:
         """By the end of the iteration under way."""
         return int(core.used_at(self.state, e, float(self.top["now_s"])))
 
+    def _jobs(self, e: int) -> list[int]:
+        """All jobs of the engine, by their requests' numbers."""
+        state, row = self.state, self.row(e)
+        found = [int(row["prompt"])] if row["prompt"] != NONE else []
+        found += state.chunk_job[e, : row["chunks"]].tolist()
+        for first in ("waiting_first", "decoding_first"):
+            slot = int(row[first])
+            while slot != NONE:
+                found.append(slot)
+                slot = int(state.jobs[slot]["next"])
+        return sorted(found, key=lambda slot: int(state.jobs[slot]["request"]))
+
     def _set_times(self, e: int, factor: float) -> None:
         row, time = self.row(e), self._times[e]
         for name in layout.TIMES:
@@ -235,7 +247,7 @@ class Engines:
             state.queue[llm], state.queue_first[llm] = 0, NONE
             state.queue_last[llm] = NONE
         for e in sorted(self._times):
-            for slot in core.jobs_of(state, e).tolist():
+            for slot in self._jobs(e):
                 core.end(
                     state, slot, layout.UNFINISHED, int(self.row(e)["life"]), now_s
                 )
