@@ -41,3 +41,5 @@ class Observed:
     replicas: tuple[ObservedReplica, ...] = ()
     waiting: Mapping[str, int] = field(default_factory=dict)
     """Requests per LLM that no replica has taken yet; LLMs without any may be absent."""
+    lost_gpus: frozenset[GpuId] = frozenset()
+    """GPUs that are gone for now, with all that was on them."""

@@ -100,6 +100,13 @@ class Placement(Record):
                 held.setdefault(gpu, []).append(replica)
         return {gpu: tuple(replicas) for gpu, replicas in sorted(held.items())}
 
+    def without(self, lost_gpus: frozenset[GpuId]) -> Placement:
+        """Those that touch none of ``lost_gpus``."""
+        if lost_gpus.isdisjoint(self.by_gpu):
+            return self
+        kept = (r for r in self.replicas if lost_gpus.isdisjoint(r.gpus))
+        return Placement(replicas=tuple(kept))
+
     def of(self, llm: str, state: State | None = None) -> tuple[Replica, ...]:
         """Replicas of ``llm``, in canonical order, optionally in one state only."""
         return tuple(

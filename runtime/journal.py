@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from foreserve.models.codec import structure, to_plain
 from foreserve.models.errors import InvalidInput
+from foreserve.models.faults import FaultKind
 from foreserve.models.observed import Phase
 from foreserve.models.placement import Action, Placement, ReplicaId
 from foreserve.models.record import Record
@@ -70,6 +71,22 @@ class PhaseChange(Record):
     phase: Phase | None
     lost: bool = False
     """Gone without having been asked to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faulted(Record):
+    """A fault began. What it took is in the `PhaseChange`s that follow."""
+
+    at_s: float
+    kind: FaultKind
+    target: str
+    until_s: float | None = None
+    """None: for good, or for no time."""
+    factor: float | None = None
+    replicas: int = 0
+    """Replicas that vanish."""
+    requests: int = 0
+    """Requests that these were working on, which start anew."""
 
 
 Result = Literal["finished", "failed", "unfinished"]
@@ -186,13 +203,14 @@ class Ended(Record):
     at_s: float
 
 
-Event = Started | Decision | Refusal | PhaseChange | RequestEnd | Gaps | Ended
+Event = Started | Decision | Refusal | PhaseChange | Faulted | RequestEnd | Gaps | Ended
 
 EVENTS: Mapping[str, type[Event]] = {
     "started": Started,
     "decision": Decision,
     "refusal": Refusal,
     "phase": PhaseChange,
+    "fault": Faulted,
     "request": RequestEnd,
     "gaps": Gaps,
     "ended": Ended,

@@ -25,7 +25,9 @@ class Ledger:
     """Free usable bytes by GPU. Mutable, for one owner."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.free_bytes = {g: fleet.cluster.usable_bytes(g) for g in fleet.cluster.gpus}
+        cluster = fleet.cluster
+        self._usable_bytes = {gpu: cluster.usable_bytes(gpu) for gpu in cluster.gpus}
+        self.free_bytes = dict(self._usable_bytes)
 
     @classmethod
     def of(cls, fleet: Fleet, observed: Observed) -> Ledger:
@@ -34,7 +36,18 @@ class Ledger:
         for replica in observed.replicas:
             option = fleet.option_of(replica.llm, replica.gpus)
             ledger.book(replica.gpus, phase_bytes(option, replica.phase))
+        ledger.shut(observed.lost_gpus)
         return ledger
+
+    def shut(self, gpus: Iterable[GpuId]) -> None:
+        """These GPUs have nothing free until they are opened again."""
+        for gpu in gpus:
+            self.free_bytes[gpu] -= self._usable_bytes[gpu]
+
+    def open(self, gpus: Iterable[GpuId]) -> None:
+        """Undo `shut`."""
+        for gpu in gpus:
+            self.free_bytes[gpu] += self._usable_bytes[gpu]
 
     def can_hold(self, gpus: Iterable[GpuId], num_bytes: int) -> bool:
         """Whether each of ``gpus`` has ``num_bytes`` free (or none are asked for)."""

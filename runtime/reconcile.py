@@ -19,6 +19,8 @@ rest. What holds for every call:
 4. *Convergence.* With `desired` within (C1)-(C4) and every phase of finite length,
    repeated calls reach exactly `desired`, from any start, in at most one demote, drop,
    load and activate per replica and crash.
+5. *Lost GPUs.* Nothing is asked of them. What is desired there counts as desired to
+   serve, so replicas that it was to replace go on serving where they are in nobody's way.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def reconcile(
     Demotes, drops, loads, activates, in this order; loads by urgency, as they share
     links.
     """
+    wish, desired = desired, desired.without(observed.lost_gpus)
     present = {replica.id: replica for replica in observed.replicas}
     phases = {key: replica.phase for key, replica in present.items()}
     if phases == {key: replica.state for key, replica in desired.by_id.items()}:
@@ -62,7 +65,7 @@ def reconcile(
     ]
     reserved: dict[ReplicaId, int] = {}
     if old:
-        ahead = _Ahead(old, desired, observed, fleet)
+        ahead = _Ahead(old, wish, observed, fleet)
         ahead.play()
         steps["demote"], reserved = ahead.demotes, ahead.reserved
     ledger = Ledger.of(fleet, observed)
@@ -125,7 +128,8 @@ class _Ahead:
         observed: Observed,
         fleet: Fleet,
     ) -> None:
-        self.desired, self.fleet = desired, fleet
+        self.fleet = fleet
+        self.desired = desired.without(observed.lost_gpus)
         self.demotes: list[ReplicaId] = []
         self.reserved: dict[ReplicaId, int] = {}
         """Replacements that something waits for, by urgency, with bytes per GPU to keep
@@ -133,8 +137,14 @@ class _Ahead:
         self.phases = {replica.id: replica.phase for replica in observed.replicas}
         goal = [r.id for r in desired.replicas if r.state == "ACTIVE"]
         llms = {replica.llm for replica in old}
+        if observed.lost_gpus:  # old ones may stay for long, in anybody's way
+            llms |= {key.llm for key in goal}
         self.missing = [
-            key for key in goal if key.llm in llms and self.phases.get(key) != "ACTIVE"
+            key
+            for key in goal
+            if key.llm in llms
+            and key in self.desired.by_id
+            and self.phases.get(key) != "ACTIVE"
         ]
         wanted_gpus = {gpu for key in self.missing for gpu in key.gpus}
         # First goes what is in the way, then what is missed least.
@@ -156,10 +166,11 @@ class _Ahead:
             if phase == "ACTIVE" and key.llm in llms:
                 self.serving[key.llm] += self._concurrency(key)
         self.ledger = Ledger(fleet)
+        self.ledger.shut(observed.lost_gpus)
         self.held = dict.fromkeys(self.missing, 0)
         staying = {replica.id for replica in old}
         for key, phase in self.phases.items():
-            wanted = desired.by_id.get(key)
+            wanted = self.desired.by_id.get(key)
             later: Phase | None = phase
             if key in staying:
                 later = "ACTIVE"

@@ -18,6 +18,7 @@ from foreserve.runtime.journal import (
     Decision,
     Ended,
     Event,
+    Faulted,
     Journal,
     PhaseChange,
     Refusal,
@@ -185,6 +186,9 @@ def test_system_clock_wakes_and_times_out():
 EVENTS: list[Event] = [
     Started(at_s=0.0, policy="p", start_s=0.0, end_s=9.0, seed=1, initial=ON_0),
     Decision(at_s=0.0, desired=ON_0),
+    Faulted(
+        at_s=1.5, kind="gpu-loss", target="n0/0", until_s=9.0, replicas=1, requests=2
+    ),
     PhaseChange(at_s=1.5, llm="a", gpus=(gpu(0),), phase=None, lost=True),
     RequestEnd(
         at_s=2.0,

@@ -107,3 +107,45 @@ def test_what_is_wanted_always_fits():
     assert list(fleet_violations(plan.fleet, wanted)) == []
     assert [r.state for r in wanted.of("b")] == ["ACTIVE"]
     assert len(wanted.replicas) == 2
+
+
+def test_a_lost_replica_is_replaced_elsewhere():
+    """a's GPU is lost and a waits: it is wanted on the other one, though b idles there;
+    nothing is wanted on the lost one, and all is as planned once it is back."""
+    plan = plan_with(active("a", gpu(0)), warm("b", gpu(1)))
+    policy = get_policy("planned", plan, 30.0)
+    lost = frozenset({gpu(0)})
+    seen = ObservedReplica(llm="b", gpus=(gpu(1),), phase="WARM")
+    wanted = policy.decide(
+        5.0,
+        Observed(now_s=5.0, replicas=(seen,), waiting={"a": 1}, lost_gpus=lost),
+    )
+    assert [r.gpus for r in wanted.of("a")] == [(gpu(1),)]
+    assert wanted == wanted.without(lost)
+    again = policy.decide(6.0, Observed(now_s=6.0, replicas=(seen,)))
+    assert again == plan.epochs[0].placement
+
+
+def test_the_least_number_holds_beside_a_lost_gpu():
+    """min_active 1: a is wanted elsewhere without any request; with nowhere to go, the
+    lost replica stays wanted, so that the placement keeps the operator's rule."""
+    plan = plan_with(active("a", gpu(0)))
+    guarded = fleet(option("a"), min_active=1)
+    plan = replace(plan, fleet=guarded)
+    policy = get_policy("planned", plan, 30.0)
+    for lost, expected in ((0,), (1,)), ((0, 1), (0,)):
+        observed = Observed(now_s=5.0, lost_gpus=frozenset(map(gpu, lost)))
+        wanted = policy.decide(5.0, observed)
+        assert [r.gpus for r in wanted.of("a", "ACTIVE")] == [(gpu(expected[0]),)]
+        assert list(fleet_violations(guarded, wanted)) == []
+
+
+def test_reactive_keeps_the_operators_least_number():
+    """min_active 1: one replica is wanted before any request, and after its keep-alive."""
+    plan = replace(plan_with(), fleet=fleet(option("a"), min_active=1))
+    policy = get_policy("reactive", plan, 30.0)
+    first = policy.decide(0.0, Observed(now_s=0.0))
+    assert [(r.llm, r.state) for r in first.replicas] == [("a", "ACTIVE")]
+    idle = ObservedReplica(llm="a", gpus=(gpu(1),), phase="ACTIVE", idle_since_s=0.0)
+    later = policy.decide(90.0, Observed(now_s=90.0, replicas=(idle,)))
+    assert [r.gpus for r in later.replicas] == [(gpu(1),)]

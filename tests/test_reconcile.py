@@ -222,6 +222,7 @@ class World:
     fleet: Fleet
     rng: np.random.Generator
     replicas: dict[ReplicaId, Phase]
+    lost_gpus: frozenset[GpuId] = frozenset()
     ticks: dict[ReplicaId, int] = field(default_factory=dict)
     log: list[Action] = field(default_factory=list)
 
@@ -261,7 +262,15 @@ class World:
             )
             for key, phase in self.replicas.items()
         )
-        return Observed(now_s=0.0, replicas=replicas)
+        return Observed(now_s=0.0, replicas=replicas, lost_gpus=self.lost_gpus)
+
+    def lose(self, gpus: frozenset[GpuId]) -> None:
+        """These GPUs are gone, with all that touches them; those lost before are back."""
+        self.ledger.open(self.lost_gpus)
+        self.lost_gpus = gpus
+        for key in [key for key in self.replicas if not gpus.isdisjoint(key.gpus)]:
+            self.move(key, None)
+        self.ledger.shut(gpus)
 
     def apply(self, actions: tuple[Action, ...]) -> None:
         """In random order: a call's actions must not rely on one another."""
@@ -459,6 +468,52 @@ def test_service_never_stops_where_both_fit(seed: int):
         if not actions and not world.ticks:
             break
         world.tick()
+
+
+@settings(max_examples=400, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_lost_gpus_are_left_alone_and_the_rest_goes_on(seed: int):
+    """GPUs are lost on the way: nothing is asked of them (`World` would have no room),
+    all that is desired elsewhere comes to serve, and what serves beyond that stands in
+    for something lost. Once they are back, exactly the goal is reached."""
+    rng = np.random.default_rng(seed)
+    f = random_fleet(rng)
+    world = World(f, rng, random_start(f, rng, settled=False))
+    goal = random_placement(f, rng)
+    for _ in range(int(rng.integers(6))):
+        world.apply(reconcile(goal, world.observe(), f))
+        world.tick()
+    world.lose(frozenset(g for g in f.cluster.gpus if rng.random() < 0.4))
+    reachable = goal.without(world.lost_gpus)
+    for _ in range(300):
+        actions = reconcile(goal, world.observe(), f)
+        assert all(world.lost_gpus.isdisjoint(a.gpus) for a in actions)
+        world.apply(actions)
+        if not actions and not world.ticks:
+            break
+        world.tick()
+    standing_in = {r.llm for r in goal.replicas if r.id not in reachable.by_id}
+    for key, replica in reachable.by_id.items():
+        assert replica.state == "WARM" or world.replicas.get(key) == "ACTIVE"
+    for key, phase in world.replicas.items():
+        wanted = reachable.by_id.get(key)
+        if wanted is None or phase != wanted.state:
+            assert phase == "ACTIVE"
+            assert key.llm in standing_in
+    world.lose(frozenset())
+    settle(world, goal)
+
+
+def test_what_stands_in_for_a_lost_replica_goes_on_serving():
+    """a is desired on GPU 1, which is lost: it serves on from GPU 0 until that is back,
+    unless b is desired there, which serves nowhere."""
+    f = fleet(option("a", resident_bytes=80), option("b", resident_bytes=80))
+    old = seen("a", 0, phase="ACTIVE")
+    lost = Observed(now_s=0.0, replicas=(old,), lost_gpus=frozenset({gpu(1)}))
+    goal = Placement(replicas=(want("a", 1),))
+    assert reconcile(goal, lost, f) == ()
+    both = Placement(replicas=(want("a", 1), want("b", 0)))
+    assert [str(a.kind) for a in reconcile(both, lost, f)] == ["demote"]
 
 
 def test_every_phase_can_end():

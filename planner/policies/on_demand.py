@@ -76,10 +76,28 @@ class OnDemand:
 
     def decide(self, now_s: float, observed: Observed) -> Placement:
         base = self.plan.at(now_s).placement if self.plan else self.nothing
-        draft = _Draft(self, base, observed)
+        draft = _Draft(self, base.without(observed.lost_gpus), observed)
         draft.keep_busy()
         draft.start_missing()
-        return draft.placement()
+        return self._with_lost(draft.placement(), base, observed.lost_gpus)
+
+    def _with_lost(
+        self, wanted: Placement, base: Placement, lost_gpus: frozenset[GpuId]
+    ) -> Placement:
+        """The base's ACTIVE replicas on lost GPUs stay wanted where an LLM would have
+        less than the operator's least number: they come back with their GPUs."""
+        missed = []
+        for llm in self.fleet.llms if lost_gpus else ():
+            short = llm.min_active - len(wanted.of(llm.name, "ACTIVE"))
+            lost = (
+                replica
+                for replica in base.of(llm.name, "ACTIVE")
+                if not lost_gpus.isdisjoint(replica.gpus)
+            )
+            missed += list(lost)[: max(0, short)]
+        if not missed:
+            return wanted
+        return Placement(replicas=(*wanted.replicas, *missed))
 
     @cached_property
     def usable_bytes(self) -> dict[GpuId, int]:
@@ -135,7 +153,8 @@ class _Draft:
                 continue
             if replica.phase == "ACTIVE" and replica.in_flight == 0:
                 idle_s = self.observed.now_s - (replica.idle_since_s or 0.0)
-                wanted = idle_s < self.rule.keep_alive_s and self._is_free(replica.gpus)
+                kept = idle_s < self.rule.keep_alive_s or self._short(replica.llm)
+                wanted = kept and self._is_free(replica.gpus)
             else:
                 busy = replica.in_flight or self.in_system[replica.llm]
                 wanted = bool(busy) and self._make_room(replica.gpus)
@@ -143,12 +162,16 @@ class _Draft:
                 self._start(replica.id)
 
     def start_missing(self) -> None:
-        """One more replica for each LLM that has more requests than room."""
+        """One more replica for each LLM that has more requests than room, or fewer
+        replicas than the operator's least number."""
+        floors = dict.fromkeys(filter(self._short, self.rule.fleet.llm_by_name), 0)
         # Longest queues choose first; names break ties so that runs repeat.
         for llm, in_system in sorted(
-            self.in_system.items(), key=lambda item: (-item[1], item[0])
+            (floors | self.in_system).items(), key=lambda item: (-item[1], item[0])
         ):
-            while in_system > SCALE_UP * self._room(self._serving(llm)):
+            while in_system > SCALE_UP * self._room(self._serving(llm)) or self._short(
+                llm
+            ):
                 chosen = self._choose(llm)
                 if chosen is None:
                     break
@@ -181,6 +204,11 @@ class _Draft:
                     free[gpu] -= held
         return Placement(replicas=tuple(replicas))
 
+    def _short(self, llm: str) -> bool:
+        """Whether fewer replicas are to serve than the operator wants at least."""
+        least = self.rule.fleet.llm_by_name[llm].min_active
+        return least > 0 and len(self._serving(llm)) < least
+
     def _serving(self, llm: str) -> list[ReplicaId]:
         return [key for key in self.serving if key.llm == llm]
 
@@ -206,7 +234,7 @@ class _Draft:
         options = [
             (option, key)
             for option, key in self.rule.blocks[llm]
-            if key not in self.serving
+            if key not in self.serving and self.observed.lost_gpus.isdisjoint(key.gpus)
         ]
         for _, key in sorted(options, key=lambda pair: self._rank(*pair)):
             if self._make_room(key.gpus):
