@@ -71,6 +71,8 @@ class PhaseChange(Record):
     phase: Phase | None
     lost: bool = False
     """Gone without having been asked to."""
+    from_storage: bool = False
+    """Of a load: it reads storage, not pinned host memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -716,8 +716,8 @@ def test_same_seed_same_bytes(tmp_path):
 
 def test_journal_tells_the_whole_outcome(tmp_path):
     """The run counted from the journal file equals the run counted live."""
-    f = random_fleet(np.random.default_rng(3))
-    trace = random_trace(f, np.random.default_rng(4), 200)
+    f = random_fleet(np.random.default_rng(4))
+    trace = random_trace(f, np.random.default_rng(5), 200)
     path = tmp_path / "run.jsonl"
     policy = Restless(f, np.random.default_rng(7))
     run = simulate(f, trace, policy, start_s=5.0, end_s=40.0, seed=1, journal=path)

@@ -18,12 +18,13 @@ from functools import partial
 import numpy as np
 
 from foreserve.models.errors import InvalidInput
+from foreserve.models.faults import Fault, check_faults
 from foreserve.models.observed import Observed, ObservedReplica, Phase
 from foreserve.models.placement import Action, Placement, ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
-from foreserve.models.specs import GpuId
 from foreserve.runtime.clock import VirtualClock
 from foreserve.runtime.journal import (
+    Faulted,
     Gaps,
     PhaseChange,
     Recorder,
@@ -32,7 +33,9 @@ from foreserve.runtime.journal import (
 )
 from foreserve.runtime.ledger import Ledger, phase_bytes
 from foreserve.runtime.simulated.engine import EngineLimits, Engines
+from foreserve.runtime.simulated.faults import Health
 from foreserve.runtime.simulated.layout import NONE, Columns
+from foreserve.runtime.simulated.loads import Loads
 from foreserve.runtime.states import check_action, check_move
 from foreserve.traces.trace import Trace
 
@@ -44,12 +47,13 @@ class _Replica:
     id: ReplicaId
     option: ReplicaOption
     phase: Phase
-    load_s: float
-    """With its noise; the time in the queue for the link comes on top."""
+    noise: float
+    """By which the times of its load are multiplied."""
     story: list[tuple[float, Phase | None]] = field(default_factory=list)
     engine: int | None = None
     """Its number while it holds KV."""
-    on_link: bool = False
+    factor: float = 1.0
+    """By which its iterations take longer now."""
 
 
 class SimulatedBackend:
@@ -66,14 +70,15 @@ class SimulatedBackend:
         first_request: int = 0,
         load_noise: float = 0.1,
         initial: Placement | None = None,
+        faults: Sequence[Fault] = (),
         limits: EngineLimits | None = None,
         watch: Callable[[float], None] | None = None,
         watch_every_s: float = math.inf,
     ) -> None:
         """All requests of ``trace`` will come; the first is number ``first_request``.
 
-        ``watch`` is told the time every ``watch_every_s``. A load takes
-        ``option.load_s * exp(load_noise * N)`` with standard normal N.
+        ``watch`` is told the time every ``watch_every_s``. All times of a load are
+        multiplied by ``exp(load_noise * N)`` with standard normal N.
         """
         unknown = {trace.llms[i] for i in np.unique(trace.llm)} - {*fleet.llm_by_name}
         if unknown:
@@ -87,8 +92,10 @@ class SimulatedBackend:
         self._replicas: dict[ReplicaId, _Replica] = {}
         self._by_engine: dict[int, _Replica] = {}
         self._llms = {llm.name: index for index, llm in enumerate(fleet.llms)}
-        self._loads: list[_Replica] = []
-        self._busy_links: set[GpuId] = set()
+        self.loads = Loads(fleet, clock.now_s())
+        self._timers: dict[str, float] = {}
+        """By node: for when its links' next event is scheduled."""
+        self.health = Health(fleet.cluster)
         own = np.array([self._llms.get(name, -1) for name in trace.llms], np.int32)
         self.engines = Engines(
             len(fleet.llms),
@@ -117,6 +124,9 @@ class SimulatedBackend:
         clock.stream = self
         for replica in (initial or Placement()).replicas:
             self._put(replica.id, replica.state)
+        check_faults(faults, fleet)
+        for fault in faults:
+            self._plan(fault)
 
     # --- Backend -----------------------------------------------------------------------
 
@@ -127,15 +137,14 @@ class SimulatedBackend:
             now_s=self.clock.now_s(),
             replicas=tuple(self._observed(r) for r in self._replicas.values()),
             waiting={llm: queue[i] for llm, i in self._llms.items() if queue[i]},
+            lost_gpus=self.health.lost_gpus,
         )
 
     def _observed(self, replica: _Replica) -> ObservedReplica:
-        in_flight, idle_since_s = 0, None
-        if replica.engine is not None:
-            row = self.engines.row(replica.engine)
-            in_flight = int(row["in_flight"])
-            if replica.phase == "ACTIVE" and not in_flight:
-                idle_since_s = float(row["idle_since_s"])
+        in_flight, idle_since_s = self._in_flight(replica), None
+        if replica.phase == "ACTIVE" and not in_flight:
+            assert replica.engine is not None
+            idle_since_s = float(self.engines.row(replica.engine)["idle_since_s"])
         return ObservedReplica(
             llm=replica.id.llm,
             gpus=replica.id.gpus,
@@ -159,14 +168,23 @@ class SimulatedBackend:
                 self.clock.schedule(ready_s, partial(self._activated, replica))
             elif after == "DRAINING" and replica and replica.engine is not None:
                 self.engines.withdraw(replica.engine)
-                if not self.engines.row(replica.engine)["in_flight"]:
+                if not self._in_flight(replica):
                     self._move(replica, "WARM")
 
     def lose(self, key: ReplicaId) -> None:
         """The replica vanishes. Its requests go back to the head of the queue and start
         anew elsewhere: what was streamed of them is lost."""
-        self._move(self._replicas[key], None, lost=True)
-        self.engines.serve_queue(self._llms[key.llm])
+        self._lose([self._replicas[key]])
+
+    def _lose(self, replicas: Sequence[_Replica]) -> None:
+        # All at once: none may take what another one leaves.
+        for replica in replicas:
+            if replica.engine is not None:
+                self.engines.withdraw(replica.engine)
+        for replica in replicas:
+            self._move(replica, None, lost=True)
+        for llm in dict.fromkeys(replica.id.llm for replica in replicas):
+            self.engines.serve_queue(self._llms[llm])
 
     # --- Stream ------------------------------------------------------------------------
 
@@ -186,6 +204,7 @@ class SimulatedBackend:
         if top["woken"]:
             top["woken"] = False
             self.clock.wake()
+            self._hurry()
         if top["emptied"] != NONE:
             replica = self._by_engine[int(top["emptied"])]
             top["emptied"] = NONE
@@ -239,9 +258,7 @@ class SimulatedBackend:
         option = self.fleet.option_of(key.llm, key.gpus)
         self._ledger.hold(key.gpus, phase_bytes(option, phase))
         noise = math.exp(self._load_noise * self._rng.standard_normal())
-        replica = _Replica(
-            id=key, option=option, phase=phase, load_s=option.load_s * noise
-        )
+        replica = _Replica(id=key, option=option, phase=phase, noise=noise)
         replica.story.append((self.clock.now_s(), phase))
         self._replicas[key] = replica
         if phase == "ACTIVE":
@@ -249,9 +266,15 @@ class SimulatedBackend:
         return replica
 
     def _move(
-        self, replica: _Replica, after: Phase | None, *, lost: bool = False
+        self,
+        replica: _Replica,
+        after: Phase | None,
+        *,
+        lost: bool = False,
+        ended: bool = False,
     ) -> None:
-        """Change phase: checked against the table and the ledger, written down."""
+        """Change phase: checked against the table and the ledger, written down.
+        ``ended``: its load has left the links already."""
         key, before, now_s = replica.id, replica.phase, self.clock.now_s()
         check_move(key, before, after, replica.story)
         grown = phase_bytes(replica.option, after) - phase_bytes(replica.option, before)
@@ -266,11 +289,19 @@ class SimulatedBackend:
             del self._by_engine[replica.engine]
             self.engines.close(replica.engine)
             replica.engine = None
-        self._note(replica, after, lost)
-        if before == "LOADING":
-            self._leave_link(replica)
+        self._note(replica, after, lost=lost)
+        if before == "LOADING" and after is None and not ended:
+            self.loads.cancel(key, now_s)
+        self._couple(key.gpus[0].node)
 
-    def _note(self, replica: _Replica, phase: Phase | None, lost: bool = False) -> None:
+    def _note(
+        self,
+        replica: _Replica,
+        phase: Phase | None,
+        *,
+        lost: bool = False,
+        from_storage: bool = False,
+    ) -> None:
         self._tell()
         self.journal.record(
             PhaseChange(
@@ -279,6 +310,7 @@ class SimulatedBackend:
                 gpus=replica.id.gpus,
                 phase=phase,
                 lost=lost,
+                from_storage=from_storage,
             )
         )
         self.clock.wake()
@@ -301,32 +333,138 @@ class SimulatedBackend:
             life=len(self._lives) - 1,
         )
         self._by_engine[replica.engine] = replica
+        replica.factor = 1.0
+        self._couple(replica.id.gpus[0].node)
         self.engines.serve_queue(self._llms[replica.id.llm])
 
-    # --- loads: one at a time on each GPU's link, in the order they were asked for -----
+    def _in_flight(self, replica: _Replica) -> int:
+        if replica.engine is None:
+            return 0
+        return int(self.engines.row(replica.engine)["in_flight"])
+
+    # --- loads, and what they and serving do to each other ------------------------------
 
     def _load(self, key: ReplicaId) -> None:
         replica = self._put(key, "LOADING")
-        self._note(replica, "LOADING")
-        self._loads.append(replica)
-        self._start_loads()
+        stored = self.loads.begin(
+            key,
+            replica.option,
+            self.clock.now_s(),
+            noise=replica.noise,
+            urgent=self._is_waited_for(key.llm),
+            most=self._most(key),
+        )
+        self._note(replica, "LOADING", from_storage=stored)
+        self._couple(key.gpus[0].node)
 
-    def _start_loads(self) -> None:
-        taken = set(self._busy_links)
-        for replica in [r for r in self._loads if not r.on_link]:
-            if taken.isdisjoint(replica.id.gpus):
-                replica.on_link = True
-                self._busy_links.update(replica.id.gpus)
-                ready_s = self.clock.now_s() + replica.load_s
-                self.clock.schedule(ready_s, partial(self._loaded, replica))
-            taken.update(replica.id.gpus)
+    def _is_waited_for(self, llm: str) -> bool:
+        return bool(self.engines.state.queue[self._llms[llm]])
 
-    def _loaded(self, replica: _Replica) -> None:
-        if self._replicas.get(replica.id) is replica:
-            self._move(replica, "WARM")
+    def _most(self, key: ReplicaId) -> float:
+        """Share of its rate that the load of ``key`` may take."""
+        share = self.loads.rules.share_beside_serving
+        if share == 1.0:
+            return share
+        beside = any(
+            replica.phase in ("ACTIVE", "DRAINING")
+            and not set(key.gpus).isdisjoint(replica.id.gpus)
+            for replica in self._replicas.values()
+        )
+        return share if beside else 1.0
 
-    def _leave_link(self, replica: _Replica) -> None:
-        self._loads.remove(replica)
-        if replica.on_link:
-            self._busy_links.difference_update(replica.id.gpus)
-        self._start_loads()
+    def _hurry(self) -> None:
+        """Requests have begun to wait: some loads may be urgent now."""
+        for node in dict.fromkeys(key.gpus[0].node for key in self.loads.under_way):
+            self._couple(node)
+
+    def _couple(self, node: str) -> None:
+        """Something has changed on ``node``: let its loads and its engines go as fast
+        beside each other as they may, and look again when a load ends."""
+        now_s, links = self.clock.now_s(), self.loads.by_node[node].links
+        loading = list(self.loads.on(node))
+        if loading:
+            waited = [key.llm for key in loading if self._is_waited_for(key.llm)]
+            self.loads.set_urgent(node, waited, now_s)
+            if self.loads.rules.share_beside_serving < 1.0:
+                links.set_most({key: self._most(key) for key in loading}, now_s)
+        self._pace(node)
+        if links.next_s < math.inf and links.next_s != self._timers.get(node):
+            self._timers[node] = links.next_s
+            self.clock.schedule(links.next_s, partial(self._links, node))
+
+    def _pace(self, node: str) -> None:
+        """Set how fast the engines of ``node`` are."""
+        beside = 1.0 + self.loads.rules.slowdown_beside_loading
+        factor = self.health.factor(node)
+        copying = self.loads.by_node[node].links.copying if beside > 1.0 else ()
+        for replica in self._by_engine.values():
+            gpus = replica.id.gpus
+            if gpus[0].node != node or replica.engine is None:
+                continue
+            wanted = factor if set(gpus).isdisjoint(copying) else factor * beside
+            if wanted != replica.factor:
+                replica.factor = wanted
+                self.engines.set_speed(replica.engine, wanted)
+
+    def _links(self, node: str) -> None:
+        """A load of ``node`` may have ended, or its process may be there."""
+        now_s = self.clock.now_s()
+        if self.loads.by_node[node].links.next_s != now_s:
+            return  # plans have changed since
+        for key in self.loads.advance(node, now_s):
+            failed = self.health.load_fails(key)
+            replica = self._replicas[key]
+            self._move(replica, None if failed else "WARM", lost=failed, ended=True)
+        self._couple(node)
+
+    # --- faults --------------------------------------------------------------------------
+
+    def _plan(self, fault: Fault) -> None:
+        """Have the fault begin, and end, when it does."""
+        now_s, until_s = self.clock.now_s(), fault.until_s
+        over = now_s if fault.kind == "replica-crash" else -math.inf
+        if (fault.at if until_s is None else until_s) <= over or (
+            until_s is not None and until_s <= now_s
+        ):
+            return
+        self.clock.schedule(max(now_s, fault.at), partial(self._begin, fault))
+        if until_s is not None:
+            self.clock.schedule(until_s, partial(self._recover, fault))
+
+    def _begin(self, fault: Fault) -> None:
+        where, takes = fault.where, fault.kind not in ("slow-node", "load-failure")
+        hit = [r for r in self._replicas.values() if takes and where.hits(r.id)]
+        self._tell()
+        self.journal.record(
+            Faulted(
+                at_s=self.clock.now_s(),
+                kind=fault.kind,
+                target=fault.target,
+                until_s=fault.until_s,
+                factor=fault.factor,
+                replicas=len(hit),
+                requests=sum(map(self._in_flight, hit)),
+            )
+        )
+        self._lose(hit)
+        before = self.health.lost_gpus
+        self.health.begin(fault)
+        self._ledger.shut(self.health.lost_gpus - before)
+        if fault.kind == "node-loss":
+            self.loads.restart(where.node, self.clock.now_s())
+        self._changed(where.node)
+
+    def _recover(self, fault: Fault) -> None:
+        before = self.health.lost_gpus
+        self.health.end(fault)
+        self._ledger.open(before - self.health.lost_gpus)
+        if fault.kind == "node-loss":
+            self.loads.restart(fault.where.node, self.clock.now_s())
+        self._changed(fault.where.node)
+
+    def _changed(self, node: str) -> None:
+        """The health of ``node`` has."""
+        links = self.loads.by_node[node].links
+        links.set_factor(self.health.factor(node), self.clock.now_s())
+        self._couple(node)
+        self.clock.wake()

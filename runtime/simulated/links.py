@@ -282,6 +282,10 @@ class ProcessPool:
         self._start_s = rules.process_start_s
         self._ready_s = [-math.inf] * rules.process_pool
 
+    def restart(self, now_s: float) -> None:
+        """All processes are gone and start anew."""
+        self._ready_s = [now_s + self._start_s for _ in self._ready_s]
+
     def take(self, now_s: float) -> float:
         """When the process of a load that is asked for now is there."""
         if not self._ready_s:
