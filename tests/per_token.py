@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from foreserve.models.cost import IterationTime
@@ -17,8 +17,11 @@ class Job:
     arrival_s: float
     input_tokens: int
     output_tokens: int
+    prefixes: tuple[int, ...] = ()
     first_token_s: float | None = None
     preemptions: int = 0
+    found: int = 0
+    """Prompt tokens that it found in the cache when it joined first."""
 
 
 def per_token(
@@ -34,31 +37,73 @@ def per_token(
     held = dict.fromkeys(jobs, 0)  # blocks
     cached = dict.fromkeys(jobs, 0)  # tokens computed when it was preempted
     answering: set[Job] = set()  # all their tokens are computed but the newest
-    # Free blocks, oldest first: (owner, number of its block) or None if never used.
-    free: deque[tuple[Job, int] | None] = deque(
+    # Free blocks, oldest first, with what is in them: a job's or a prefix's block of some
+    # number, or None if it was never used.
+    free: deque[tuple[Job | int, int] | None] = deque(
         [None] * (kv_tokens // limits.block_tokens)
     )
+    unit = limits.prefix_tokens // limits.block_tokens
+    users: Counter[int] = Counter()  # jobs that use a prefix's blocks
+    uses: dict[Job, list[int]] = {job: [] for job in jobs}
+    doubles: dict[Job, set[int]] = {job: set() for job in jobs}
     ends: dict[int, float] = {}
     now_s = 0.0
 
     def allocate(job: Job, tokens: int, found: int = 0) -> bool:
         need = -(-(computed[job] + tokens) // limits.block_tokens) - held[job]
-        if need > len(free):
+        shared = 0
+        if unit:
+            shared = sum(users[p] > 0 for p in job.prefixes[: found // unit]) * unit
+        if need - shared > len(free):
             return False
         for number in range(found):
-            free.remove((job, number))
+            if not unit:
+                free.remove((job, number))
+            elif not users[prefix := job.prefixes[number // unit]]:
+                free.remove((prefix, number % unit))
+        if unit and found:
+            uses[job] = list(job.prefixes[: found // unit])
+            users.update(uses[job])
         for _ in range(need - found):
             free.popleft()
         held[job] += need
         return True
 
     def release(job: Job) -> None:
-        free.extend((job, number) for number in reversed(range(held[job])))
-        held[job] = 0
+        mine = [p for i, p in enumerate(uses[job]) if i not in doubles[job]]
+        begin = len(mine) * unit
+        free.extend((job, number) for number in reversed(range(begin, held[job])))
+        for prefix in reversed(uses[job]):
+            users[prefix] -= 1
+            if not users[prefix]:
+                # Other copies of it are forgotten.
+                for number in range(unit):
+                    if (prefix, number) in free:
+                        free[free.index((prefix, number))] = None
+                free.extend((prefix, number) for number in reversed(range(unit)))
+        held[job], uses[job], doubles[job] = 0, [], set()
+
+    def register(job: Job) -> None:
+        full = job.input_tokens // limits.prefix_tokens if unit else 0
+        for number in range(len(uses[job]), min(len(job.prefixes), full)):
+            prefix = job.prefixes[number]
+            if users[prefix]:
+                doubles[job].add(number)
+            uses[job].append(prefix)
+            users[prefix] += 1
 
     def still_there(job: Job) -> int:
         """Full blocks from its first on that nobody has taken."""
         number = 0
+        if unit:
+            known = job.input_tokens + given[job] - 1
+            most = min(known, job.input_tokens) // limits.prefix_tokens
+            for prefix in job.prefixes[:most]:
+                there = all((prefix, i) in free for i in range(unit))
+                if not (users[prefix] or there):
+                    break
+                number += unit
+            return number
         while number < cached[job] // limits.block_tokens and (job, number) in free:
             number += 1
         return number if limits.caches_prefixes else 0
@@ -110,6 +155,8 @@ def per_token(
             if too_large or not allocate(job, tokens, found):
                 computed[job] = 0
                 break
+            if unit and not job.preemptions:
+                job.found = found * limits.block_tokens
             running.append(waiting.pop(0))
             scheduled[job] = tokens
             budget -= tokens
@@ -133,6 +180,8 @@ def per_token(
             if computed[job] < job.input_tokens + given[job]:
                 continue
             given[job] += 1
+            if job not in answering:
+                register(job)
             answering.add(job)
             if job.first_token_s is None:
                 job.first_token_s = now_s

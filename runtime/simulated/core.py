@@ -104,6 +104,8 @@ def _steps_with(s: State, e: int, blocks: int, most: int) -> int:
 def _found(s: State, e: int, slot: int) -> int:
     """Tokens of a waiting job that are still in its old blocks."""
     engine, job = s.engines[e], s.jobs[slot]
+    if engine.unit:
+        return _prefixes_there(s, e, slot) * engine.unit * engine.block
     if not engine.caches or job.cached == 0:
         return 0
     # This iteration's steps take theirs first.
@@ -124,6 +126,83 @@ def _take_back(s: State, e: int) -> bool:
     engine.revoked = True
     s.top[0].revoked = True
     return True
+
+
+# --- prefixes that requests share ---------------------------------------------------------
+
+
+@compiled
+def _prefix(s: State, slot: int, k: int) -> int:
+    return s.prefix_ids[s.prefix_starts[s.jobs[slot].request] + k]
+
+
+@compiled
+def _prefixes(s: State, e: int, slot: int) -> int:
+    """How many of its prefixes the job's prompt has in full."""
+    engine, job = s.engines[e], s.jobs[slot]
+    if engine.unit == 0:
+        return 0
+    listed = s.prefix_starts[job.request + 1] - s.prefix_starts[job.request]
+    return min(listed, job.input // (engine.unit * engine.block))
+
+
+@compiled
+def _prefixes_there(s: State, e: int, slot: int) -> int:
+    """How many of its prefixes a waiting job finds; its last token is always computed."""
+    engine, job = s.engines[e], s.jobs[slot]
+    taken = engine.taken + _need_of_step(s, e)
+    most = (job.input + job.given - 1) // (engine.unit * engine.block)
+    most = min(most, _prefixes(s, e, slot))
+    for k in range(most):
+        prefix = _prefix(s, slot, k)
+        if s.prefix_users[e, prefix] == 0 and s.prefix_lost[e, prefix] < taken:
+            return k
+    return most
+
+
+@compiled
+def _unused_blocks(s: State, e: int, slot: int, count: int) -> int:
+    """Blocks of the job's first ``count`` prefixes that are free, though not forgotten."""
+    found = 0
+    for k in range(count):
+        if s.prefix_users[e, _prefix(s, slot, k)] == 0:
+            found += s.engines[e].unit
+    return found
+
+
+@compiled
+def _register(s: State, e: int, slot: int) -> None:
+    """The job's prompt is computed: others may use its prefixes from now on."""
+    job = s.jobs[slot]
+    for k in range(job.held, _prefixes(s, e, slot)):
+        prefix = _prefix(s, slot, k)
+        job.doubles += s.prefix_users[e, prefix] > 0
+        s.prefix_users[e, prefix] += 1
+        job.held += 1
+
+
+@compiled
+def _own_blocks(s: State, e: int, slot: int) -> int:
+    """Blocks that the job shares with nobody, whether others may use them or not."""
+    engine, job = s.engines[e], s.jobs[slot]
+    shared = (job.held - job.doubles) * engine.unit
+    return _blocks(job.computed, engine.block) - shared
+
+
+@compiled
+def _release(s: State, e: int, slot: int, forget: bool) -> None:
+    """Free the job's blocks, the last ones first; ``forget``: as if it had never used the
+    prefixes it found."""
+    engine, job = s.engines[e], s.jobs[slot]
+    engine.free += _own_blocks(s, e, slot)
+    for k in range(job.held - 1, -1, -1):
+        prefix = _prefix(s, slot, k)
+        s.prefix_users[e, prefix] -= 1
+        if s.prefix_users[e, prefix] == 0:
+            if not forget:
+                s.prefix_lost[e, prefix] = engine.taken + engine.free
+            engine.free += engine.unit
+    job.held = job.doubles = 0
 
 
 # --- running jobs -----------------------------------------------------------------------
@@ -173,7 +252,7 @@ def _leave(s: State, e: int, slot: int) -> None:
     s.phase[e, _needs_at(s, e, slot)] -= 1
     job.computed += engine.step - job.begun
     engine.context -= job.computed + 1
-    engine.free += _blocks(job.computed, engine.block)
+    _release(s, e, slot, False)
 
 
 @compiled
@@ -195,7 +274,7 @@ def _preempt(s: State, e: int, now_s: float) -> None:
     if engine.prompt != NONE:
         slot = engine.prompt
         engine.prompt = NONE
-        engine.free += _blocks(s.jobs[slot].computed, engine.block)
+        _release(s, e, slot, False)
     else:
         slot = engine.decoding_last
         s.jobs[slot].given += engine.step - s.jobs[slot].begun
@@ -326,6 +405,12 @@ def _fill(s: State, e: int, before: int, now_s: float) -> None:
         take = min(known - found, budget)
         need = _blocks(found + take, engine.block)
         least = _blocks(known, engine.block) if engine.whole else need
+        held, used = 0, 0
+        if engine.unit:
+            held = found // (engine.unit * engine.block)
+            used = held * engine.unit - _unused_blocks(s, e, slot, held)
+            need -= used
+            least -= used
         if least > engine.free - need_of_step:
             _take_back(s, e)
         if least > engine.free - need_of_step:
@@ -341,7 +426,12 @@ def _fill(s: State, e: int, before: int, now_s: float) -> None:
         )
         engine.chunks += 1
         engine.free -= need
-        engine.taken += need - _blocks(found, engine.block)
+        engine.taken += need - (_blocks(found, engine.block) - used)
+        for k in range(held):
+            s.prefix_users[e, _prefix(s, slot, k)] += 1
+        job.held = held
+        if held and job.preemptions == 0:
+            s.found_tokens[engine.llm] += found
         budget -= take
         running += 1
 
@@ -387,7 +477,9 @@ def _undo(s: State, e: int) -> None:
         if slot == engine.resumed:
             engine.prompt = slot
         else:
-            engine.free += _blocks(job.computed, engine.block)
+            if job.held and job.preemptions == 0:
+                s.found_tokens[engine.llm] -= job.computed
+            _release(s, e, slot, True)
             job.computed = 0
             _wait_first(s, e, slot)
     engine.chunks = 0
@@ -499,6 +591,7 @@ def advance(s: State, e: int) -> None:
             engine.prompt = slot
             continue
         job.given += 1
+        _register(s, e, slot)
         if math.isnan(job.first_s):
             job.first_s = now_s
         else:
@@ -507,7 +600,7 @@ def advance(s: State, e: int) -> None:
             s.gaps[engine.llm, _gap_bin(gap_s)] += 1
         job.last_s = now_s
         if job.given == job.output:
-            engine.free += _blocks(job.computed, engine.block)
+            _release(s, e, slot, False)
             _finish(s, e, slot, now_s)
         else:
             _decode(s, e, slot)
@@ -562,7 +655,7 @@ def new_job(s: State, request: int) -> int:
 def restart(s: State, slot: int) -> None:
     """Forget all progress: the KV cache it had is lost."""
     job = s.jobs[slot]
-    job.given = job.computed = job.cached = 0
+    job.given = job.computed = job.cached = job.held = job.doubles = 0
     job.first_s = job.last_s = np.nan
     job.next = NONE
 

@@ -53,7 +53,14 @@ class EngineLimits(Record):
     """Who was preempted finds those of its full blocks that nobody has taken since. Free
     blocks are taken in the order in which they became free, a request's last ones first."""
 
+    prefix_tokens: int = 0
+    """Prompts are compared in pieces of so many tokens, and what an earlier one has in
+    common is not computed again while its blocks are there; 0: they are not compared.
+    Needs requests that say what they have in common. (vLLM compares block by block.)"""
+
     def __post_init__(self) -> None:
+        if self.prefix_tokens % self.block_tokens:
+            raise ValueError("engine: prefix_tokens must be a multiple of block_tokens")
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
             raise ValueError("engine: max_num_batched_tokens must exceed max_num_seqs")
 
@@ -127,12 +134,14 @@ class Engines:
         row["llm"], row["life"] = llm, life
         row["max_tokens"] = limits.max_num_batched_tokens
         row["max_seqs"], row["block"] = limits.max_num_seqs, limits.block_tokens
+        row["unit"] = limits.prefix_tokens // limits.block_tokens
         row["whole"], row["mixes"] = limits.whole_prompts, limits.mixes
         row["caches"] = limits.caches_prefixes
         row["blocks"] = row["free"] = kv_tokens // limits.block_tokens
         row["start_s"], row["next_s"] = -math.inf, math.inf
         row["idle_since_s"] = self.top["now_s"]
         self.state.phase[e] = 0
+        self.state.prefix_users[e], self.state.prefix_lost[e] = 0, -1
         self._times[e] = time
         self._set_times(e, speed)
         flow.add_engine(self.state, e)

@@ -87,6 +87,7 @@ ENGINE = np.dtype(
         *((name, "f8") for name in TIMES),
         # `EngineLimits`.
         *((name, "i8") for name in ("max_tokens", "max_seqs", "block")),
+        ("unit", "i8"),  # blocks in one of a prompt's prefixes, or 0: none are shared
         *((name, "?") for name in ("whole", "mixes", "caches")),
         ("llm", "i8"),
         ("lane", "i8"),  # place among the LLM's engines that take requests, or NONE
@@ -154,6 +155,11 @@ JOB = np.dtype(
         # Since it was preempted: tokens that were computed, and the engine's count of
         # blocks taken at which the first of its own goes.
         *((name, "i8") for name in ("cached", "lost_from")),
+        (
+            "held",
+            "i8",
+        ),  # its first prefixes, of which the cache knows that it uses them
+        ("doubles", "i8"),  # of these, others use a copy of their own
         *((name, "i8") for name in ("next", "previous")),
     ]
 )
@@ -182,6 +188,9 @@ class Columns(NamedTuple):
     llm: NDArray[np.int32]
     input_tokens: NDArray[np.int32]
     output_tokens: NDArray[np.int32]
+    prefix_starts: NDArray[np.int64] = np.zeros(0, np.int64)
+    """[request + 1] where its prefixes begin in ``prefix_ids``; empty: nobody has any."""
+    prefix_ids: NDArray[np.int32] = np.zeros(0, np.int32)
 
 
 class State(NamedTuple):
@@ -225,6 +234,16 @@ class State(NamedTuple):
     llm: NDArray[np.int32]
     input_tokens: NDArray[np.int32]
     output_tokens: NDArray[np.int32]
+    prefix_starts: NDArray[np.int64]
+    """[R + 1] where a request's prefixes begin in ..."""
+    prefix_ids: NDArray[np.int32]
+    """... this list: equal ids are equal tokens from a prompt's first one on."""
+    prefix_users: NDArray[np.int64]
+    """[E, id] jobs that use the prefix's blocks ..."""
+    prefix_lost: NDArray[np.int64]
+    """... and if none does: `taken` at which the first of the blocks goes."""
+    found_tokens: NDArray[np.int64]
+    """[L] prompt tokens that were not computed because an earlier request had been."""
     first_s: NDArray[np.float64]
     """[R] NaN until it is known."""
     end_s: NDArray[np.float64]
@@ -241,7 +260,10 @@ class State(NamedTuple):
     """[L] their sum."""
 
 
-BY_ENGINE = ("phase", "ends", "chunk_job", "chunk_end", "heap", "place")
+BY_ENGINE = (
+    *("phase", "ends", "chunk_job", "chunk_end", "heap", "place"),
+    *("prefix_users", "prefix_lost"),
+)
 """Arrays of the state whose first axis is E, ..."""
 BY_LANE = ("lane_engine", "lane_load", "lane_cap", "lane_room")
 """... and those whose second is."""
@@ -257,6 +279,7 @@ def empty(llms: int, requests: Columns) -> State:
     for name in ("emptied", "foreign"):
         top[name] = NONE
     lane = (llms, FIRST_ENGINES)
+    kinds = int(requests.prefix_ids.max(initial=-1)) + 1
     return State(
         top=top,
         engines=engines,
@@ -267,6 +290,9 @@ def empty(llms: int, requests: Columns) -> State:
         chunk_end=np.zeros((FIRST_ENGINES, 256), np.int64),
         heap=np.zeros(FIRST_ENGINES, np.int64),
         place=np.zeros(FIRST_ENGINES, np.int64),
+        prefix_users=np.zeros((FIRST_ENGINES, kinds), np.int64),
+        prefix_lost=np.full((FIRST_ENGINES, kinds), -1, np.int64),
+        found_tokens=np.zeros(llms, np.int64),
         lanes=np.zeros(llms, np.int64),
         lane_engine=np.zeros(lane, np.int64),
         lane_load=np.zeros(lane, np.int64),
