@@ -1,11 +1,11 @@
-"""The compiled core of one engine: iterations, blocks, preemption, stretches.
+"""The compiled core of one engine: who runs in which iteration.
 
 Plain functions over `layout.State`, compiled by numba on first use (and kept on disk for
 the next process). The rules are in `engine`; a reference that takes every iteration and
 every token in turn is in the tests.
 
 Between events an engine works in stretches: iterations that are alike, whose times have a
-closed form.
+closed form (`pace`). Its KV cache is in `blocks`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,25 @@ import math
 
 import numpy as np
 
-from foreserve.models.gaps import gap_bin, gap_edge_s
+from foreserve.runtime.simulated.blocks import (
+    blocks_of,
+    blocks_of_steps,
+    found_tokens,
+    need_of_step,
+    prefix_of,
+    register,
+    release,
+    steps_with,
+    take_back,
+    unused_blocks,
+)
 from foreserve.runtime.simulated.layout import FINISHED, NONE, State, compiled
-
-_gap_bin = compiled(gap_bin)
-_gap_edge_s = compiled(gap_edge_s)
-
+from foreserve.runtime.simulated.pace import (
+    iterations_until,
+    note_gap,
+    note_gaps,
+    stretch_s,
+)
 
 # --- jobs that decode, by their ends ----------------------------------------------------
 
@@ -51,158 +64,6 @@ def _sift(s: State, e: int, slot: int, i: int, count: int) -> None:
         i = child
     ends[i] = slot
     jobs[slot].place = i
-
-
-# --- blocks -----------------------------------------------------------------------------
-
-
-@compiled
-def _blocks(tokens: int, block: int) -> int:
-    return (tokens + block - 1) // block
-
-
-@compiled
-def _need_of_step(s: State, e: int) -> int:
-    """Blocks that the next step takes, if prompts leave it its place."""
-    engine = s.engines[e]
-    if not engine.mixes:
-        return 0
-    return s.phase[e, engine.step % engine.block]
-
-
-@compiled
-def _blocks_of_steps(s: State, e: int, count: int) -> int:
-    """Blocks that the next ``count`` steps take."""
-    engine = s.engines[e]
-    block = engine.block
-    found = (count // block) * engine.decoding
-    at = engine.step % block
-    for _ in range(count % block):
-        found += s.phase[e, at]
-        at = at + 1 if at + 1 < block else 0
-    return found
-
-
-@compiled
-def _steps_with(s: State, e: int, blocks: int, most: int) -> int:
-    """Most steps, up to ``most``, that take no more than ``blocks``; some job decodes."""
-    engine = s.engines[e]
-    rounds = blocks // engine.decoding
-    steps = rounds * engine.block
-    if steps >= most:
-        return most
-    left = blocks - rounds * engine.decoding
-    at = engine.step % engine.block
-    while steps < most and s.phase[e, at] <= left:
-        left -= s.phase[e, at]
-        steps += 1
-        at = at + 1 if at + 1 < engine.block else 0
-    return steps
-
-
-@compiled
-def _found(s: State, e: int, slot: int) -> int:
-    """Tokens of a waiting job that are still in its old blocks."""
-    engine, job = s.engines[e], s.jobs[slot]
-    if engine.unit:
-        return _prefixes_there(s, e, slot) * engine.unit * engine.block
-    if not engine.caches or job.cached == 0:
-        return 0
-    # This iteration's steps take theirs first.
-    lost = max(0, engine.taken + _need_of_step(s, e) - job.lost_from)
-    kept = _blocks(job.cached, engine.block) - lost
-    full = job.cached // engine.block
-    return max(0, min(full, kept)) * engine.block
-
-
-@compiled
-def _take_back(s: State, e: int) -> bool:
-    """Blocks are missed: those that were lent are free again. False if there are none."""
-    engine = s.engines[e]
-    if engine.lent == 0:
-        return False
-    engine.free += engine.lent
-    engine.lent = 0
-    engine.revoked = True
-    s.top[0].revoked = True
-    return True
-
-
-# --- prefixes that requests share ---------------------------------------------------------
-
-
-@compiled
-def _prefix(s: State, slot: int, k: int) -> int:
-    return s.prefix_ids[s.prefix_starts[s.jobs[slot].request] + k]
-
-
-@compiled
-def _prefixes(s: State, e: int, slot: int) -> int:
-    """How many of its prefixes the job's prompt has in full."""
-    engine, job = s.engines[e], s.jobs[slot]
-    if engine.unit == 0:
-        return 0
-    listed = s.prefix_starts[job.request + 1] - s.prefix_starts[job.request]
-    return min(listed, job.input // (engine.unit * engine.block))
-
-
-@compiled
-def _prefixes_there(s: State, e: int, slot: int) -> int:
-    """How many of its prefixes a waiting job finds; its last token is always computed."""
-    engine, job = s.engines[e], s.jobs[slot]
-    taken = engine.taken + _need_of_step(s, e)
-    most = (job.input + job.given - 1) // (engine.unit * engine.block)
-    most = min(most, _prefixes(s, e, slot))
-    for k in range(most):
-        prefix = _prefix(s, slot, k)
-        if s.prefix_users[e, prefix] == 0 and s.prefix_lost[e, prefix] < taken:
-            return k
-    return most
-
-
-@compiled
-def _unused_blocks(s: State, e: int, slot: int, count: int) -> int:
-    """Blocks of the job's first ``count`` prefixes that are free, though not forgotten."""
-    found = 0
-    for k in range(count):
-        if s.prefix_users[e, _prefix(s, slot, k)] == 0:
-            found += s.engines[e].unit
-    return found
-
-
-@compiled
-def _register(s: State, e: int, slot: int) -> None:
-    """The job's prompt is computed: others may use its prefixes from now on."""
-    job = s.jobs[slot]
-    for k in range(job.held, _prefixes(s, e, slot)):
-        prefix = _prefix(s, slot, k)
-        job.doubles += s.prefix_users[e, prefix] > 0
-        s.prefix_users[e, prefix] += 1
-        job.held += 1
-
-
-@compiled
-def _own_blocks(s: State, e: int, slot: int) -> int:
-    """Blocks that the job shares with nobody, whether others may use them or not."""
-    engine, job = s.engines[e], s.jobs[slot]
-    shared = (job.held - job.doubles) * engine.unit
-    return _blocks(job.computed, engine.block) - shared
-
-
-@compiled
-def _release(s: State, e: int, slot: int, forget: bool) -> None:
-    """Free the job's blocks, the last ones first; ``forget``: as if it had never used the
-    prefixes it found."""
-    engine, job = s.engines[e], s.jobs[slot]
-    engine.free += _own_blocks(s, e, slot)
-    for k in range(job.held - 1, -1, -1):
-        prefix = _prefix(s, slot, k)
-        s.prefix_users[e, prefix] -= 1
-        if s.prefix_users[e, prefix] == 0:
-            if not forget:
-                s.prefix_lost[e, prefix] = engine.taken + engine.free
-            engine.free += engine.unit
-    job.held = job.doubles = 0
 
 
 # --- running jobs -----------------------------------------------------------------------
@@ -252,7 +113,7 @@ def _leave(s: State, e: int, slot: int) -> None:
     s.phase[e, _needs_at(s, e, slot)] -= 1
     job.computed += engine.step - job.begun
     engine.context -= job.computed + 1
-    _release(s, e, slot, False)
+    release(s, e, slot, False)
 
 
 @compiled
@@ -274,7 +135,7 @@ def _preempt(s: State, e: int, now_s: float) -> None:
     if engine.prompt != NONE:
         slot = engine.prompt
         engine.prompt = NONE
-        _release(s, e, slot, False)
+        release(s, e, slot, False)
     else:
         slot = engine.decoding_last
         s.jobs[slot].given += engine.step - s.jobs[slot].begun
@@ -292,77 +153,11 @@ def _make_room(s: State, e: int, now_s: float) -> None:
     """Preempt until the next step of those that decode has its blocks."""
     engine = s.engines[e]
     while engine.decoding and s.phase[e, engine.step % engine.block] > engine.free:
-        if not _take_back(s, e):
+        if not take_back(s, e):
             _preempt(s, e, now_s)
 
 
 # --- stretches --------------------------------------------------------------------------
-
-
-@compiled
-def _decode_s(s: State, e: int, batch: float, context: float) -> float:
-    """`IterationTime.decode_s`."""
-    engine = s.engines[e]
-    touched = 0.0
-    if engine.expert_share:
-        touched = 1.0 - (1.0 - engine.expert_share) ** batch
-    return (
-        engine.decode_base_s
-        + engine.decode_s_per_seq * batch
-        + engine.decode_s_per_context_token * context
-        + engine.decode_experts_s * touched
-    )
-
-
-@compiled
-def _stretch_s(s: State, e: int, count: int) -> float:
-    """Seconds of the first ``count`` iterations of the stretch.
-
-    Decoding ``b`` sequences adds ``b`` tokens of context per step, so ``count`` steps
-    from ``c`` tokens see ``count * c + b * count * (count - 1) / 2`` in all.
-    """
-    engine = s.engines[e]
-    seconds = 0.0
-    steps = engine.steps > 0 and engine.decoding > 0
-    if steps:
-        batch = engine.decoding
-        context = count * engine.context + batch * (count * (count - 1) // 2)
-        seconds = count * _decode_s(s, e, float(batch), 0.0)
-        seconds += engine.decode_s_per_context_token * context
-    if engine.chunks:
-        # Attention of the tokens from p to q of a prompt: q^2 - p^2 of its square.
-        tokens, tokens2 = 0, 0
-        for i in range(engine.chunks):
-            begin = s.jobs[s.chunk_job[e, i]].computed
-            end = s.chunk_end[e, i]
-            tokens += end - begin
-            tokens2 += end * end - begin * begin
-        more_s = (
-            engine.prefill_s_per_token * tokens + engine.prefill_s_per_token2 * tokens2
-        )
-        if not steps:
-            # Beside decodes the weights are read anyway.
-            more_s = max(engine.prefill_base_s + more_s, engine.prefill_floor_s)
-        seconds += more_s
-    return seconds
-
-
-@compiled
-def _iterations_until(s: State, e: int, now_s: float) -> int:
-    """Iterations of the stretch (decoding only) until the first end at or after
-    ``now_s``: the root of the quadratic in `_stretch_s`, rounded up."""
-    engine = s.engines[e]
-    square = engine.decode_s_per_context_token * engine.decoding / 2
-    linear = _decode_s(s, e, float(engine.decoding), float(engine.context)) - square
-    passed_s = now_s - engine.start_s
-    root = linear + math.sqrt(linear**2 + 4 * square * passed_s)
-    count = min(engine.count, math.ceil(2 * passed_s / root))
-    # Rounding may be off by one either way; the ends themselves decide.
-    while count > 1 and engine.start_s + _stretch_s(s, e, count - 1) >= now_s:
-        count -= 1
-    while engine.start_s + _stretch_s(s, e, count) < now_s:
-        count += 1
-    return count
 
 
 @compiled
@@ -371,19 +166,19 @@ def _fill(s: State, e: int, before: int, now_s: float) -> None:
     than ``before``."""
     engine = s.engines[e]
     # Steps take their blocks when the stretch ends; chunks take theirs here.
-    need_of_step = _need_of_step(s, e)
+    step_blocks = need_of_step(s, e)
     budget = engine.max_tokens - (engine.decoding if engine.mixes else 0)
     engine.resumed = NONE
     if engine.prompt != NONE:
         slot = engine.prompt
         job = s.jobs[slot]
         take = min(job.input + job.given - job.computed, budget)
-        need = _blocks(job.computed + take, engine.block) - _blocks(
+        need = blocks_of(job.computed + take, engine.block) - blocks_of(
             job.computed, engine.block
         )
-        if need > engine.free - need_of_step:
-            _take_back(s, e)
-        if need > engine.free - need_of_step:
+        if need > engine.free - step_blocks:
+            take_back(s, e)
+        if need > engine.free - step_blocks:
             _preempt(s, e, now_s)
         else:
             s.chunk_job[e, 0], s.chunk_end[e, 0] = slot, job.computed + take
@@ -401,19 +196,19 @@ def _fill(s: State, e: int, before: int, now_s: float) -> None:
     ):
         slot = engine.waiting_first
         job = s.jobs[slot]
-        known, found = job.input + job.given, _found(s, e, slot)
+        known, found = job.input + job.given, found_tokens(s, e, slot)
         take = min(known - found, budget)
-        need = _blocks(found + take, engine.block)
-        least = _blocks(known, engine.block) if engine.whole else need
+        need = blocks_of(found + take, engine.block)
+        least = blocks_of(known, engine.block) if engine.whole else need
         held, used = 0, 0
         if engine.unit:
             held = found // (engine.unit * engine.block)
-            used = held * engine.unit - _unused_blocks(s, e, slot, held)
+            used = held * engine.unit - unused_blocks(s, e, slot, held)
             need -= used
             least -= used
-        if least > engine.free - need_of_step:
-            _take_back(s, e)
-        if least > engine.free - need_of_step:
+        if least > engine.free - step_blocks:
+            take_back(s, e)
+        if least > engine.free - step_blocks:
             break
         engine.waiting_first = job.next
         if engine.waiting_first == NONE:
@@ -426,9 +221,9 @@ def _fill(s: State, e: int, before: int, now_s: float) -> None:
         )
         engine.chunks += 1
         engine.free -= need
-        engine.taken += need - (_blocks(found, engine.block) - used)
+        engine.taken += need - (blocks_of(found, engine.block) - used)
         for k in range(held):
-            s.prefix_users[e, _prefix(s, slot, k)] += 1
+            s.prefix_users[e, prefix_of(s, slot, k)] += 1
         job.held = held
         if held and job.preemptions == 0:
             s.found_tokens[engine.llm] += found
@@ -453,13 +248,13 @@ def _begin(s: State, e: int, now_s: float) -> None:
         engine.steps = 1 if engine.mixes or engine.chunks == 0 else 0
     elif engine.decoding:
         to_end = s.jobs[s.ends[e, 0]].end - engine.step
-        engine.count = _steps_with(s, e, engine.free, to_end)
+        engine.count = steps_with(s, e, engine.free, to_end)
         engine.steps = engine.count
     else:
         engine.count = engine.steps = 0
         engine.next_s = np.inf
         return
-    engine.next_s = now_s + _stretch_s(s, e, engine.count)
+    engine.next_s = now_s + stretch_s(s, e, engine.count)
 
 
 @compiled
@@ -469,7 +264,7 @@ def _undo(s: State, e: int) -> None:
     for i in range(engine.chunks - 1, -1, -1):
         slot = s.chunk_job[e, i]
         job = s.jobs[slot]
-        more = _blocks(s.chunk_end[e, i], engine.block) - _blocks(
+        more = blocks_of(s.chunk_end[e, i], engine.block) - blocks_of(
             job.computed, engine.block
         )
         engine.free += more
@@ -479,7 +274,7 @@ def _undo(s: State, e: int) -> None:
         else:
             if job.held and job.preemptions == 0:
                 s.found_tokens[engine.llm] -= job.computed
-            _release(s, e, slot, True)
+            release(s, e, slot, True)
             job.computed = 0
             _wait_first(s, e, slot)
     engine.chunks = 0
@@ -493,18 +288,18 @@ def rebase(s: State, e: int, now_s: float) -> None:
     engine = s.engines[e]
     if engine.count <= 1:
         return
-    over = _iterations_until(s, e, now_s) - 1
+    over = iterations_until(s, e, now_s) - 1
     if over > 0:
-        over_s = _stretch_s(s, e, over)
-        _note_gaps(s, e, over, over_s)
-        need = _blocks_of_steps(s, e, over)
+        over_s = stretch_s(s, e, over)
+        note_gaps(s, e, over, over_s)
+        need = blocks_of_steps(s, e, over)
         engine.free -= need
         engine.taken += need
         engine.context += engine.decoding * over
         engine.step += over
         engine.start_s += over_s
     engine.count = engine.steps = 1
-    engine.next_s = engine.start_s + _stretch_s(s, e, 1)
+    engine.next_s = engine.start_s + stretch_s(s, e, 1)
 
 
 @compiled
@@ -523,45 +318,9 @@ def used_at(s: State, e: int, now_s: float) -> int:
     if engine.decoding and engine.steps:
         count = engine.count
         if count > 1:
-            count = _iterations_until(s, e, now_s)
-        used += _blocks_of_steps(s, e, count)
+            count = iterations_until(s, e, now_s)
+        used += blocks_of_steps(s, e, count)
     return used
-
-
-@compiled
-def _note_gaps(s: State, e: int, steps: int, seconds: float) -> None:
-    """Count the gaps between tokens in the first ``steps`` of the stretch, which take
-    ``seconds``: of each decoding job one a step, growing evenly with the context."""
-    engine = s.engines[e]
-    llm, batch = engine.llm, engine.decoding
-    s.gaps_s[llm] += batch * seconds
-    first_s = _stretch_s(s, e, 1)
-    left = steps
-    if engine.paused:
-        engine.paused = False
-        left -= 1
-        slot = engine.decoding_first
-        while slot != NONE:
-            job = s.jobs[slot]
-            pause_s = engine.start_s - max(job.last_s, engine.last_s)
-            s.gaps_s[llm] += pause_s
-            s.gaps[llm, _gap_bin(first_s + pause_s)] += 1
-            slot = job.next
-    engine.last_s = engine.start_s + seconds
-    if left <= 1:
-        s.gaps[llm, _gap_bin(seconds if steps == 1 else seconds - first_s)] += (
-            left * batch
-        )
-        return
-    last_s = seconds - _stretch_s(s, e, steps - 1)
-    low, high = _gap_bin(first_s), _gap_bin(last_s)
-    counted = 0
-    for k in range(low, high):
-        upto = math.floor(left * (_gap_edge_s(k + 1) - first_s) / (last_s - first_s))
-        upto = min(left, max(counted, upto))
-        s.gaps[llm, k] += batch * (upto - counted)
-        counted = upto
-    s.gaps[llm, high] += batch * (left - counted)
 
 
 @compiled
@@ -570,8 +329,8 @@ def advance(s: State, e: int) -> None:
     engine = s.engines[e]
     now_s, batch = engine.next_s, engine.decoding
     if batch and engine.steps:
-        _note_gaps(s, e, engine.steps, now_s - engine.start_s)
-        need = _blocks_of_steps(s, e, engine.steps)
+        note_gaps(s, e, engine.steps, now_s - engine.start_s)
+        need = blocks_of_steps(s, e, engine.steps)
         engine.free -= need
         engine.taken += need
     elif batch:
@@ -591,16 +350,14 @@ def advance(s: State, e: int) -> None:
             engine.prompt = slot
             continue
         job.given += 1
-        _register(s, e, slot)
+        register(s, e, slot)
         if math.isnan(job.first_s):
             job.first_s = now_s
         else:
-            gap_s = now_s - job.last_s
-            s.gaps_s[engine.llm] += gap_s
-            s.gaps[engine.llm, _gap_bin(gap_s)] += 1
+            note_gap(s, engine.llm, now_s - job.last_s, 1)
         job.last_s = now_s
         if job.given == job.output:
-            _release(s, e, slot, False)
+            release(s, e, slot, False)
             _finish(s, e, slot, now_s)
         else:
             _decode(s, e, slot)
@@ -630,8 +387,8 @@ def submit(s: State, e: int, slot: int, now_s: float) -> None:
         and engine.waiting == 1
         and engine.decoding + (engine.prompt != NONE) < engine.max_seqs
     ):
-        engine.count = engine.steps = _iterations_until(s, e, now_s)
-        engine.next_s = engine.start_s + _stretch_s(s, e, engine.count)
+        engine.count = engine.steps = iterations_until(s, e, now_s)
+        engine.next_s = engine.start_s + stretch_s(s, e, engine.count)
 
 
 # --- jobs that come and go ---------------------------------------------------------------

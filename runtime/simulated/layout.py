@@ -44,12 +44,10 @@ def compiled(function: Function) -> Function:
 def _cache_folder() -> str:
     """A folder for this version of the sources. numba looks at the file of a function
     alone, and would go on with what that function called when it was compiled."""
-    files = [
-        Path(__file__).with_name(f"{name}.py") for name in ("core", "flow", "layout")
-    ]
+    own = Path(__file__).parent
+    files = [own / f"{n}.py" for n in ("blocks", "core", "flow", "layout", "pace")]
     files += [Path(module.__file__ or "") for module in (gaps, router)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    own = Path(__file__).parent
     parent = own / "__pycache__"
     if not os.access(parent if parent.exists() else own, os.W_OK):
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
