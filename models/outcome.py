@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from foreserve.models.faults import Fault
 from foreserve.models.observed import Phase
 from foreserve.models.record import Record
 from foreserve.models.specs import GpuId
@@ -108,6 +109,7 @@ class Effort(Record):
     activations: int
     warm_starts: int
     cold_starts: int
+    storage_loads: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +142,12 @@ class Outcome(Record):
     """Activations whose weights were already resident when they were called for."""
     cold_starts: int
     """Activations that had to wait for weights."""
+    storage_loads: int = 0
+    """Loads that read storage, because host memory did not have the weights."""
+    faults: int = 0
+    """Faults that began."""
+    restarted: int = 0
+    """Requests that start anew because a fault took their replica; each time counts."""
     effort: Mapping[str, Effort]
     """By LLM."""
 
@@ -171,6 +179,8 @@ class Run:
     """[llm, bin] gaps between tokens, in the bins of `models.gaps`."""
     itl_s: NDArray[np.float64]
     """[llm] sum of these gaps."""
+    faults: tuple[Fault, ...] = ()
+    """Those that began."""
 
     @property
     def ttft_s(self) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from foreserve.models.codec import structure, to_plain
 from foreserve.models.errors import InvalidInput
-from foreserve.models.faults import FaultKind
+from foreserve.models.faults import Fault, FaultKind
 from foreserve.models.observed import Phase
 from foreserve.models.placement import Action, Placement, ReplicaId
 from foreserve.models.record import Record
@@ -89,6 +89,18 @@ class Faulted(Record):
     """Replicas that vanish."""
     requests: int = 0
     """Requests that these were working on, which start anew."""
+
+    @property
+    def fault(self) -> Fault:
+        """As it was written down, but for when it began."""
+        lasts_s = None if self.until_s is None else self.until_s - self.at_s
+        return Fault(
+            at=self.at_s,
+            kind=self.kind,
+            target=self.target,
+            for_=lasts_s,
+            factor=self.factor,
+        )
 
 
 Result = Literal["finished", "failed", "unfinished"]

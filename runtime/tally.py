@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
+from foreserve.models.faults import Fault
 from foreserve.models.gaps import GAP_BINS
 from foreserve.models.observed import Phase
 from foreserve.models.outcome import Effort, Outcome, Residency, Run
@@ -20,6 +21,7 @@ from foreserve.runtime.journal import (
     Decision,
     Ended,
     Event,
+    Faulted,
     Gaps,
     PhaseChange,
     Recorder,
@@ -50,6 +52,8 @@ class Tally:
         self._cold: set[ReplicaId] = set()
         """Replicas wanted ACTIVE whose weights were not there when that was so."""
         self._residency: list[Residency] = []
+        self._faults: list[Fault] = []
+        self._restarted = 0
         self._log = RequestLog([llm.name for llm in fleet.llms])
         self._table: RequestTable | None = None
         """Where requests come as `RequestEnds`: read at the end."""
@@ -80,6 +84,9 @@ class Tally:
                     self._gaps[index, which] += number
             case PhaseChange():
                 self._change(event)
+            case Faulted():
+                self._faults.append(event.fault)
+                self._restarted += event.requests
             case Decision(desired=desired) if desired is not None:
                 active = (r.id for r in desired.replicas if r.state == "ACTIVE")
                 self._wanted = frozenset(active)
@@ -107,6 +114,7 @@ class Tally:
             option = self.fleet.option_of(key.llm, key.gpus)
             weights = (option.resident_bytes - option.residue_bytes) * len(key.gpus)
             counts["loads"] += 1
+            counts["storage_loads"] += event.from_storage
             counts["loaded_bytes"] += option.resident_bytes * len(key.gpus)
             counts["moved_bytes"] += weights
             self._unused[key] = weights
@@ -180,6 +188,8 @@ class Tally:
             gpu_hours={**hours, "total": sum(hours.values())},
             cost_usd=cost_usd,
             effort=effort,
+            faults=len(self._faults),
+            restarted=self._restarted,
             **{name: sum(getattr(e, name) for e in effort.values()) for name in COUNTS},
         )
         bins = len(bin_starts(start_s, end_s, load_bin_s))
@@ -209,6 +219,7 @@ class Tally:
             peak_load=peak,
             itl=self._gaps,
             itl_s=self._gaps_s,
+            faults=tuple(self._faults),
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
+from foreserve.models.faults import Fault
 from foreserve.models.outcome import Run
 from foreserve.models.placement import Placement
 from foreserve.models.problem import Fleet
@@ -35,16 +36,17 @@ def simulate(
     load_bin_s: float = 300.0,
     load_noise: float = 0.1,
     initial: Placement | None = None,
+    faults: Sequence[Fault] = (),
     journal: str | os.PathLike[str] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Run:
     """Serve the requests that arrive in [start_s, end_s) as ``policy`` decides.
 
-    The cluster starts empty, or with ``initial`` in place. The run ends at ``end_s``, or
-    when the last request has ended, at most `DRAIN_S` later. ``seed`` draws the load times
-    (``load_noise``: standard deviation of their logarithm). ``journal`` is a file for all
-    events; ``progress`` is called with the share of the time that has passed. Same
-    arguments, same run, same bytes.
+    The cluster starts empty, or with ``initial`` in place, and ``faults`` happen to it.
+    The run ends at ``end_s``, or when the last request has ended, at most `DRAIN_S` later.
+    ``seed`` draws the load times (``load_noise``: standard deviation of their logarithm).
+    ``journal`` is a file for all events; ``progress`` is called with the share of the time
+    that has passed. Same arguments, same run, same bytes.
     """
     window = trace.between(start_s, end_s)
     first = int(np.searchsorted(trace.arrival_s, start_s, side="left"))
@@ -76,6 +78,7 @@ def simulate(
             first_request=first,
             load_noise=load_noise,
             initial=initial,
+            faults=faults,
             watch=watch,
             watch_every_s=(end_s - start_s) / FRAMES,
         )
