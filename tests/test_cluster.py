@@ -21,6 +21,7 @@ from foreserve.planner.policies import get_policy
 from foreserve.runtime.clock import VirtualClock
 from foreserve.runtime.controller import Controller
 from foreserve.runtime.journal import Faulted, PhaseChange, Started, read_journal
+from foreserve.runtime.ledger import Ledger
 from foreserve.runtime.simulated import simulate
 from foreserve.runtime.simulated.backend import SimulatedBackend
 from foreserve.runtime.simulated.links import Link
@@ -473,6 +474,7 @@ def test_nothing_is_lost_whatever_happens(seed: int):
         controller.turn(40.0)
         observed = backend.observe()
         books.check(observed.now_s)
+        assert backend._ledger.free_bytes == Ledger.of(f, observed).free_bytes
         for replica in observed.replicas:
             assert observed.lost_gpus.isdisjoint(replica.gpus)
     backend.stop()

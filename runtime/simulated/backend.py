@@ -177,12 +177,9 @@ class SimulatedBackend:
         self._lose([self._replicas[key]])
 
     def _lose(self, replicas: Sequence[_Replica]) -> None:
-        # All at once: none may take what another one leaves.
-        for replica in replicas:
-            if replica.engine is not None:
-                self.engines.withdraw(replica.engine)
         for replica in replicas:
             self._move(replica, None, lost=True)
+        # Only now, so that none is sent to one that is about to vanish.
         for llm in dict.fromkeys(replica.id.llm for replica in replicas):
             self.engines.serve_queue(self._llms[llm])
 
