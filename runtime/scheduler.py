@@ -85,6 +85,9 @@ class Policy(ABC):
     """Whether the first part of a key is a cost above 0, of which a share makes sense."""
     keeps: ClassVar[bool] = True
     """Whether who runs ranks no lower for it until its budget is used up."""
+    foresees: ClassVar[bool] = False
+    """Whether it reads ``size_s``. An engine that serves batches keeps that at the attained
+    time (of whole batches) plus what is left alone."""
 
     def arrive(self, request: Progress, profiles: Sequence[Profile]) -> Progress:
         """``request`` as it enters: with its first budget, level and place."""
@@ -231,6 +234,7 @@ class Oracle(Policy):
     that of its mean over services; with three services neither always is."""
 
     costs = True
+    foresees = True
 
     factor: Literal["size", "service"] = "size"
     weighted: bool = False

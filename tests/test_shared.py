@@ -466,6 +466,11 @@ def by_iterations(
             s.resident = True
             firsts.setdefault(number, now_s)
             s.progress = policy.ran(s.progress, seconds, now_s)
+            if policy.foresees:
+                left = facts[number].output_tokens - given[number]
+                context = facts[number].input_tokens + given[number] + left / 2
+                size_s = s.progress.attained_s + left * time.decode_s(1, context)
+                s.progress = dataclasses.replace(s.progress, size_s=size_s)
             update(s)
             if given[number] == facts[number].output_tokens:
                 ends[number] = now_s

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from foreserve.models.cost import IterationTime
 from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
@@ -193,6 +193,8 @@ class SharedEngine:
                 ended.append(job)
             else:
                 job.progress = self.policy.ran(job.progress, seconds, now_s)
+                if self.policy.foresees:
+                    self._foresee(job)
                 pages = self._pages(job.service, job.computed)
                 self.used += pages - job.pages
                 job.pages = pages
@@ -297,6 +299,14 @@ class SharedEngine:
             expected = self._service(job.service).usual_output_tokens
             most = self._pages(job.service, job.input_tokens + max(expected, 1) - 1)
             job.promise = max(most, job.next_pages)
+
+    def _foresee(self, job: SharedJob) -> None:
+        """Its true size, as far as it is still to come."""
+        left = job.output_tokens - job.given
+        context = job.known_tokens + left / 2
+        left_s = left * self._service(job.service).time.decode_s(1, context)
+        size_s = job.progress.attained_s + left_s
+        job.progress = replace(job.progress, size_s=size_s)
 
     def _swaps(self, job: SharedJob) -> bool:
         time, tokens = self._service(job.service).time, job.computed
