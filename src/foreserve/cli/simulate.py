@@ -66,6 +66,13 @@ KEEP_ALIVE_S = 30.0
     help="Processes for --seeds.  [default: one per CPU, which is also the most]",
 )
 @click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[auto|local|HOST:PORT]",
+    help="Run --seeds on a Ray cluster: this machine's, one started here, or another.",
+)
+@click.option(
     "--keep-alive",
     type=click.FloatRange(0),
     default=KEEP_ALIVE_S,
@@ -101,6 +108,7 @@ def simulate(
     seed: int,
     seeds: int | None,
     workers: int | None,
+    ray: str | None,
     keep_alive: float,
     journal: str | None,
     series: str | None,
@@ -131,6 +139,10 @@ def simulate(
         raise click.UsageError("--journal takes one --seed, not --seeds")
     if workers and not seeds:
         raise click.UsageError("--workers needs --seeds")
+    if ray and not seeds:
+        raise click.UsageError("--ray needs --seeds")
+    if ray and workers:
+        raise click.UsageError("--workers is for processes here, not for --ray")
     plan = load_plan(plan_file)
     check_plan(plan, plan_file)
     if scenario:
@@ -140,7 +152,7 @@ def simulate(
     silent = quiet or as_json
     if seeds:
         runs, by_seed = run_seeds(
-            plan, trace, policies, numbers, keep_alive, silent, workers
+            plan, trace, policies, numbers, keep_alive, silent, workers, ray
         )
     else:
         runs = run_policies(plan, trace, policies, seed, keep_alive, silent, journal)
