@@ -16,6 +16,7 @@ from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet
 from foreserve.models.quantities import Seconds
 from foreserve.models.record import Record
+from foreserve.models.specs import GpuId
 
 FaultKind = Literal[
     "gpu-loss", "node-loss", "slow-node", "replica-crash", "load-failure"
@@ -51,6 +52,12 @@ class Target:
         if self.llm is not None:
             return "replica"
         return "node" if self.index is None else "GPU"
+
+    def covers(self, gpu: GpuId) -> bool:
+        """Whether ``gpu`` is (a part of) it."""
+        if gpu.node != self.node or self.index is None:
+            return gpu.node == self.node
+        return self.index <= gpu.index < self.index + (self.tp or 1)
 
     def hits(self, replica: ReplicaId) -> bool:
         """Whether ``replica`` is it, or lies on it."""

@@ -155,6 +155,14 @@ def comparison(plan: Plan, runs: Sequence[Run]) -> Table:
         ("of them cold", NONE, lambda o: o.cold_starts, number, -1),
         ("Weights dropped unused", NONE, lambda o: o.wasted_bytes, gib, -1),
     ]
+    if any(outcome.storage_loads for outcome in outcomes):
+        stored = ("Loads from storage", NONE, lambda o: o.storage_loads, number, -1)
+        measures.append(stored)
+    if any(outcome.faults for outcome in outcomes):
+        measures += [
+            ("Faults", NONE, lambda o: o.faults, number, 0),
+            ("Requests they restarted", NONE, lambda o: o.restarted, number, -1),
+        ]
     rows = []
     for name, plan_cell, measure, form, better in measures:
         if plan_cell == NONE and not runs:

@@ -14,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from foreserve.models.codec import digest, write_text
-from foreserve.models.outcome import Run
+from foreserve.models.faults import Fault
+from foreserve.models.outcome import Residency, Run
 from foreserve.models.plan import Plan
 from foreserve.planner import charts
 from foreserve.planner.contents import (
@@ -102,6 +103,7 @@ def write_report(
         lines=[line_colors(color) for color in shown],
         maps=(maps := _maps(plan, runs)),
         maps_left_out=len(runs) + 1 - len(maps),
+        faults=any(run.faults for run in runs),
         runs=[run.outcome for run in runs],
         load=_load(plan, runs),
         latency=_latency(plan, runs),
@@ -163,16 +165,20 @@ def _cards(
 
 def _maps(plan: Plan, runs: Sequence[Run]) -> list[tuple[str, Picture]]:
     """Planned, then simulated residency, all on one time scale, as many as fit."""
-    residencies = [("Planned", planned_residency(plan))]
-    residencies += [(f"Simulated: {r.outcome.policy}", r.residency) for r in runs]
-    sizes = [sum(len(s.gpus) for s in residency) for _, residency in residencies]
+    residencies: list[tuple[str, Sequence[Residency], Sequence[Fault]]] = [
+        ("Planned", planned_residency(plan), ())
+    ]
+    residencies += [
+        (f"Simulated: {r.outcome.policy}", r.residency, r.faults) for r in runs
+    ]
+    sizes = [sum(len(s.gpus) for s in residency) for _, residency, _ in residencies]
     while len(sizes) > MAX_MAPS or (len(sizes) > 2 and sum(sizes) > MAX_BOXES):
         sizes.pop()
     end_s = max([plan.end_s, *(run.outcome.end_s for run in runs)])
     tips = MAX_TIPS // len(sizes)
     return [
-        (name, residency_map(plan.fleet, residency, plan.start_s, end_s, tips))
-        for name, residency in residencies[: len(sizes)]
+        (name, residency_map(plan.fleet, residency, plan.start_s, end_s, tips, faults))
+        for name, residency, faults in residencies[: len(sizes)]
     ]
 
 

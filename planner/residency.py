@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 
+from foreserve.models.faults import Fault
 from foreserve.models.observed import Phase
 from foreserve.models.outcome import Residency
 from foreserve.models.placement import ReplicaId, State
@@ -36,6 +37,8 @@ ROW_GAP = 2.0
 NARROW = " narrow"
 """Added to the style of boxes that a border would hide."""
 TOUCH_S = 1e-6
+FAULT_WIDTH = 3.0
+"""At least."""
 STYLE: Mapping[Phase, str] = {
     "ACTIVE": "a",
     "WARM": "w",
@@ -74,9 +77,11 @@ def residency_map(
     start_s: float,
     end_s: float,
     max_tips: int,
+    faults: Sequence[Fault] = (),
 ) -> Picture:
     """GPUs down, time across: what holds a KV cache fills its GPUs' rows, what holds
-    weights only is a thin lane at the bottom of each.
+    weights only is a thin lane at the bottom of each. Faults that last lie under both,
+    others are marks above.
 
     The largest ``max_tips`` boxes keep a tip of their own. A replica that serves alone on
     several GPUs is one box over their rows.
@@ -123,7 +128,12 @@ def residency_map(
     return Picture(
         height=bottom + 24,
         lines=tuple(rows.values()),
-        layers=(_layer(big, tipped), _layer(small, tipped)),
+        layers=(
+            *frame.faults(faults, end_s, lasting=True),
+            _layer(big, tipped),
+            _layer(small, tipped),
+            *frame.faults(faults, end_s, lasting=False),
+        ),
         texts=(*labels, *texts),
         ticks=tuple(
             Text(x=x, y=bottom + 16, text=clock(t), style="tick")
@@ -163,6 +173,32 @@ class _Frame:
             style=f"{STYLE[stay.phase]}{self.colour[stay.llm]}" + NARROW * (width < 3),
             tip=_tip(stay),
         )
+
+    def faults(
+        self, faults: Sequence[Fault], end_s: float, *, lasting: bool
+    ) -> Iterator[Layer]:
+        """A box in the row of each GPU that a fault hits, if there are any."""
+        boxes = []
+        for fault in faults:
+            lasts = fault.kind in ("gpu-loss", "node-loss", "slow-node")
+            if lasts is not lasting or not self.start_s <= fault.at < end_s:
+                continue
+            until_s = end_s if fault.until_s is None else min(fault.until_s, end_s)
+            lasted_s = until_s - fault.at if lasts else 0.0
+            boxes += [
+                Box(
+                    x=self.x(fault.at),
+                    y=row.y,
+                    width=max(FAULT_WIDTH, lasted_s * self.scale),
+                    height=row.height,
+                    style="slow" if fault.kind == "slow-node" else "fault",
+                    tip=_fault_tip(fault),
+                )
+                for gpu, row in self.rows.items()
+                if fault.where.covers(gpu)
+            ]
+        if boxes:
+            yield Layer(boxes=tuple(boxes))
 
     def served(self, stay: Residency, slot: int, slots: int) -> list[Box]:
         """One box over all its rows where it is alone, else its part of each row."""
@@ -317,6 +353,12 @@ def _tip(stay: Residency) -> str:
         f"{stay.llm}: {word} on {gpu_span(stay.gpus)} (TP {len(stay.gpus)})\n"
         f"{clock(stay.start_s)} to {clock(stay.end_s)} ({lasted})"
     )
+
+
+def _fault_tip(fault: Fault) -> str:
+    lasts = "" if fault.for_ is None else f" for {seconds(fault.for_)}"
+    times = "" if fault.factor is None else f", {fault.factor:g} times as slow"
+    return f"{fault.kind} of {fault.target}{times}\nfrom {clock(fault.at)}{lasts}"
 
 
 def _letters(box: Box, stay: Residency, advance: float) -> int:

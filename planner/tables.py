@@ -60,6 +60,9 @@ def outcome_row(outcome: Outcome) -> Mapping[str, object]:
         "moved_bytes": outcome.moved_bytes,
         "wasted_bytes": outcome.wasted_bytes,
         "unused_bytes": outcome.unused_bytes,
+        "storage_loads": outcome.storage_loads,
+        "faults": outcome.faults,
+        "restarted": outcome.restarted,
     }
 
 

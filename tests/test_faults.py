@@ -7,6 +7,7 @@ import pytest
 from foreserve.models.errors import InvalidInput
 from foreserve.models.faults import Fault, load_faults
 from foreserve.models.placement import ReplicaId
+from foreserve.planner.residency import residency_map
 from foreserve.runtime.simulated.faults import Health
 from tests.build import cluster, fleet, gpu, option
 
@@ -102,3 +103,28 @@ def test_load_failures_for_a_time_and_once():
     assert not health.load_fails(ReplicaId(llm="b", gpus=(gpu(0),)))
     health.end(lasting)
     assert not health.load_fails(key)
+
+
+def test_the_map_shows_faults_on_the_rows_they_hit():
+    """100 s on two GPUs: n0/1 lost for the second half and the slow node lie under the
+    replicas, a crash is a mark above; each tells what it is."""
+    faults = (
+        Fault(at=50.0, kind="gpu-loss", target="n0/1"),
+        Fault(at=10.0, kind="slow-node", target="n0", for_=20.0, factor=1.5),
+        Fault(at=30.0, kind="replica-crash", target="a@n0/0"),
+        Fault(at=200.0, kind="node-loss", target="n0"),
+    )
+    picture = residency_map(fleet(option("a")), [], 0.0, 100.0, 10, faults)
+    below, _, _, above = picture.layers
+    first, second = picture.lines
+    rows = [(box.style, box.y, box.width / first.width) for box in below.boxes]
+    assert rows == [
+        ("fault", second.y, pytest.approx(0.5)),
+        ("slow", first.y, pytest.approx(0.2)),
+        ("slow", second.y, pytest.approx(0.2)),
+    ]
+    (mark,) = above.boxes
+    assert (mark.y, mark.width) == (first.y, 3.0)
+    assert below.boxes[1].tip == (
+        "slow-node of n0, 1.5 times as slow\nfrom 0:00:10 for 20.0 s"
+    )
