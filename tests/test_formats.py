@@ -130,7 +130,7 @@ def trace():
             '{"timestamp": 0, "input_length": 7, "output_length": 1, "hash_ids": [46]}\n'
             '{"timestamp": 3052, "input_length": 9, "output_length": 4}\n',
             [(0, "talk", 513, 5), (0, "talk", 7, 1), (3.052, "talk", 9, 4)],
-            ("hash_ids",),
+            (),
         ),
         (
             "splitwise",

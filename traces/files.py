@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_ROWS = 200_000
+CHUNK_ITEMS = 2_000_000
+"""A chunk of JSON lines ends early when the lists in it have as many (about 80 MB)."""
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_COUNT = np.iinfo(np.int32).max
 MAX_CELLS = 10_000_000
@@ -132,6 +135,7 @@ def _jsonl_frames(
     import pandas as pd
 
     rows: dict[int, list[Any]] = {}
+    items = 0
 
     def frame() -> pd.DataFrame:
         table = pd.DataFrame(list(rows.values()), columns=header, dtype=object)
@@ -151,9 +155,10 @@ def _jsonl_frames(
         header = header or list(row)
         # Only what is asked for is kept: a row may hold long lists.
         rows[line] = [row.get(column) for column in header]
-        if len(rows) == chunk_rows:
+        items += sum(len(cell) for cell in rows[line] if isinstance(cell, list))
+        if len(rows) == chunk_rows or items >= CHUNK_ITEMS:
             yield frame()
-            rows = {}
+            rows, items = {}, 0
     if not header:
         raise InvalidInput("empty file", file=file)
     yield frame()
@@ -212,8 +217,9 @@ def check(
     """Raise `InvalidInput` at the first cell that is ``wrong``: "'x' is not a number"."""
     if wrong.any():
         row = int(wrong.argmax())
+        cell = str(column.iloc[row])
         raise InvalidInput(
-            f"{str(column.iloc[row])!r} {what}",
+            f"{cell if len(cell) < 80 else cell[:70] + '...'!r} {what}",
             file=file,
             line=int(column.index[row]),
             field=str(column.name),
@@ -250,6 +256,32 @@ def counts(file: str, column: pd.Series[Any], *, least: int) -> Ints:
     wrong = (values < least) | (values > MAX_COUNT) | (values != np.floor(values))
     check(file, column, wrong, f"is not a whole number from {least} to {MAX_COUNT}")
     return values.astype(np.int32)
+
+
+def id_lists(
+    file: str, column: pd.Series[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The column's lists of ids one after the other: where each starts and the last one
+    ends, and the ids. None is an empty list."""
+    lists = [[] if cell is None else cell for cell in column]
+    wrong = np.array([not isinstance(cell, list) for cell in lists], dtype=bool)
+    check(file, column, wrong, "is not a list of ids")
+    flat = list(chain.from_iterable(lists))
+    # As a whole first, and cell by cell only to say where: JSON's true is no id.
+    if not _are_ids(flat):
+        wrong = np.array([not _are_ids(cell) for cell in lists], dtype=bool)
+        hint = "number the blocks from 0, in the order in which they first come"
+        what = f"has an id that is not a whole number from 0 to {MAX_COUNT}"
+        check(file, column, wrong, what, hint)
+    starts = np.zeros(len(lists) + 1, dtype=np.int64)
+    np.cumsum([len(cell) for cell in lists], out=starts[1:])
+    return starts, np.array(flat, dtype=np.int32)
+
+
+def _are_ids(cells: list[Any]) -> bool:
+    return not cells or (
+        set(map(type, cells)) == {int} and min(cells) >= 0 and max(cells) <= MAX_COUNT
+    )
 
 
 def names(file: str, column: pd.Series[Any]) -> pd.Series[str]:

@@ -24,9 +24,10 @@ from foreserve.traces.files import (
     read_frames,
     read_header,
 )
+from foreserve.traces.prefixes import Prefixes, row_of_prefixes
 from foreserve.traces.rates import is_rates
 from foreserve.traces.readers import ALIASES, FORMATS, Rows
-from foreserve.traces.trace import Trace
+from foreserve.traces.trace import Floats, Trace
 from foreserve.traces.writers import rows_of, write_rows
 
 
@@ -74,8 +75,9 @@ def open_trace(
     kind = FORMATS[name]
     lines = is_jsonl(file)
     needed = kind.columns if lines else kind.fields or kind.columns
-    need_columns(file, known, needed, (*kind.optional, *kind.aside))
-    used = {*kind.columns, *kind.optional}
+    need_columns(file, known, needed, (*kind.optional, *kind.aside, *kind.lists))
+    lists = kind.lists if lines else ()
+    used = {*kind.columns, *kind.optional, *lists}
     reading = Reading(
         file=file,
         format=name,
@@ -83,6 +85,8 @@ def open_trace(
         keep_failed=keep_failed,
     )
     wanted = kind.fields or [c for c in header if ALIASES.get(c, c) in used]
+    # The first line need not have them for others to.
+    wanted = [*wanted, *(column for column in lists if column not in wanted)]
     frames = (
         frame.rename(columns=ALIASES)
         for frame in read_frames(file, header=wanted if lines else (), watch=watch)
@@ -174,6 +178,8 @@ def read_trace(
     requests of a format without such a column (default: the file's name up to the first
     dot). Failed requests (no output) are dropped and counted; ``keep_failed`` keeps them
     with one output token, for they still took their input.
+
+    Blocks of prompts are numbered from 0 in the order in which they first come.
     """
     import pandas as pd
 
@@ -181,6 +187,8 @@ def read_trace(
     index: dict[str, int] = {}
     # Buffers grow in place: a long trace is never in memory twice.
     buffers = (bytearray(), bytearray(), bytearray(), bytearray())
+    prefixes: list[Prefixes | None] = []
+    requests: list[int] = []
     for rows in reading.chunks:
         local, found = pd.factorize(rows.llm)
         codes = np.array([index.setdefault(str(name), len(index)) for name in found])
@@ -192,18 +200,40 @@ def read_trace(
         )
         for buffer, column in zip(buffers, columns, strict=True):
             buffer += column.tobytes()
+        prefixes.append(rows.prefixes)
+        requests.append(len(rows))
     llms = tuple(sorted(index))
     order = np.empty(len(llms), dtype=np.int32)
     order[[index[name] for name in llms]] = np.arange(len(llms))
     codes, inputs, outputs = (np.frombuffer(each, np.int32) for each in buffers[1:])
+    arrival_s = np.frombuffer(buffers[0], np.float64)
     return Trace(
-        arrival_s=np.frombuffer(buffers[0], np.float64),
+        arrival_s=arrival_s,
         llm=order[codes],
         llms=llms,
         input_tokens=inputs,
         output_tokens=outputs,
         dropped=reading.dropped,
+        prefixes=_sound(reading, row_of_prefixes(prefixes, requests), arrival_s),
     )
+
+
+def _sound(
+    reading: Reading, prefixes: Prefixes | None, arrival_s: Floats
+) -> Prefixes | None:
+    """With dense ids; blocks must not come after different ones."""
+    if prefixes is None:
+        return None
+    prefixes = prefixes.dense()
+    if (request := prefixes.contradiction()) is not None:
+        raise InvalidInput(
+            f"the request at {arrival_s[request]:.10g} s has a block after another one "
+            "than an earlier prompt has it",
+            file=reading.file,
+            field=FORMATS[reading.format].lists[0],
+            hint="equal ids must mean equal tokens from the prompt's first one on",
+        )
+    return prefixes
 
 
 def write_trace(

@@ -27,6 +27,10 @@ class LlmInfo:
     output_p50: float
     output_p90: float
     output_p99: float
+    prefix_share: float | None
+    """Share of the input tokens that a prefix cache without limits would find, with all
+    requests in one engine one after the other: no real one finds more. None where the
+    trace does not say what prompts share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,10 @@ def describe(trace: Trace) -> TraceInfo:
         varied = len(gaps) > 1 and gaps.mean() > 0
         minutes = np.bincount((arrival // 60).astype(int))
         tokens = [c[mask] for c in (trace.input_tokens, trace.output_tokens)]
+        share = None
+        if trace.prefixes is not None and trace.prefixes.blocks[mask].any():
+            found = trace.prefixes.take(mask).found_tokens(tokens[0])
+            share = float(found.sum() / tokens[0].sum(dtype=np.int64))
         (in50, in90, in99), (out50, out90, out99) = (
             np.percentile(column, (50, 90, 99)) for column in tokens
         )
@@ -73,6 +81,7 @@ def describe(trace: Trace) -> TraceInfo:
                 output_p50=float(out50),
                 output_p90=float(out90),
                 output_p99=float(out99),
+                prefix_share=share,
             )
         )
     return TraceInfo(

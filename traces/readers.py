@@ -6,13 +6,21 @@ To add one: a generator from chunks of cells to `Rows`, and its columns in `FORM
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foreserve.traces.files import check, counts, names, numbers
+from foreserve.traces.files import (
+    check,
+    counts,
+    id_lists,
+    is_jsonl,
+    names,
+    numbers,
+)
+from foreserve.traces.prefixes import Prefixes, row_of_prefixes
 from foreserve.traces.trace import Floats, Ints
 
 if TYPE_CHECKING:
@@ -28,6 +36,8 @@ BURSTGPT = ("Timestamp", "Model", "Request tokens", "Response tokens")
 MOONCAKE = ("timestamp", "input_length", "output_length")
 SPLITWISE = ("arrival_timestamp", "batch_size", "prompt_size", "token_size")
 JOURNAL = ("event", "at_s")
+PREFIXES = ("prefix_blocks", "prefix_block_tokens")
+MOONCAKE_BLOCK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,6 +51,8 @@ class Rows:
     input_tokens: Ints
     output_tokens: Ints
     """0 of either is a failed request."""
+    prefixes: Prefixes | None = None
+    """What prompts of the file have in common; None if this chunk does not say."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -53,6 +65,7 @@ class Rows:
             llm=self.llm[mask],
             input_tokens=self.input_tokens[mask],
             output_tokens=self.output_tokens[mask],
+            prefixes=None if self.prefixes is None else self.prefixes.take(mask),
         )
 
 
@@ -61,12 +74,16 @@ def joined(chunks: Sequence[Rows], order: NDArray[np.int64] | None = None) -> Ro
     import pandas as pd
 
     at = slice(None) if order is None else order
+    prefixes = row_of_prefixes(
+        [rows.prefixes for rows in chunks], [len(rows) for rows in chunks]
+    )
     return Rows(
         arrival_s=np.concatenate([rows.arrival_s for rows in chunks])[at],
         time=pd.concat([rows.time for rows in chunks]).iloc[at],
         llm=pd.concat([rows.llm for rows in chunks]).iloc[at],
         input_tokens=np.concatenate([rows.input_tokens for rows in chunks])[at],
         output_tokens=np.concatenate([rows.output_tokens for rows in chunks])[at],
+        prefixes=None if prefixes is None else prefixes.take(at),
     )
 
 
@@ -87,17 +104,52 @@ class Format:
     """Known columns that are left out."""
     fields: tuple[str, ...] = ()
     """What to read of each line where lines are not alike; else the columns."""
+    lists: tuple[str, ...] = ()
+    """Optional fields that JSON lines alone can have."""
 
 
 def _canonical(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
+    size: int | None = None
     for frame in frames:
-        yield Rows(
+        rows = Rows(
             arrival_s=numbers(file, frame["arrival_s"], least=0),
             time=frame["arrival_s"],
             llm=names(file, frame["llm"]),
             input_tokens=counts(file, frame["input_tokens"], least=1),
             output_tokens=counts(file, frame["output_tokens"], least=0),
         )
+        if is_jsonl(file) and "prefix_blocks" in frame:
+            size = _block_tokens(file, frame, size)
+            rows = _with_blocks(file, rows, frame["prefix_blocks"], size)
+        yield rows
+
+
+def _block_tokens(file: str, frame: pd.DataFrame, size: int | None) -> int | None:
+    """How large blocks are, as all rows that say it do; ``size``: those before."""
+    column = frame["prefix_block_tokens"]
+    listed = [cell not in (None, []) for cell in frame["prefix_blocks"]]
+    column = column[column.notna() | np.array(listed, dtype=bool)]
+    sizes = counts(file, column, least=1)
+    if len(sizes):
+        size = int(sizes[0]) if size is None else size
+        what = f"is not {size}, as in the lines above"
+        hint = "the blocks of a file all have the same size"
+        check(file, column, sizes != size, what, hint)
+    return size
+
+
+def _with_blocks(
+    file: str, rows: Rows, column: pd.Series[Any], size: int | None
+) -> Rows:
+    """The requests with the blocks of their prompts, if any has one."""
+    starts, ids = id_lists(file, column)
+    if size is None or not len(ids):
+        return rows
+    prefixes = Prefixes(starts=starts, ids=ids, block_tokens=size)
+    wrong = prefixes.too_many(rows.input_tokens)
+    what = f"has more blocks of {size} tokens than the prompt can hold"
+    check(file, column, wrong, what, hint="are its blocks smaller?")
+    return replace(rows, prefixes=prefixes)
 
 
 def _times(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
@@ -155,13 +207,17 @@ def _burstgpt(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
 def _mooncake(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
     """Milliseconds; the clock may be coarse, so that many requests share a time."""
     for frame in frames:
-        yield Rows(
+        rows = Rows(
             arrival_s=numbers(file, frame["timestamp"], least=0) / 1e3,
             time=frame["timestamp"],
             llm=_all(frame, llm),
             input_tokens=counts(file, frame["input_length"], least=1),
             output_tokens=counts(file, frame["output_length"], least=0),
         )
+        if is_jsonl(file):
+            size = MOONCAKE_BLOCK_TOKENS
+            rows = _with_blocks(file, rows, frame["hash_ids"], size)
+        yield rows
 
 
 def _splitwise(file: str, frames: Frames, llm: str) -> Iterator[Rows]:
@@ -202,7 +258,9 @@ def _all(frame: pd.DataFrame, llm: str) -> pd.Series[str]:
 
 
 FORMATS = {
-    "canonical": Format(columns=CANONICAL, convert=_canonical, aside=OPTIONAL),
+    "canonical": Format(
+        columns=CANONICAL, convert=_canonical, aside=OPTIONAL, lists=PREFIXES
+    ),
     "times": Format(columns=TIMES, convert=_times, optional=("llm",)),
     "azure": Format(columns=AZURE, convert=_azure),
     "burstgpt": Format(
@@ -210,7 +268,7 @@ FORMATS = {
         convert=_burstgpt,
         aside=("Session ID", "Elapsed time", "Total tokens", "Log Type"),
     ),
-    "mooncake": Format(columns=MOONCAKE, convert=_mooncake, aside=("hash_ids",)),
+    "mooncake": Format(columns=MOONCAKE, convert=_mooncake, lists=("hash_ids",)),
     "splitwise": Format(
         columns=SPLITWISE,
         convert=_splitwise,

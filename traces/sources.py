@@ -47,14 +47,7 @@ def group_of(trace: Trace, group: Group | None, field: str = "group") -> Trace:
     if str(group) not in trace.llms:
         hint = did_you_mean(str(group), trace.llms)
         raise InvalidInput(f"the source has no {str(group)!r}", field=field, hint=hint)
-    mask = trace.llm == trace.llms.index(str(group))
-    return replace(
-        trace,
-        arrival_s=trace.arrival_s[mask],
-        llm=trace.llm[mask],
-        input_tokens=trace.input_tokens[mask],
-        output_tokens=trace.output_tokens[mask],
-    )
+    return trace.take(trace.llm == trace.llms.index(str(group)))
 
 
 def begun(lengths: LengthQuantiles, before_s: float) -> LengthQuantiles:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
+from foreserve.traces.prefixes import Prefixes, row_of_prefixes, told_apart
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
@@ -31,6 +32,8 @@ class Trace:
     output_tokens: Ints
     dropped: int = 0
     """Rows left out when the file was read: failed requests (no output tokens)."""
+    prefixes: Prefixes | None = None
+    """What prompts have in common, where the trace says."""
 
     def __post_init__(self) -> None:
         columns = (self.arrival_s, self.llm, self.input_tokens, self.output_tokens)
@@ -49,6 +52,11 @@ class Trace:
                 raise InvalidInput("trace: llm must be an index into llms")
             if min(self.input_tokens.min(), self.output_tokens.min()) < 1:
                 raise InvalidInput("trace: token counts must be at least 1")
+        if self.prefixes is not None:
+            if len(self.prefixes) != len(self):
+                raise InvalidInput("trace: prefixes are needed of each request")
+            if self.prefixes.too_many(self.input_tokens).any():
+                raise InvalidInput("trace: a prompt has more blocks than it can hold")
         for column in columns:
             column.setflags(write=False)
 
@@ -63,17 +71,25 @@ class Trace:
     def between(self, start_s: float, end_s: float) -> Trace:
         """The requests with ``start_s <= arrival_s < end_s``, times unchanged."""
         low, high = np.searchsorted(self.arrival_s, (start_s, end_s), side="left")
+        return self.take(slice(low, high))
+
+    def take(self, rows: slice | NDArray[np.bool_]) -> Trace:
+        """Some of the requests, times unchanged."""
         return replace(
             self,
-            arrival_s=self.arrival_s[low:high],
-            llm=self.llm[low:high],
-            input_tokens=self.input_tokens[low:high],
-            output_tokens=self.output_tokens[low:high],
+            arrival_s=self.arrival_s[rows],
+            llm=self.llm[rows],
+            input_tokens=self.input_tokens[rows],
+            output_tokens=self.output_tokens[rows],
+            prefixes=None if self.prefixes is None else self.prefixes.take(rows),
         )
 
 
 def merge(traces: Sequence[Trace]) -> Trace:
-    """One trace from several on the same clock; ties keep the order of ``traces``."""
+    """One trace from several on the same clock; ties keep the order of ``traces``.
+
+    Prompts of different traces have nothing in common.
+    """
     llms = tuple(dict.fromkeys(name for trace in traces for name in trace.llms))
     index = {name: i for i, name in enumerate(llms)}
     codes = [
@@ -82,6 +98,10 @@ def merge(traces: Sequence[Trace]) -> Trace:
     ]
     arrival_s = np.concatenate([trace.arrival_s for trace in traces])
     order = np.argsort(arrival_s, kind="stable")
+    prefixes = row_of_prefixes(
+        told_apart([trace.prefixes for trace in traces]),
+        [len(trace) for trace in traces],
+    )
     return Trace(
         arrival_s=arrival_s[order],
         llm=np.concatenate(codes)[order],
@@ -89,6 +109,7 @@ def merge(traces: Sequence[Trace]) -> Trace:
         input_tokens=np.concatenate([t.input_tokens for t in traces])[order],
         output_tokens=np.concatenate([t.output_tokens for t in traces])[order],
         dropped=sum(trace.dropped for trace in traces),
+        prefixes=None if prefixes is None else prefixes.take(order),
     )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +18,14 @@ from foreserve.models.errors import InvalidInput
 from foreserve.traces import files
 from foreserve.traces.files import is_jsonl, is_parquet
 from foreserve.traces.parquet import parquet_writer
-from foreserve.traces.readers import AZURE, CANONICAL, Rows, joined
+from foreserve.traces.prefixes import check_equal
+from foreserve.traces.readers import (
+    AZURE,
+    CANONICAL,
+    MOONCAKE_BLOCK_TOKENS,
+    Rows,
+    joined,
+)
 from foreserve.traces.trace import Floats, Ints, Trace
 
 SUFFIXES = {
@@ -34,7 +41,7 @@ SCHEMA = {
     "input_tokens": "int32",
     "output_tokens": "int32",
 }
-AZURE_STEP_S, MOONCAKE_STEP_S, BLOCK_TOKENS = 1e-7, 1e-3, 512
+AZURE_STEP_S, MOONCAKE_STEP_S = 1e-7, 1e-3
 LATEST_S = 5e9
 """More does not fit a date in nanoseconds."""
 EPOCH = "1970-01-01"
@@ -49,6 +56,10 @@ class Written:
     moved_s: float = 0.0
     """The furthest that a time was moved to fit the target's clock."""
     first_s: float | None = None
+    block_tokens: int | None = None
+    """Tokens in a block where prompts were given in blocks ..."""
+    kept_block_tokens: int | None = None
+    """... and in one of those that are written."""
 
     def lost(self, format: str) -> list[str]:
         """What the target could not hold, in words."""
@@ -62,6 +73,9 @@ class Written:
         if self.moved_s > 0:
             step_s = AZURE_STEP_S if format == "azure" else MOONCAKE_STEP_S
             found.append(f"times between steps of {step_s:g} s")
+        if self.block_tokens != self.kept_block_tokens:
+            what = f"what prompts share, in blocks of {self.block_tokens} tokens"
+            found.append(f"{what} (a canonical .jsonl holds it)")
         return found
 
 
@@ -89,12 +103,17 @@ def rows_of(trace: Trace) -> Iterator[Rows]:
             llm=pd.Series(llms[trace.llm[part]]),
             input_tokens=trace.input_tokens[part],
             output_tokens=trace.output_tokens[part],
+            prefixes=None if trace.prefixes is None else trace.prefixes.take(part),
         )
 
 
 def merge_rows(sources: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
     """Several sources on one clock as one; ties keep the order of ``sources``. Memory
-    holds about a chunk of each."""
+    holds about a chunk of each. Prompts of different sources have nothing in common."""
+    sources = [
+        (_apart(rows, index, len(sources)) for rows in source)
+        for index, source in enumerate(sources)
+    ]
     held: list[list[Rows]] = [[] for _ in sources]
     open_ = set(range(len(sources)))
     while True:
@@ -118,6 +137,12 @@ def merge_rows(sources: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
             _pull(sources[index], held[index], open_, index)
 
 
+def _apart(rows: Rows, index: int, count: int) -> Rows:
+    if rows.prefixes is None:
+        return rows
+    return replace(rows, prefixes=rows.prefixes.apart(index, count))
+
+
 def _pull(
     source: Iterator[Rows], held: list[Rows], open_: set[int], index: int
 ) -> None:
@@ -139,7 +164,8 @@ def write_rows(
     """Write requests in order of time: same requests, same bytes, whole or not at all.
 
     ``start`` is the date and time of second 0 for formats that need one (default: that
-    of 1970). Mooncake's block ids are made up so that no two requests share a prefix.
+    of 1970). Mooncake's blocks are numbered in the order in which they first come; those
+    that are not known are in no other prompt.
     """
     check_target(path, format)
     written = Written()
@@ -167,6 +193,10 @@ def _noted(chunks: Iterable[Rows], written: Written) -> Iterator[Rows]:
             written.first_s = float(rows.arrival_s[0])
         written.rows += len(rows)
         written.llms.update(map(str, rows.llm.unique()))
+        if rows.prefixes is not None:
+            size = rows.prefixes.block_tokens
+            check_equal(written.block_tokens or size, size)
+            written.block_tokens = size
         yield rows
 
 
@@ -205,16 +235,25 @@ def _lines(
 ) -> None:
     for rows in chunks:
         names = {name: json.dumps(str(name)) for name in rows.llm.unique()}
+        ends = [""] * len(rows)
+        if rows.prefixes is not None:
+            size = written.kept_block_tokens = rows.prefixes.block_tokens
+            after = f', "prefix_block_tokens": {size}'
+            ends = [
+                f', "prefix_blocks": {ids}{after}' if ids else ""
+                for ids in rows.prefixes.lists()
+            ]
         columns = (
             rows.arrival_s.tolist(),
             rows.llm,
             *map(np.ndarray.tolist, _tokens(rows)),
+            ends,
         )
         handle.write(
             "".join(
                 f'{{"arrival_s": {at_s!r}, "llm": {names[llm]}, '
-                f'"input_tokens": {inputs}, "output_tokens": {outputs}}}\n'
-                for at_s, llm, inputs, outputs in zip(*columns, strict=True)
+                f'"input_tokens": {inputs}, "output_tokens": {outputs}{end}}}\n'
+                for at_s, llm, inputs, outputs, end in zip(*columns, strict=True)
             ).encode()
         )
 
@@ -243,22 +282,31 @@ def _azure(
 def _mooncake(
     handle: IO[bytes], chunks: Iterable[Rows], written: Written, start: str
 ) -> None:
-    block = 0
+    numbers: dict[int, int] = {}
+    used = 0
     for rows in chunks:
-        ends = block + np.cumsum(-(-rows.input_tokens.astype(np.int64) // BLOCK_TOKENS))
-        starts = np.concatenate([[block], ends[:-1]])
-        block = int(ends[-1]) if len(rows) else block
+        known: list[list[int]] = [[]] * len(rows)
+        prefixes = rows.prefixes
+        if prefixes is not None and prefixes.block_tokens == MOONCAKE_BLOCK_TOKENS:
+            written.kept_block_tokens = prefixes.block_tokens
+            known = prefixes.lists()
         milliseconds = _stepped(rows.arrival_s, MOONCAKE_STEP_S, written)
-        columns = (milliseconds, *_tokens(rows), starts, ends)
-        handle.write(
-            "".join(
+        columns = [column.tolist() for column in (milliseconds, *_tokens(rows))]
+        lines = []
+        for at, inputs, outputs, ids in zip(*columns, known, strict=True):
+            blocks = []
+            for block in ids:
+                number = numbers.setdefault(block, used)
+                used += number == used
+                blocks.append(number)
+            unknown = -(-inputs // MOONCAKE_BLOCK_TOKENS) - len(ids)
+            blocks += range(used, used + unknown)
+            used += unknown
+            lines.append(
                 f'{{"timestamp": {at}, "input_length": {inputs}, '
-                f'"output_length": {outputs}, "hash_ids": {list(range(first, end))}}}\n'
-                for at, inputs, outputs, first, end in zip(
-                    *(column.tolist() for column in columns), strict=True
-                )
-            ).encode()
-        )
+                f'"output_length": {outputs}, "hash_ids": {blocks}}}\n'
+            )
+        handle.write("".join(lines).encode())
 
 
 def _stepped(arrival_s: Floats, step_s: float, written: Written) -> NDArray[np.int64]:

@@ -82,7 +82,8 @@ def info(
     rows = plain.pop("llms")
     out.print(", ".join(f"{key}: {_number(value)}" for key, value in plain.items()))
     table = Table(box=None, padding=(0, 1, 0, 0))
-    shown = [key for key in rows[0] if not key.endswith("_p90")]  # a narrow terminal
+    narrow = ("_p90", "_share")  # are left out, for a narrow terminal
+    shown = [key for key in rows[0] if not key.endswith(narrow)]
     for key in shown:
         label = key.replace("input_", "in ").replace("output_", "out ")
         justify: Literal["left", "right"] = "left" if key == "llm" else "right"
@@ -90,6 +91,15 @@ def info(
     for row in rows:
         table.add_row(*(_number(row[key]) for key in shown))
     out.print(table)
+    if shares := [
+        f"{llm.llm} {llm.prefix_share:.1%}"
+        for llm in found.llms
+        if llm.prefix_share is not None
+    ]:
+        out.print(
+            "Input tokens that a prefix cache without limits would find (no real one "
+            f"finds more): {', '.join(shares)}"
+        )
     if found.distinct_times < found.requests / 2:
         out.print(
             f"{found.requests:,} requests came at {found.distinct_times:,} times: the "
