@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from foreserve.models.codec import to_json
+from foreserve.cli.simulate import run_policies
+from foreserve.models.codec import load_plan, to_json
 from foreserve.models.cost import IterationTime
 from foreserve.models.gaps import gap_bin
 from foreserve.models.observed import Phase
@@ -30,6 +31,7 @@ from foreserve.runtime.journal import (
 from foreserve.runtime.measures import RequestLog, Requests, isolated_s
 from foreserve.runtime.simulated import simulate
 from foreserve.runtime.tally import Tally
+from foreserve.traces.formats import read_trace
 from foreserve.traces.trace import Trace
 from tests.build import TIME, cluster, fleet, gpu, option, small_plan
 
@@ -295,6 +297,26 @@ def test_itl_is_over_single_gaps():
     assert both.p99_s == pytest.approx(0.01, rel=0.01)
     row = outcome_row(outcome)
     assert (row["itl_p50_s"], row["itl_p99_s"]) == (both.p50_s, both.p99_s)
+
+
+def test_gaps_of_a_run_add_up(day, tmp_path):
+    """A simulated day in which all is answered: as many gaps as tokens after the first,
+    and together as long as from first tokens to last, for each LLM."""
+    plan = load_plan(str(tmp_path / "p.json"))
+    (run,) = run_policies(
+        plan, read_trace(tmp_path / "t.csv"), ["planned"], 1, 30.0, quiet=True
+    )
+    assert not np.isnan(run.finish_s).any()
+    for index, llm in enumerate(run.llms):
+        own = run.llm == index
+        last_s = (run.finish_s - run.first_token_s)[own].sum()
+        assert run.itl[index].sum() == (run.output_tokens[own] - 1).sum() > 0
+        assert run.itl_s[index] == pytest.approx(last_s)
+        itl = run.outcome.by_llm[llm].itl
+        assert (itl.count, itl.mean_s * itl.count) == pytest.approx(
+            (run.itl[index].sum(), last_s)
+        )
+        assert itl.p50_s <= itl.p90_s <= itl.p99_s
 
 
 def test_no_gap_is_no_number(served):
