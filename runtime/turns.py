@@ -3,7 +3,7 @@
 Several LLMs share the GPUs of a group and one pool of KV pages; an iteration runs one of
 them. An engine, simulated or real, keeps a `Standing` per request and calls `next_turn`
 before each iteration. Nothing here changes what it is given. The rules are those of the
-SeaLLM-like design (our reconstruction).
+SeaLLM-like design (our reconstruction; sections are those of its reference).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def rebalance(
 
 
 def swaps(kv_bytes: float, link_bytes_per_s: float, recompute_s: float) -> bool:
-    """Whether KV that must leave a GPU is worth two ways over its link (section 5.8):
+    """Whether KV that must leave a GPU is worth two ways over its link (section 5):
     else it is dropped, and computed again."""
     return link_bytes_per_s > 0 and 2 * kv_bytes / link_bytes_per_s < recompute_s
 
