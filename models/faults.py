@@ -152,6 +152,12 @@ def load_faults(path: str | os.PathLike[str], fleet: Fleet) -> tuple[Fault, ...]
     """Read a fault script, YAML or JSON, and check it against ``fleet``."""
     file, text = os.fspath(path), read_text(path)
     plain = read_yaml(text, file)
+    if not isinstance(plain, dict):
+        raise InvalidInput(
+            "a list under the key `faults` is expected",
+            file=file,
+            hint="e.g. faults: [{at: 2h, kind: gpu-loss, target: n0/3, for: 10m}]",
+        )
     script = structure(_Script, plain, text=text, file=file)
     try:
         check_faults(script.faults, fleet)

@@ -73,7 +73,9 @@ class ReplicaOption(Record):
     weight_bytes: int | None = None
     """Of the LLM, as storage and host memory hold it; None: as its GPUs do."""
     copy_s: float | None = None
-    """``load_s`` from pinned host memory; None: ``load_s`` is."""
+    """Of ``load_s``, from pinned host memory alone; None: all of it."""
+    start_s: float = 0.0
+    """Of ``load_s``: the start of the engine process, before anything moves."""
 
     @property
     def shard_bytes(self) -> int:

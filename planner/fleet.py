@@ -184,6 +184,7 @@ def _options(
                 exec_s=time.isolated_s(input_tokens, output_tokens),
                 load_s=start_s + perf.load_s(spec, gpu, tp, storage),
                 copy_s=perf.load_s(spec, gpu, tp),
+                start_s=start_s,
                 weight_bytes=spec.weight_bytes,
                 activate_s=perf.activate_s(spec, gpu, tp),
                 ttft_s=held.ttft_s,

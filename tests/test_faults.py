@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from foreserve.models.errors import InvalidInput
@@ -10,6 +12,9 @@ from foreserve.models.placement import ReplicaId
 from foreserve.planner.residency import residency_map
 from foreserve.runtime.simulated.faults import Health
 from tests.build import cluster, fleet, gpu, option
+from tests.test_cli import SCENARIO, files, solved
+
+__all__ = ["files", "solved"]
 
 SCRIPT = """\
 faults:
@@ -128,3 +133,60 @@ def test_the_map_shows_faults_on_the_rows_they_hit():
     assert below.boxes[1].tip == (
         "slow-node of n0, 1.5 times as slow\nfrom 0:00:10 for 20.0 s"
     )
+
+
+def test_simulate_with_faults(plan, files, solved):
+    """n0/0 is lost for a minute: told in the outcome, the table, the report and the
+    journal; with seeds in processes, too, and the same there."""
+    (files / "f.yaml").write_text(
+        "faults: [{at: 60s, kind: gpu-loss, target: n0/0, for: 1m}]"
+    )
+    args = f"simulate {solved / 'plan.json'} --trace t.csv --faults f.yaml"
+    code, out, err = plan(args, "--json --report r.html --journal j.jsonl")
+    assert (code, err) == (0, "")
+    (outcome,) = json.loads(out)["outcomes"]
+    assert outcome["faults"] == 1
+    assert outcome["total"]["finished"] == outcome["total"]["requests"] == 400
+    lines = [json.loads(line) for line in (files / "j.jsonl").read_text().splitlines()]
+    (fault,) = [line for line in lines if line["event"] == "fault"]
+    assert (fault["at_s"], fault["until_s"], fault["target"]) == (60.0, 120.0, "n0/0")
+    assert outcome["restarted"] == fault["requests"]
+    assert "gpu-loss of n0/0" in (files / "r.html").read_text()
+    code, out, _ = plan(args)
+    assert code == 0
+    assert "Requests they restarted" in out
+    code, out, _ = plan(args, "--json --seeds 2 --workers 2")
+    assert code == 0
+    assert json.loads(out)["seeds"][0]["outcomes"] == [outcome]
+
+
+def test_simulate_loads_as_the_scenario_says(plan, files, solved):
+    """The plan assumes all weights in host memory; a scenario without such a cache has
+    every load read storage, and then serves later."""
+    (files / "s.yaml").write_text(SCENARIO + "runtime: {host_cache: none}\n")
+    args = f"simulate {solved / 'plan.json'} --trace t.csv --json"
+    found = []
+    for more in ("", "--scenario s.yaml"):
+        code, out, err = plan(args, more)
+        assert (code, err) == (0, "")
+        found += json.loads(out)["outcomes"]
+    cached, stored = found
+    assert cached["storage_loads"] == 0
+    assert stored["storage_loads"] == stored["loads"] > 0
+    assert stored["total"]["ttft"]["p99_s"] > cached["total"]["ttft"]["p99_s"] + 1
+
+
+def test_broken_fault_scripts_on_the_command_line(plan, files, solved):
+    """One line, exit code 2, and what to write instead."""
+    for text, expected in (
+        ("faults: [{at: 60s, kind: gpu-loss, target: n0/5}]", "no GPU n0/5"),
+        ("faults: [{at: 1m, kind: node-loss, target: n0, form: 1m}]", "mean 'for'?"),
+        ("", "f.yaml: a list under the key `faults` is expected"),
+    ):
+        (files / "f.yaml").write_text(text)
+        code, out, err = plan(
+            f"simulate {solved / 'plan.json'} --trace t.csv --faults f.yaml"
+        )
+        assert (code, out) == (2, "")
+        assert expected in err
+        assert len(err.splitlines()) == 1

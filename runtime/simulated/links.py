@@ -64,13 +64,13 @@ def transfer(
     noise: float = 1.0,
 ) -> Transfer:
     """The load of a replica; ``pinned``: its weights are in host memory. With the host
-    cache ``all`` it takes the option's time. ``noise`` multiplies all its times."""
+    cache ``all`` it takes the option's time, without the start of its process. ``noise``
+    multiplies all its times."""
     known = LOADERS["fast"]
-    copy_s = option.load_s if option.copy_s is None else option.copy_s
-    alone_s = option.load_s if rules.host_cache == "all" else copy_s
-    if rules.host_cache == "all" and option.copy_s is not None:
-        # What a load of the plan waits for a process is the owner's to count.
-        alone_s -= 0.0 if rules.process_pool else rules.process_start_s
+    # What it waits for a process is the owner's to count.
+    moves_s = option.load_s - option.start_s
+    copy_s = moves_s if option.copy_s is None else option.copy_s
+    alone_s = moves_s if rules.host_cache == "all" else copy_s
     uses_s: dict[Link, float] = dict.fromkeys(gpus, min(copy_s, alone_s))
     num_bytes: dict[Link, int] = dict.fromkeys(gpus, option.shard_bytes)
     if node.host_link_bytes_per_s is not None:

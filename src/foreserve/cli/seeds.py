@@ -16,6 +16,7 @@ from foreserve.cli.common import progress_bar
 from foreserve.models.errors import ForeserveError
 
 if TYPE_CHECKING:
+    from foreserve.models.faults import Fault
     from foreserve.models.outcome import Outcome, Run
     from foreserve.models.plan import Plan
     from foreserve.traces.trace import Trace
@@ -29,6 +30,7 @@ class _Common(NamedTuple):
     plan: Plan
     trace: Trace
     keep_alive_s: float
+    faults: Sequence[Fault]
 
 
 class _Task(NamedTuple):
@@ -52,6 +54,7 @@ def run_seeds(
     quiet: bool,
     workers: int | None = None,
     ray: str | None = None,
+    faults: Sequence[Fault] = (),
 ) -> tuple[tuple[Run, ...], list[list[Outcome]]]:
     """The first seed's run of each policy in full, and all outcomes: [seed][policy].
 
@@ -62,7 +65,7 @@ def run_seeds(
     from foreserve.cli.simulate import check_policies
 
     trace = check_policies(plan, trace, policies, keep_alive_s)
-    common = _Common(plan, trace, keep_alive_s)
+    common = _Common(plan, trace, keep_alive_s, faults)
     tasks = [
         _Task(seed, policy, seed == seeds[0]) for seed in seeds for policy in policies
     ]
@@ -138,9 +141,11 @@ def _work(common: _Common, task: _Task) -> _Found:
     """One run, in a worker of any kind."""
     from foreserve.cli.simulate import run_policy
 
-    plan, trace, keep_alive_s = common
+    plan, trace, keep_alive_s, faults = common
     try:
-        run = run_policy(plan, trace, task.policy, task.seed, keep_alive_s)
+        run = run_policy(
+            plan, trace, task.policy, task.seed, keep_alive_s, faults=faults
+        )
     except Exception as error:
         # Not every error can be pickled; its one line can.
         raise RuntimeError(f"{type(error).__name__}: {error}") from None

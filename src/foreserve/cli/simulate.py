@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from foreserve.cli.common import (
 from foreserve.cli.forecast import Duration
 
 if TYPE_CHECKING:
+    from foreserve.models.faults import Fault
     from foreserve.models.outcome import Outcome, Run
     from foreserve.models.plan import Plan
     from foreserve.planner.studies import Interval
@@ -45,7 +47,17 @@ KEEP_ALIVE_S = 30.0
     show_default=True,
     help="planned, reactive or reactive-keep; repeat to compare on equal GPUs.",
 )
-@click.option("--scenario", help="Check that the plan fits this scenario's cluster.")
+@click.option(
+    "--scenario",
+    help="Check that the plan fits this scenario's cluster, and load as its `runtime` "
+    "says instead of as the plan assumed.",
+)
+@click.option(
+    "--faults",
+    "fault_file",
+    metavar="FILE",
+    help="Script of what breaks when, YAML or JSON.",
+)
 @click.option(
     "--seed",
     type=click.IntRange(0),
@@ -105,6 +117,7 @@ def simulate(
     traces: tuple[str, ...],
     policies: tuple[str, ...],
     scenario: str | None,
+    fault_file: str | None,
     seed: int,
     seeds: int | None,
     workers: int | None,
@@ -125,6 +138,7 @@ def simulate(
     from foreserve.cli.series import check_series, write_series
     from foreserve.cli.solve import command_line
     from foreserve.models.codec import load_plan
+    from foreserve.models.faults import load_faults
     from foreserve.planner.report import write_report
     from foreserve.planner.studies import intervals, study_part
     from foreserve.planner.summary import run_summary
@@ -146,16 +160,22 @@ def simulate(
     plan = load_plan(plan_file)
     check_plan(plan, plan_file)
     if scenario:
-        check_same_cluster(plan, read_scenario(scenario), plan_file)
+        wanted = read_scenario(scenario)
+        check_same_cluster(plan, wanted, plan_file)
+        own = replace(plan.fleet, loading=wanted.runtime.loading())
+        plan = replace(plan, fleet=own)
+    faults = load_faults(fault_file, plan.fleet) if fault_file else ()
     trace = read_traces(traces, {})
     numbers = range(seed, seed + (seeds or 1))
     silent = quiet or as_json
     if seeds:
         runs, by_seed = run_seeds(
-            plan, trace, policies, numbers, keep_alive, silent, workers, ray
+            plan, trace, policies, numbers, keep_alive, silent, workers, ray, faults
         )
     else:
-        runs = run_policies(plan, trace, policies, seed, keep_alive, silent, journal)
+        runs = run_policies(
+            plan, trace, policies, seed, keep_alive, silent, journal, faults
+        )
         by_seed = []
     if series:
         write_series(series, runs, bin_s)
@@ -212,6 +232,7 @@ def run_policies(
     keep_alive_s: float,
     quiet: bool,
     journal: str | None = None,
+    faults: Sequence[Fault] = (),
 ) -> tuple[Run, ...]:
     """One simulated run per policy, on the plan's fleet and over the plan's span."""
     trace = check_policies(plan, trace, policies, keep_alive_s)
@@ -219,7 +240,9 @@ def run_policies(
     for name in policies:
         with progress_bar(f"simulating {name}", quiet) as update:
             runs.append(
-                run_policy(plan, trace, name, seed, keep_alive_s, journal, update)
+                run_policy(
+                    plan, trace, name, seed, keep_alive_s, journal, faults, update
+                )
             )
     return tuple(runs)
 
@@ -243,6 +266,7 @@ def run_policy(
     seed: int,
     keep_alive_s: float,
     journal: str | None = None,
+    faults: Sequence[Fault] = (),
     progress: Callable[[float], None] | None = None,
 ) -> Run:
     """One simulated run; ``trace`` has the plan's LLMs in their order."""
@@ -258,6 +282,7 @@ def run_policy(
         seed=seed,
         load_bin_s=plan.epochs[0].end_s - plan.epochs[0].start_s,
         journal=journal,
+        faults=faults,
         progress=progress,
     )
 
