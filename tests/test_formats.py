@@ -377,7 +377,9 @@ def test_sources_merge_in_chunks_as_at_once(times, chunk_rows):
     assert merged == [row[:3] for row in requests(merge(traces))]
 
 
-HEADERS = [",".join((*each.columns, *each.fields)) for each in FORMATS.values()]
+HEADERS = [
+    ",".join((*each.columns, *each.fields, *each.lists)) for each in FORMATS.values()
+]
 HEADERS += ["t_s,width_s,llm,requests", "t_s,client,requests,iat_cv", "hour,requests"]
 HEADERS += ["t_min,rpm_min,rpm_mid,rpm_max", "model,t_s,total_rps,gap"]
 CELLS = st.one_of(

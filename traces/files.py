@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_ROWS = 200_000
-CHUNK_ITEMS = 2_000_000
-"""A chunk of JSON lines ends early when the lists in it have as many (about 80 MB)."""
+CHUNK_ITEMS = 1_000_000
+"""A chunk of JSON lines ends early when the lists in it have as many (40 MB or so)."""
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_COUNT = np.iinfo(np.int32).max
 MAX_CELLS = 10_000_000

@@ -74,6 +74,8 @@ class Prefixes:
         """The same with ids from 0 in the order in which they first come."""
         import pandas as pd
 
+        if (self.ids - _latest(self.ids)).max(initial=0) <= 1:
+            return self  # as in Mooncake's traces: no need for a table of ids
         codes, _ = pd.factorize(self.ids)
         return replace(self, ids=codes.astype(np.int32))
 
@@ -91,7 +93,7 @@ class Prefixes:
         """The first request with a block that comes after another one than before, which
         equal tokens from the first one on cannot; None if there is none. The ids must be
         dense."""
-        before = np.concatenate([[-1], self.ids])[:-1]
+        before = np.concatenate([np.array([-1], np.int32), self.ids])[:-1]
         before[self.starts[:-1][self.blocks > 0]] = -1
         wrong = before != before[_new(self.ids)][self.ids]
         if not wrong.any():
@@ -164,6 +166,11 @@ def _starts(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _new(ids: NDArray[np.int32]) -> NDArray[np.bool_]:
     """[block] whether dense ids come for the first time."""
-    latest = np.maximum.accumulate(np.concatenate([[-1], ids])[:-1])
-    new: NDArray[np.bool_] = ids > latest
+    new: NDArray[np.bool_] = ids > _latest(ids)
     return new
+
+
+def _latest(ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[block] the highest id before it, or -1."""
+    highest = np.concatenate([np.array([-1], np.int32), ids])[:-1]
+    return np.maximum.accumulate(highest, out=highest)

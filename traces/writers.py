@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
 from foreserve.traces import files
-from foreserve.traces.files import is_jsonl, is_parquet
+from foreserve.traces.files import MAX_COUNT, is_jsonl, is_parquet
 from foreserve.traces.parquet import parquet_writer
 from foreserve.traces.prefixes import check_equal
 from foreserve.traces.readers import (
@@ -110,10 +110,7 @@ def rows_of(trace: Trace) -> Iterator[Rows]:
 def merge_rows(sources: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
     """Several sources on one clock as one; ties keep the order of ``sources``. Memory
     holds about a chunk of each. Prompts of different sources have nothing in common."""
-    sources = [
-        (_apart(rows, index, len(sources)) for rows in source)
-        for index, source in enumerate(sources)
-    ]
+    sources = [_apart(rows, index, len(sources)) for index, rows in enumerate(sources)]
     held: list[list[Rows]] = [[] for _ in sources]
     open_ = set(range(len(sources)))
     while True:
@@ -137,10 +134,11 @@ def merge_rows(sources: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
             _pull(sources[index], held[index], open_, index)
 
 
-def _apart(rows: Rows, index: int, count: int) -> Rows:
-    if rows.prefixes is None:
-        return rows
-    return replace(rows, prefixes=rows.prefixes.apart(index, count))
+def _apart(chunks: Iterator[Rows], index: int, count: int) -> Iterator[Rows]:
+    for rows in chunks:
+        if rows.prefixes is not None:
+            rows = replace(rows, prefixes=rows.prefixes.apart(index, count))
+        yield rows
 
 
 def _pull(
@@ -164,8 +162,8 @@ def write_rows(
     """Write requests in order of time: same requests, same bytes, whole or not at all.
 
     ``start`` is the date and time of second 0 for formats that need one (default: that
-    of 1970). Mooncake's blocks are numbered in the order in which they first come; those
-    that are not known are in no other prompt.
+    of 1970). Mooncake needs ids of all blocks: those that are not known get one that no
+    other has.
     """
     check_target(path, format)
     written = Written()
@@ -282,30 +280,33 @@ def _azure(
 def _mooncake(
     handle: IO[bytes], chunks: Iterable[Rows], written: Written, start: str
 ) -> None:
-    numbers: dict[int, int] = {}
-    used = 0
+    """Ids as they are. Blocks that are not known count from 0 on, or if there are ids,
+    from the highest down: those that are to come are not known either."""
+    below, above, shift = 0, MAX_COUNT + 1, None
     for rows in chunks:
         known: list[list[int]] = [[]] * len(rows)
         prefixes = rows.prefixes
         if prefixes is not None and prefixes.block_tokens == MOONCAKE_BLOCK_TOKENS:
             written.kept_block_tokens = prefixes.block_tokens
-            known = prefixes.lists()
+            shift = below if shift is None else shift
+            known = replace(prefixes, ids=prefixes.ids + np.int32(shift)).lists()
+            below = max(below, shift + 1 + int(prefixes.ids.max(initial=-1)))
         milliseconds = _stepped(rows.arrival_s, MOONCAKE_STEP_S, written)
         columns = [column.tolist() for column in (milliseconds, *_tokens(rows))]
         lines = []
-        for at, inputs, outputs, ids in zip(*columns, known, strict=True):
-            blocks = []
-            for block in ids:
-                number = numbers.setdefault(block, used)
-                used += number == used
-                blocks.append(number)
-            unknown = -(-inputs // MOONCAKE_BLOCK_TOKENS) - len(ids)
-            blocks += range(used, used + unknown)
-            used += unknown
+        for at, inputs, outputs, blocks in zip(*columns, known, strict=True):
+            unknown = -(-inputs // MOONCAKE_BLOCK_TOKENS) - len(blocks)
+            if shift is None:
+                first, below = below, below + unknown
+            else:
+                first = above = above - unknown
+            blocks = [*blocks, *range(first, first + unknown)]
             lines.append(
                 f'{{"timestamp": {at}, "input_length": {inputs}, '
                 f'"output_length": {outputs}, "hash_ids": {blocks}}}\n'
             )
+        if below > above:
+            raise InvalidInput("no ids are left for the blocks that have none")
         handle.write("".join(lines).encode())
 
 
