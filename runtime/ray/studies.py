@@ -18,10 +18,8 @@ Found = TypeVar("Found")
 LOCAL, AUTO = "local", "auto"
 TIMEOUT_S = 5.0
 """How long an address may take to answer at all."""
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+ALWAYS = {"RAY_USAGE_STATS_ENABLED": "0"}
+QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 OF_OTHERS = {
     "RAY_gcs_server_port_wait_time_s": "1",
     "RAY_py_gcs_connect_timeout_s": "5",
@@ -52,8 +50,21 @@ def in_cluster(
             yield _result(ray, promise)
     finally:
         # Its tasks end with the connection, or with Ray itself where it is ours.
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), _no_stderr():
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Generator[None, None, None]:
+    """Ray's core tells of each task that it ends, past Python, on the descriptor."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _result(ray: Any, promise: Any) -> Any:
@@ -69,8 +80,8 @@ def _connected(address: str) -> Any:
     if address not in (LOCAL, AUTO):
         _check_answers(address)
     # Read when Ray is imported, and by what it starts.
-    known = SETTINGS if address == LOCAL else {**OF_OTHERS, **os.environ, **SETTINGS}
-    os.environ.update(known)
+    others = {} if address == LOCAL else OF_OTHERS
+    os.environ.update({**QUIET, **others, **os.environ, **ALWAYS})
     try:
         import ray
     except ImportError:
