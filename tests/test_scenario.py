@@ -101,3 +101,60 @@ def test_an_llm_that_fits_nowhere_says_why():
     scenario = parse_scenario(text.replace("llama-2-70b", "llama-2-70b, tp: [1]"))
     with pytest.raises(InvalidInput, match=r"128\.\d+ GiB .* 20\.\d+|fits nowhere"):
         build_fleet(scenario, {"chat": Lengths.fixed(1000.0, 200.0)})
+
+
+RUNTIME = """\
+runtime:
+  host_cache: none
+  process_start: 10s
+  process_pool: 0
+  load_share_beside_serving: 0.5
+  slowdown_beside_loading: 0.1
+"""
+
+
+def test_how_loads_run_comes_from_the_runtime():
+    """16.06 GB: 0.3 s from host memory; without a cache 5.6 s from storage of 3 GB/s at
+    95 %, and 10 s more for the process where none is kept ready."""
+    lengths = {"chat": Lengths.fixed(1000.0, 200.0)}
+    found = {}
+    for name, text in (
+        ("cached", GOOD),
+        ("stored", GOOD + RUNTIME),
+        ("ready", GOOD + RUNTIME.replace("pool: 0", "pool: 1")),
+    ):
+        fleet = build_fleet(parse_scenario(text), lengths)
+        found[name] = next(o for o in fleet.options if o.tp == 1)
+    cached, stored, ready = (found[name] for name in ("cached", "stored", "ready"))
+    assert cached.load_s == cached.copy_s == pytest.approx(16.06e9 / 54.4e9, rel=1e-3)
+    assert ready.load_s == pytest.approx(16.06e9 / (0.95 * 3e9), rel=1e-3)
+    assert (stored.load_s, stored.start_s) == (10.0 + ready.load_s, 10.0)
+    assert (stored.copy_s, stored.weight_bytes) == (cached.copy_s, cached.weight_bytes)
+    rules = fleet.loading
+    assert (rules.host_cache, rules.process_pool) == ("none", 1)
+    assert rules.share_beside_serving == 0.5
+    assert rules.slowdown_beside_loading == 0.1
+
+
+def test_a_switch_is_part_of_its_node():
+    """`host_link` of a node; none is no limit; zero is an error."""
+    for written, rate in (("", None), (", host_link: 64GB/s", 64e9)):
+        text = GOOD.replace("host_ram: 1TiB", f"host_ram: 1TiB{written}")
+        (node,) = parse_scenario(text).cluster.cluster().nodes
+        assert node.host_link_bytes_per_s == rate
+    with pytest.raises(InvalidInput, match="host_link must be positive"):
+        parse_scenario(GOOD.replace("1TiB", "1TiB, host_link: 0"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("load_share_beside_serving", "0"),
+        ("slowdown_beside_loading", "-0.1"),
+        ("process_start", "-1"),
+    ],
+)
+def test_rules_of_loads_that_cannot_be(key, value):
+    """Named by the field they are in."""
+    with pytest.raises(InvalidInput, match=f"runtime: .*{key}"):
+        parse_scenario(GOOD + f"runtime: {{{key}: {value}}}\n")

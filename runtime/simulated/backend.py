@@ -343,31 +343,10 @@ class SimulatedBackend:
 
     def _load(self, key: ReplicaId) -> None:
         replica = self._put(key, "LOADING")
-        stored = self.loads.begin(
-            key,
-            replica.option,
-            self.clock.now_s(),
-            noise=replica.noise,
-            urgent=self._is_waited_for(key.llm),
-            most=self._most(key),
-        )
+        now_s = self.clock.now_s()
+        stored = self.loads.begin(key, replica.option, now_s, replica.noise)
         self._note(replica, "LOADING", from_storage=stored)
         self._couple(key.gpus[0].node)
-
-    def _is_waited_for(self, llm: str) -> bool:
-        return bool(self.engines.state.queue[self._llms[llm]])
-
-    def _most(self, key: ReplicaId) -> float:
-        """Share of its rate that the load of ``key`` may take."""
-        share = self.loads.rules.share_beside_serving
-        if share == 1.0:
-            return share
-        beside = any(
-            replica.phase in ("ACTIVE", "DRAINING")
-            and not set(key.gpus).isdisjoint(replica.id.gpus)
-            for replica in self._replicas.values()
-        )
-        return share if beside else 1.0
 
     def _hurry(self) -> None:
         """Requests have begun to wait: some loads may be urgent now."""
@@ -377,17 +356,20 @@ class SimulatedBackend:
     def _couple(self, node: str) -> None:
         """Something has changed on ``node``: let its loads and its engines go as fast
         beside each other as they may, and look again when a load ends."""
-        now_s, links = self.clock.now_s(), self.loads.by_node[node].links
-        loading = list(self.loads.on(node))
-        if loading:
-            waited = [key.llm for key in loading if self._is_waited_for(key.llm)]
-            self.loads.set_urgent(node, waited, now_s)
-            if self.loads.rules.share_beside_serving < 1.0:
-                links.set_most({key: self._most(key) for key in loading}, now_s)
+        now_s, next_s = self.clock.now_s(), self.loads.by_node[node].links.next_s
+        if next_s < math.inf:
+            queue = self.engines.state.queue
+            waited = [llm for llm, i in self._llms.items() if queue[i]]
+            serving = [
+                replica.id.gpus
+                for replica in self._by_engine.values()
+                if replica.id.gpus[0].node == node
+            ]
+            next_s = self.loads.settle(node, waited, serving, now_s)
         self._pace(node)
-        if links.next_s < math.inf and links.next_s != self._timers.get(node):
-            self._timers[node] = links.next_s
-            self.clock.schedule(links.next_s, partial(self._links, node))
+        if next_s < math.inf and next_s != self._timers.get(node):
+            self._timers[node] = next_s
+            self.clock.schedule(next_s, partial(self._links, node))
 
     def _pace(self, node: str) -> None:
         """Set how fast the engines of ``node`` are."""
@@ -408,6 +390,7 @@ class SimulatedBackend:
         now_s = self.clock.now_s()
         if self.loads.by_node[node].links.next_s != now_s:
             return  # plans have changed since
+        self._timers.pop(node, None)
         for key in self.loads.advance(node, now_s):
             failed = self.health.load_fails(key)
             replica = self._replicas[key]
@@ -419,10 +402,8 @@ class SimulatedBackend:
     def _plan(self, fault: Fault) -> None:
         """Have the fault begin, and end, when it does."""
         now_s, until_s = self.clock.now_s(), fault.until_s
-        over = now_s if fault.kind == "replica-crash" else -math.inf
-        if (fault.at if until_s is None else until_s) <= over or (
-            until_s is not None and until_s <= now_s
-        ):
+        over_s = fault.at if fault.kind == "replica-crash" else until_s
+        if over_s is not None and over_s <= now_s:
             return
         self.clock.schedule(max(now_s, fault.at), partial(self._begin, fault))
         if until_s is not None:

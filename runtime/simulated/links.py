@@ -96,12 +96,12 @@ class _Load:
     transfer: Transfer
     ready_s: float
     order: int
-    urgent: bool
     most: float
     """Of its own speed, at most."""
     left_s: float
     """At ``since_s``, in seconds alone."""
     since_s: float
+    urgent: bool = False
     speed: float = 0.0
 
     @property
@@ -153,16 +153,14 @@ class Links:
         now_s: float,
         *,
         ready_s: float = -math.inf,
-        urgent: bool = False,
         most: float = 1.0,
     ) -> None:
         """A load is asked for. Its process is there at ``ready_s``; it goes at ``most``
-        times its own speed."""
+        times its own speed; nobody waits for it yet."""
         self._loads[key] = _Load(
             transfer=load,
             ready_s=max(ready_s, now_s),
             order=self._asked,
-            urgent=urgent,
             most=most,
             left_s=load.alone_s,
             since_s=now_s,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
-from foreserve.models.specs import ClusterSpec, GpuType, Node
+from foreserve.models.specs import ClusterSpec, GpuId, GpuType, Node
 from foreserve.runtime.simulated.hostram import HostRam
 from foreserve.runtime.simulated.links import Link, Links, ProcessPool, transfer
 
@@ -53,12 +53,9 @@ class Loads:
         key: ReplicaId,
         option: ReplicaOption,
         now_s: float,
-        *,
         noise: float,
-        urgent: bool,
-        most: float,
     ) -> bool:
-        """Ask for a load; whether it reads storage."""
+        """Ask for a load, its times multiplied by ``noise``; whether it reads storage."""
         own, cache = self.by_node[key.gpus[0].node], self.rules.host_cache
         pinned = cache == "all"
         if cache == "lru":
@@ -74,7 +71,7 @@ class Loads:
         )
         ready_s = own.pool.take(now_s)
         self.under_way[key] = None
-        own.links.add(key, moved, now_s, ready_s=ready_s, urgent=urgent, most=most)
+        own.links.add(key, moved, now_s, ready_s=ready_s)
         return not pinned
 
     def cancel(self, key: ReplicaId, now_s: float) -> dict[Link, float]:
@@ -90,11 +87,26 @@ class Loads:
             self._end(key, done=True)
         return ended
 
-    def set_urgent(self, node: str, llms: Iterable[str], now_s: float) -> None:
-        """Requests wait for these LLMs: their loads go first from now on."""
-        waited = set(llms)
-        urgent = [key for key in self.on(node) if key.llm in waited]
-        self.by_node[node].links.set_urgent(urgent, now_s)
+    def settle(
+        self,
+        node: str,
+        waited: Collection[str],
+        serving: Iterable[tuple[GpuId, ...]],
+        now_s: float,
+    ) -> float:
+        """Requests wait for the LLMs ``waited``, whose loads go first from now on, and
+        replicas serve on the GPUs ``serving``, beside which loads take their share; when
+        something happens on the node's links next."""
+        links, share = self.by_node[node].links, self.rules.share_beside_serving
+        links.set_urgent([key for key in self.on(node) if key.llm in waited], now_s)
+        if share < 1.0:
+            busy = {gpu for gpus in serving for gpu in gpus}
+            most = {
+                key: 1.0 if busy.isdisjoint(key.gpus) else share
+                for key in self.on(node)
+            }
+            links.set_most(most, now_s)
+        return links.next_s
 
     def restart(self, node: str, now_s: float) -> None:
         """The node has lost all it held, and starts its processes anew; nothing loads."""
