@@ -27,6 +27,9 @@ class ObservedReplica:
     """Requests it is working on."""
     idle_since_s: float | None = None
     """Since when it is ACTIVE without a request; None while it works or does not serve."""
+    spare_bytes: int = 0
+    """KV memory on each of its GPUs that it lends to others, or could lend now; it will be
+    free for good only when it has drained."""
 
     @property
     def id(self) -> ReplicaId:

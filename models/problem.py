@@ -17,6 +17,7 @@ from foreserve.models.errors import InvalidInput
 from foreserve.models.loading import LoadRules
 from foreserve.models.placement import Placement, Replica, State
 from foreserve.models.record import Record
+from foreserve.models.serving import ServingRules
 from foreserve.models.specs import ClusterSpec, GpuId, Slo
 
 
@@ -76,6 +77,9 @@ class ReplicaOption(Record):
     """Of ``load_s``, from pinned host memory alone; None: all of it."""
     start_s: float = 0.0
     """Of ``load_s``: the start of the engine process, before anything moves."""
+    input_tokens: float = 1.0
+    """Mean lengths of the requests that it was made for."""
+    output_tokens: float = 1.0
 
     @property
     def shard_bytes(self) -> int:
@@ -106,6 +110,7 @@ class Fleet(Record):
     llms: tuple[ServedLlm, ...]
     options: tuple[ReplicaOption, ...]
     loading: LoadRules = field(default_factory=LoadRules)
+    serving: ServingRules = field(default_factory=ServingRules)
 
     def __post_init__(self) -> None:
         names = [llm.name for llm in self.llms]

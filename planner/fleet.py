@@ -133,6 +133,7 @@ def build_fleet(
         llms=tuple(served),
         options=tuple(options),
         loading=scenario.runtime.loading(),
+        serving=scenario.runtime.serving(),
     )
 
 
@@ -185,6 +186,8 @@ def _options(
                 load_s=start_s + perf.load_s(spec, gpu, tp, storage),
                 copy_s=perf.load_s(spec, gpu, tp),
                 start_s=start_s,
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
                 weight_bytes=spec.weight_bytes,
                 activate_s=perf.activate_s(spec, gpu, tp),
                 ttft_s=held.ttft_s,

@@ -20,6 +20,7 @@ from foreserve.models.loading import HostCache, LoadRules
 from foreserve.models.problem import Prices
 from foreserve.models.quantities import Bytes, BytesPerSecond, Seconds
 from foreserve.models.record import Record
+from foreserve.models.serving import Scheduler, ServingRules
 from foreserve.models.specs import ClusterSpec, GpuType, Node, Slo
 
 API_VERSION = "foreserve/v1alpha1"
@@ -169,6 +170,35 @@ class RuntimePart(Record):
     slowdown_beside_loading: float = 0.0
     """By how much iterations take longer beside a load: 0.05 is 5 % (assumed)."""
 
+    max_num_batched_tokens: int = 8192
+    """Tokens of one iteration, prompts and answers together."""
+    prefix_caching: bool = True
+    """Prompts that begin alike are computed once, where the trace tells what they share."""
+    lending: bool = True
+    """Draining replicas lend KV memory to weights that are loaded, until they need it."""
+    scheduler: Scheduler = "db-mean"
+    """Whose turn it is where several LLMs are ACTIVE on the same GPUs."""
+    page: Bytes = 2 * 1024**2
+    """Of the KV cache that they share."""
+    swapping: bool = True
+    """Their requests give way to host memory where that is faster than computing again."""
+    near: float = 0.1
+    """A turn changes hands only for a cost lower by this share."""
+    patience: float | None = None
+    """Who was not served for this many times its LLM's usual time goes first."""
+
+    def serving(self) -> ServingRules:
+        return ServingRules(
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            prefix_caching=self.prefix_caching,
+            lending=self.lending,
+            scheduler=self.scheduler,
+            page_bytes=self.page,
+            swapping=self.swapping,
+            near=self.near,
+            patience=self.patience,
+        )
+
     def loading(self) -> LoadRules:
         return LoadRules(
             host_cache=self.host_cache,
@@ -222,6 +252,7 @@ class Scenario(Record):
         # Build all now, so that an unknown GPU or LLM is reported with its file.
         try:
             self.runtime.loading()
+            self.runtime.serving()
         except InvalidInput as error:
             raise error.at(field="runtime") from None
         cluster = self.cluster.cluster()

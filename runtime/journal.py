@@ -208,6 +208,8 @@ class Gaps(Record):
     """Their sum."""
     counts: tuple[tuple[int, int], ...]
     """(bin, how many), where there are any."""
+    found_tokens: int = 0
+    """Of its prompts, not computed because an earlier request's had been."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,11 +31,13 @@ class Ledger:
 
     @classmethod
     def of(cls, fleet: Fleet, observed: Observed) -> Ledger:
-        """What is free beside everything ``observed``, each in its phase."""
+        """What is free beside everything ``observed``, each in its phase, or can be lent
+        by it."""
         ledger = cls(fleet)
         for replica in observed.replicas:
             option = fleet.option_of(replica.llm, replica.gpus)
-            ledger.book(replica.gpus, phase_bytes(option, replica.phase))
+            held = phase_bytes(option, replica.phase) - replica.spare_bytes
+            ledger.book(replica.gpus, held)
         ledger.shut(observed.lost_gpus)
         return ledger
 

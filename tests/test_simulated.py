@@ -684,7 +684,7 @@ class Restless:
         if self.backend is not None:
             running = sum(r.in_flight for r in observed.replicas)
             waiting = sum(observed.waiting.values())
-            here = self.backend.arrived - self.backend.ended
+            here = self.backend.serving.arrived - self.backend.serving.ended
             assert running + waiting == here == self.backend.in_system
         if now_s >= self.until_s:
             self.goal = random_placement(self.fleet, self.rng)

@@ -1,17 +1,14 @@
-"""The simulated cluster: replicas, links, queues and engines on a virtual clock.
+"""The simulated cluster: the lives of replicas, on a virtual clock.
 
-Requests are routed as they come; those that no replica can take wait in one queue per
-LLM, first come first served, and move when a slot frees or a replica becomes ACTIVE.
-Nothing polls. The ledger is checked at every change, so over-commitment raises.
-
-All that concerns single requests is the `Engines`' and compiled; here are the replicas'
-lives.
+Requests and the engines that work on them are `Serving`'s, loads are `Loads`'. Here are
+phases, memory, faults, and what all of these do to each other. The ledger is checked at
+every change, so over-commitment raises.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,21 +20,15 @@ from foreserve.models.observed import Observed, ObservedReplica, Phase
 from foreserve.models.placement import Action, Placement, ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.runtime.clock import VirtualClock
-from foreserve.runtime.journal import (
-    Faulted,
-    Gaps,
-    PhaseChange,
-    Recorder,
-    RequestEnds,
-    RequestTable,
-)
+from foreserve.runtime.journal import Faulted, PhaseChange, Recorder
 from foreserve.runtime.ledger import Ledger, phase_bytes
-from foreserve.runtime.simulated.engine import EngineLimits, Engines
 from foreserve.runtime.simulated.faults import Health
-from foreserve.runtime.simulated.layout import NONE, Columns
 from foreserve.runtime.simulated.loads import Loads
+from foreserve.runtime.simulated.serving import Serving
 from foreserve.runtime.states import check_action, check_move
 from foreserve.traces.trace import Trace
+
+SERVING: frozenset[Phase] = frozenset({"ACTIVE", "DRAINING"})
 
 
 @dataclass(slots=True, eq=False)
@@ -50,8 +41,10 @@ class _Replica:
     noise: float
     """By which the times of its load are multiplied."""
     story: list[tuple[float, Phase | None]] = field(default_factory=list)
-    engine: int | None = None
-    """Its number while it holds KV."""
+    held_bytes: int = 0
+    """On each of its GPUs: less than its phase's while it lends KV memory."""
+    borrowers: list[ReplicaId] = field(default_factory=list)
+    """Whose weights are in memory that it has lent."""
     factor: float = 1.0
     """By which its iterations take longer now."""
 
@@ -71,7 +64,6 @@ class SimulatedBackend:
         load_noise: float = 0.1,
         initial: Placement | None = None,
         faults: Sequence[Fault] = (),
-        limits: EngineLimits | None = None,
         watch: Callable[[float], None] | None = None,
         watch_every_s: float = math.inf,
     ) -> None:
@@ -84,42 +76,17 @@ class SimulatedBackend:
         if unknown:
             raise InvalidInput(f"trace: the fleet does not serve {min(unknown)!r}")
         self.fleet, self.clock, self.journal = fleet, clock, journal
-        self.limits = limits or EngineLimits()
         self._watch, self._watch_every_s = watch, watch_every_s
         self._watch_s = clock.now_s() + watch_every_s
         self._rng, self._load_noise = rng, load_noise
         self._ledger = Ledger(fleet)
         self._replicas: dict[ReplicaId, _Replica] = {}
-        self._by_engine: dict[int, _Replica] = {}
-        self._llms = {llm.name: index for index, llm in enumerate(fleet.llms)}
         self.loads = Loads(fleet, clock.now_s())
         self._timers: dict[str, float] = {}
         """By node: for when its links' next event is scheduled."""
         self.health = Health(fleet.cluster)
-        own = np.array([self._llms.get(name, -1) for name in trace.llms], np.int32)
-        self.engines = Engines(
-            len(fleet.llms),
-            Columns(
-                trace.arrival_s, own[trace.llm], trace.input_tokens, trace.output_tokens
-            ),
-            clock.now_s(),
-        )
-        state = self.engines.state
-        self._told = 0
-        """Requests whose end the journal knows."""
-        self._lives: list[ReplicaId] = []
-        self._table = RequestTable(
-            llms=tuple(self._llms),
-            first_request=first_request,
-            arrival_s=state.arrival_s,
-            llm=state.llm,
-            input_tokens=state.input_tokens,
-            output_tokens=state.output_tokens,
-            first_token_s=state.first_s,
-            end_s=state.end_s,
-            result=state.result,
-            where=state.where,
-            replicas=self._lives,
+        self.serving = Serving(
+            fleet, trace, clock, journal, first_request, self._emptied, self._revoked
         )
         clock.stream = self
         for replica in (initial or Placement()).replicas:
@@ -131,26 +98,29 @@ class SimulatedBackend:
     # --- Backend -----------------------------------------------------------------------
 
     def observe(self) -> Observed:
-        self._tell()
-        queue = self.engines.state.queue.tolist()
+        self.serving.tell()
         return Observed(
             now_s=self.clock.now_s(),
             replicas=tuple(self._observed(r) for r in self._replicas.values()),
-            waiting={llm: queue[i] for llm, i in self._llms.items() if queue[i]},
+            waiting=self.serving.waiting(),
             lost_gpus=self.health.lost_gpus,
         )
 
     def _observed(self, replica: _Replica) -> ObservedReplica:
-        in_flight, idle_since_s = self._in_flight(replica), None
-        if replica.phase == "ACTIVE" and not in_flight:
-            assert replica.engine is not None
-            idle_since_s = float(self.engines.row(replica.engine)["idle_since_s"])
+        key, in_flight, idle_since_s, spare_bytes = replica.id, 0, None, 0
+        if replica.phase in SERVING:
+            in_flight = self.serving.in_flight(key)
+            if replica.phase == "DRAINING":
+                spare_bytes = self.serving.spare_bytes(key)
+            elif not in_flight:
+                idle_since_s = self.serving.idle_since_s(key)
         return ObservedReplica(
-            llm=replica.id.llm,
-            gpus=replica.id.gpus,
+            llm=key.llm,
+            gpus=key.gpus,
             phase=replica.phase,
             in_flight=in_flight,
             idle_since_s=idle_since_s,
+            spare_bytes=spare_bytes,
         )
 
     def apply(self, actions: Sequence[Action]) -> None:
@@ -166,9 +136,9 @@ class SimulatedBackend:
             if after == "ACTIVATING" and replica:
                 ready_s = self.clock.now_s() + replica.option.activate_s
                 self.clock.schedule(ready_s, partial(self._activated, replica))
-            elif after == "DRAINING" and replica and replica.engine is not None:
-                self.engines.withdraw(replica.engine)
-                if not self._in_flight(replica):
+            elif after == "DRAINING" and replica:
+                self.serving.withdraw(key)
+                if not self.serving.in_flight(key):
                     self._move(replica, "WARM")
 
     def lose(self, key: ReplicaId) -> None:
@@ -181,81 +151,44 @@ class SimulatedBackend:
             self._move(replica, None, lost=True)
         # Only now, so that none is sent to one that is about to vanish.
         for llm in dict.fromkeys(replica.id.llm for replica in replicas):
-            self.engines.serve_queue(self._llms[llm])
+            self.serving.serve(llm)
 
     # --- Stream ------------------------------------------------------------------------
 
     def run(self, until_s: float) -> float:
         """Let requests come, be worked on and end, up to and including ``until_s``."""
         while True:
-            if self.engines.run(min(until_s, self._watch_s)):
-                return float(self.engines.top["now_s"])
-            if self._watch is None or self._watch_s > until_s:
-                return math.inf
+            at_s = self.serving.run(min(until_s, self._watch_s))
+            if at_s < math.inf or self._watch is None or self._watch_s > until_s:
+                return at_s
             self._watch(self._watch_s)
             self._watch_s += self._watch_every_s
 
     def handle(self) -> None:
         """Do what the engines stopped for."""
-        top = self.engines.top
-        if top["woken"]:
-            top["woken"] = False
+        if self.serving.handle():
             self.clock.wake()
             self._hurry()
-        if top["emptied"] != NONE:
-            replica = self._by_engine[int(top["emptied"])]
-            top["emptied"] = NONE
-            self._move(replica, "WARM")
 
     # --- requests ----------------------------------------------------------------------
 
     @property
-    def arrived(self) -> int:
-        return int(self.engines.top["arrived"])
-
-    @property
-    def ended(self) -> int:
-        return int(self.engines.top["ended"])
-
-    @property
     def in_system(self) -> int:
         """Requests that have come and not ended."""
-        return self.arrived - self.ended
+        return self.serving.arrived - self.serving.ended
 
     def stop(self) -> None:
-        """End the run: book every request that is still here as unfinished, and write
-        down what the tokens' gaps were."""
-        self.engines.give_up(self.clock.now_s())
-        self._tell()
-        for llm, index in self._llms.items():
-            counts = self.engines.state.gaps[index]
-            if counts.any():
-                self.journal.record(
-                    Gaps(
-                        at_s=self.clock.now_s(),
-                        llm=llm,
-                        seconds=float(self.engines.state.gaps_s[index]),
-                        counts=tuple(
-                            (i, int(counts[i])) for i in np.flatnonzero(counts).tolist()
-                        ),
-                    )
-                )
-
-    def _tell(self) -> None:
-        """Write down the requests that have ended since the last time."""
-        if (ended := self.ended) > self._told:
-            rows = self.engines.state.order[self._told : ended]
-            self._told = ended
-            self.journal.record(RequestEnds(table=self._table, rows=rows))
+        """End the run: book every request that is still here as unfinished."""
+        self.serving.stop()
 
     # --- replicas ----------------------------------------------------------------------
 
     def _put(self, key: ReplicaId, phase: Phase) -> _Replica:
         """A new replica in ``phase``: from a load, or in place from the start."""
         option = self.fleet.option_of(key.llm, key.gpus)
-        self._ledger.hold(key.gpus, phase_bytes(option, phase))
         noise = math.exp(self._load_noise * self._rng.standard_normal())
         replica = _Replica(id=key, option=option, phase=phase, noise=noise)
+        self._hold(replica, phase_bytes(option, phase))
         replica.story.append((self.clock.now_s(), phase))
         self._replicas[key] = replica
         if phase == "ACTIVE":
@@ -274,18 +207,17 @@ class SimulatedBackend:
         ``ended``: its load has left the links already."""
         key, before, now_s = replica.id, replica.phase, self.clock.now_s()
         check_move(key, before, after, replica.story)
-        grown = phase_bytes(replica.option, after) - phase_bytes(replica.option, before)
-        self._ledger.hold(key.gpus, grown)
+        if not (replica.borrowers and after == "DRAINING"):
+            self._hold(replica, phase_bytes(replica.option, after))
         replica.story.append((now_s, after))
         if after is None:
             del self._replicas[key]
         else:
             replica.phase = after
-        if after in (None, "WARM") and replica.engine is not None:
-            self._tell()
-            del self._by_engine[replica.engine]
-            self.engines.close(replica.engine)
-            replica.engine = None
+        if after in (None, "WARM") and before in SERVING:
+            replica.borrowers.clear()
+            self.serving.tell()
+            self.serving.close(key)
         self._note(replica, after, lost=lost)
         if before == "LOADING" and after is None and not ended:
             self.loads.cancel(key, now_s)
@@ -299,7 +231,7 @@ class SimulatedBackend:
         lost: bool = False,
         from_storage: bool = False,
     ) -> None:
-        self._tell()
+        self.serving.tell()
         self.journal.record(
             PhaseChange(
                 at_s=self.clock.now_s(),
@@ -318,30 +250,52 @@ class SimulatedBackend:
             self._serve(replica)
 
     def _serve(self, replica: _Replica) -> None:
-        option = replica.option
-        self._lives.append(replica.id)
-        replica.engine = self.engines.open(
-            self._llms[replica.id.llm],
-            replica.id,
-            option.time,
-            option.kv_bytes // option.kv_token_bytes,
-            self.limits,
-            cap=option.concurrency,
-            life=len(self._lives) - 1,
-        )
-        self._by_engine[replica.engine] = replica
-        replica.factor = 1.0
+        replica.factor = self.health.factor(replica.id.gpus[0].node)
+        self.serving.open(replica.id, replica.option, replica.factor)
         self._couple(replica.id.gpus[0].node)
-        self.engines.serve_queue(self._llms[replica.id.llm])
 
-    def _in_flight(self, replica: _Replica) -> int:
-        if replica.engine is None:
-            return 0
-        return int(self.engines.row(replica.engine)["in_flight"])
+    def _emptied(self, key: ReplicaId) -> None:
+        """A replica that drains has nothing left."""
+        self._move(self._replicas[key], "WARM")
+
+    # --- memory ------------------------------------------------------------------------
+
+    def _hold(self, replica: _Replica, num_bytes: int) -> None:
+        """Have the replica hold so much on each of its GPUs from now on."""
+        self._ledger.hold(replica.id.gpus, num_bytes - replica.held_bytes)
+        replica.held_bytes = num_bytes
+
+    def _borrow(self, key: ReplicaId) -> None:
+        """Let replicas that drain lend what a load of ``key`` lacks."""
+        option = self.fleet.option_of(key.llm, key.gpus)
+        need = phase_bytes(option, "LOADING")
+        for lender in self._replicas.values():
+            both = set(lender.id.gpus).intersection(key.gpus)
+            if lender.phase != "DRAINING" or not both:
+                continue
+            missing = need - min(self._ledger.free_bytes[gpu] for gpu in both)
+            if missing > 0:
+                lent = self.serving.lend(lender.id, missing)
+                lender.borrowers.append(key)
+                self._hold(lender, lender.held_bytes - lent)
+
+    def _revoked(self, key: ReplicaId) -> None:
+        """The replica needs the memory that it had lent: whoever came last goes, until
+        the rest has room."""
+        lender = self._replicas[key]
+        grown = phase_bytes(lender.option, lender.phase) - lender.held_bytes
+        self._ledger.book(key.gpus, grown)
+        lender.held_bytes += grown
+        while min(self._ledger.free_bytes[gpu] for gpu in key.gpus) < 0:
+            borrower = self._replicas.get(lender.borrowers.pop())
+            if borrower is not None and borrower.phase in ("LOADING", "WARM"):
+                self._move(borrower, None, lost=True)
+        lender.borrowers.clear()
 
     # --- loads, and what they and serving do to each other ------------------------------
 
     def _load(self, key: ReplicaId) -> None:
+        self._borrow(key)
         replica = self._put(key, "LOADING")
         now_s = self.clock.now_s()
         stored = self.loads.begin(key, replica.option, now_s, replica.noise)
@@ -358,14 +312,8 @@ class SimulatedBackend:
         beside each other as they may, and look again when a load ends."""
         now_s, next_s = self.clock.now_s(), self.loads.by_node[node].links.next_s
         if next_s < math.inf:
-            queue = self.engines.state.queue
-            waited = [llm for llm, i in self._llms.items() if queue[i]]
-            serving = [
-                replica.id.gpus
-                for replica in self._by_engine.values()
-                if replica.id.gpus[0].node == node
-            ]
-            next_s = self.loads.settle(node, waited, serving, now_s)
+            serving = [replica.id.gpus for replica in self._serving(node)]
+            next_s = self.loads.settle(node, self.serving.waiting(), serving, now_s)
         self._pace(node)
         if next_s < math.inf and next_s != self._timers.get(node):
             self._timers[node] = next_s
@@ -376,14 +324,17 @@ class SimulatedBackend:
         beside = 1.0 + self.loads.rules.slowdown_beside_loading
         factor = self.health.factor(node)
         copying = self.loads.by_node[node].links.copying if beside > 1.0 else ()
-        for replica in self._by_engine.values():
-            gpus = replica.id.gpus
-            if gpus[0].node != node or replica.engine is None:
-                continue
-            wanted = factor if set(gpus).isdisjoint(copying) else factor * beside
+        for replica in self._serving(node):
+            alone = set(replica.id.gpus).isdisjoint(copying)
+            wanted = factor if alone else factor * beside
             if wanted != replica.factor:
                 replica.factor = wanted
-                self.engines.set_speed(replica.engine, wanted)
+                self.serving.set_speed(replica.id, wanted)
+
+    def _serving(self, node: str) -> Iterator[_Replica]:
+        for replica in self._replicas.values():
+            if replica.phase in SERVING and replica.id.gpus[0].node == node:
+                yield replica
 
     def _links(self, node: str) -> None:
         """A load of ``node`` may have ended, or its process may be there."""
@@ -412,7 +363,7 @@ class SimulatedBackend:
     def _begin(self, fault: Fault) -> None:
         where, takes = fault.where, fault.kind not in ("slow-node", "load-failure")
         hit = [r for r in self._replicas.values() if takes and where.hits(r.id)]
-        self._tell()
+        self.serving.tell()
         self.journal.record(
             Faulted(
                 at_s=self.clock.now_s(),
@@ -421,7 +372,7 @@ class SimulatedBackend:
                 until_s=fault.until_s,
                 factor=fault.factor,
                 replicas=len(hit),
-                requests=sum(map(self._in_flight, hit)),
+                requests=sum(self.serving.in_flight(r.id) for r in hit),
             )
         )
         self._lose(hit)

@@ -18,9 +18,8 @@ at the end of it. The work itself is compiled (`core`, `flow`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +62,20 @@ class EngineLimits(Record):
             raise ValueError("engine: prefix_tokens must be a multiple of block_tokens")
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
             raise ValueError("engine: max_num_batched_tokens must exceed max_num_seqs")
+
+
+class Taken(NamedTuple):
+    """A request on its way, as an engine had it."""
+
+    request: int
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    given: int
+    computed: int
+    """Tokens in the KV cache; 0: its prompt is not done."""
+    first_token_s: float | None
+    preemptions: int
 
 
 class Engines:
@@ -173,9 +186,7 @@ class Engines:
 
     def submit(self, e: int, request: int, now_s: float) -> None:
         """Give the engine a request by hand; ``now_s`` is not after its ``next_s``."""
-        if self.top["free_job"] == NONE:
-            self._more_jobs()
-        core.submit(self.state, e, core.new_job(self.state, request), now_s)
+        core.submit(self.state, e, self.new_job(request), now_s)
         flow.place_engine(self.state, e)
 
     def advance(self, e: int) -> list[int]:
@@ -193,18 +204,25 @@ class Engines:
         self._set_times(e, factor)
         flow.place_engine(self.state, e)
 
-    def lend(self, e: int, share: Callable[[int, int, int], int]) -> int:
-        """Set blocks of the KV cache aside until the engine misses them; how many.
-        ``share`` says how many, of (blocks, requests in flight, blocks in use)."""
+    def spare_blocks(self, e: int, cap: int) -> int:
+        """Blocks that the engine lends or could lend: all beyond max(C Q / B, T + C / B),
+        of C blocks, Q requests in flight, B = ``cap`` and T blocks in use (our reading of
+        WarmServe's reserve)."""
+        row = self.row(e)
+        blocks, in_flight = int(row["blocks"]), int(row["in_flight"])
+        used = max(blocks * in_flight, self.used_blocks(e) * cap + blocks)
+        return max(0, blocks - -(-used // cap))
+
+    def lend(self, e: int, blocks: int) -> int:
+        """Set that many more blocks aside until the engine misses them, or as many as are
+        free; how many."""
         now_s, row = float(self.top["now_s"]), self.row(e)
         core.rebase(self.state, e, now_s)
         flow.place_engine(self.state, e)
-        used = core.used_at(self.state, e, now_s)
-        spare = int(row["blocks"]) - int(row["lent"]) - used
-        more = share(int(row["blocks"]), int(row["in_flight"]), used) - int(row["lent"])
-        more = max(0, min(more, spare))
-        core.lend(self.state, e, more)
-        return more
+        unused = int(row["blocks"] - row["lent"]) - self.used_blocks(e)
+        lent = max(0, min(blocks, unused))
+        core.lend(self.state, e, lent)
+        return lent
 
     def running(self, e: int) -> int:
         row = self.row(e)
@@ -213,6 +231,108 @@ class Engines:
     def used_blocks(self, e: int) -> int:
         """By the end of the iteration under way."""
         return int(core.used_at(self.state, e, float(self.top["now_s"])))
+
+    # --- requests by hand, where others serve the LLM too -----------------------------
+
+    def lane(self, llm: int) -> list[int]:
+        """The engines that take requests for the LLM."""
+        state = self.state
+        found: list[int] = state.lane_engine[llm, : state.lanes[llm]].tolist()
+        return found
+
+    def new_job(self, request: int) -> int:
+        if self.top["free_job"] == NONE:
+            self._more_jobs()
+        return int(core.new_job(self.state, request))
+
+    def free_job(self, slot: int) -> None:
+        """Somebody else works on its request now."""
+        self.state.jobs[slot]["next"] = self.top["free_job"]
+        self.top["free_job"] = slot
+
+    def submit_job(self, e: int, slot: int) -> None:
+        core.submit(self.state, e, slot, float(self.top["now_s"]))
+        flow.place_engine(self.state, e)
+
+    def fail(self, slot: int) -> None:
+        """Nobody could ever hold it."""
+        core.end(self.state, slot, layout.FAILED, NONE, float(self.top["now_s"]))
+
+    def enqueue(self, slot: int, *, first: bool) -> None:
+        flow.enqueue(self.state, slot, first)
+
+    def head(self, llm: int) -> int | None:
+        """Whose turn it is in the LLM's queue."""
+        slot = int(self.state.queue_first[llm])
+        return None if slot == NONE else slot
+
+    def after(self, slot: int) -> int:
+        return int(self.state.jobs[slot]["next"])
+
+    def pop(self, llm: int, following: int) -> None:
+        """The head of the queue has left it; ``following`` came after it."""
+        state = self.state
+        state.queue_first[llm] = following
+        if following == NONE:
+            state.queue_last[llm] = NONE
+        state.queue[llm] -= 1
+
+    def record(
+        self,
+        request: int,
+        result: int,
+        life: int,
+        first_s: float,
+        now_s: float,
+        preemptions: int,
+    ) -> None:
+        """Write down what came of a request that somebody else has worked on."""
+        state, top = self.state, self.top
+        state.first_s[request], state.end_s[request] = first_s, now_s
+        state.result[request], state.where[request] = result, life
+        state.preempted[request] = preemptions
+        state.order[top["ended"]] = request
+        top["ended"] += 1
+        if top["ended"] == len(state.arrival_s):
+            top["woken"] = True
+
+    def take_out(self, e: int) -> list[Taken]:
+        """All that the engine has, with its progress; the iteration under way is lost."""
+        core.rebase(self.state, e, float(self.top["now_s"]))
+        state, row = self.state, self.row(e)
+        decoding, taken = set(), []
+        slot = int(row["decoding_first"])
+        while slot != NONE:
+            decoding.add(slot)
+            slot = int(state.jobs[slot]["next"])
+        for slot in self._jobs(e):
+            job = state.jobs[slot]
+            # A prompt that is half done begins again.
+            steps = int(row["step"] - job["begun"]) if slot in decoding else 0
+            first_s = float(job["first_s"])
+            taken.append(
+                Taken(
+                    request=int(job["request"]),
+                    arrival_s=float(state.arrival_s[job["request"]]),
+                    input_tokens=int(job["input"]),
+                    output_tokens=int(job["output"]),
+                    given=int(job["given"]) + steps,
+                    computed=int(job["computed"]) + steps if slot in decoding else 0,
+                    first_token_s=None if math.isnan(first_s) else first_s,
+                    preemptions=int(job["preemptions"]),
+                )
+            )
+        self._clear(e)
+        return taken
+
+    def _clear(self, e: int) -> None:
+        """Free the jobs of an engine that is about to be closed."""
+        for slot in self._jobs(e):
+            self.free_job(slot)
+        row = self.row(e)
+        for name in layout.LINKS:
+            row[name] = NONE
+        row["chunks"] = row["in_flight"] = 0
 
     def _jobs(self, e: int) -> list[int]:
         """All jobs of the engine, by their requests' numbers."""

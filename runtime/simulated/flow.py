@@ -87,10 +87,10 @@ def _send(s: State, slot: int, now_s: float) -> bool:
     lane = _choose(
         s.lane_load[llm, :n], s.lane_cap[llm, :n], s.lane_room[llm, :n], tokens
     )
-    if lane == NEVER:
+    if lane == NEVER and not s.foreign[llm]:
         end(s, slot, FAILED, NONE, now_s)
         return True
-    if lane == NONE:
+    if lane < 0:
         return False
     e = s.lane_engine[llm, lane]
     submit(s, e, slot, now_s)
@@ -178,8 +178,12 @@ def run(s: State, until_s: float) -> None:
             advance(s, e)
             place_engine(s, e)
             engine = s.engines[e]
-            if top.ended > before and engine.lane != NONE:
-                drain_queue(s, engine.llm, now_s)
+            if top.ended > before:
+                if engine.lane != NONE:
+                    drain_queue(s, engine.llm, now_s)
+                elif engine.in_flight & (engine.in_flight - 1) == 0:
+                    # Half as many drain: it can lend more.
+                    top.woken = True
             if engine.in_flight == 0:
                 if engine.lane == NONE:
                     top.emptied = e

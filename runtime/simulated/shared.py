@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from foreserve.models.cost import IterationTime
@@ -52,6 +52,10 @@ class Pool:
     def pages(self) -> int:
         return self.num_bytes // self.page_bytes
 
+    def room_tokens(self, kv_bytes_per_token: int) -> int:
+        """Most tokens of one request that the pool holds."""
+        return self.pages * (self.page_bytes // kv_bytes_per_token)
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class SharedJob:
@@ -68,6 +72,7 @@ class SharedJob:
     """Tokens in the KV cache, or swapped out of it."""
     first_token_s: float | None = None
     preemptions: int = 0
+    last_token_s: float = 0.0
     decode_s: float = 0.0
     """Of the iterations in which it decoded."""
     progress: Progress = field(init=False)
@@ -101,6 +106,8 @@ class SharedEngine:
         self.policy = policy
         self.rules = rules or Rules()
         self.switch_s = switch_s
+        self.gaps: Callable[[int, float, int], None] | None = None
+        """Told of gaps between tokens: service, seconds, how many."""
         self.pool = pool
         self.next_s = math.inf
         """When something happens next: the end of an iteration or of several alike."""
@@ -117,6 +124,7 @@ class SharedEngine:
         self._running: frozenset[int] = frozenset()
         """Of the last iteration."""
         self._last: int | None = None
+        self._speed = self._next_speed = 1.0
         # Under way since `_start_s`: `_count` iterations of one turn, and what else it
         # takes before the first (swaps, a switch).
         self._turn: Turn[SharedJob] | None = None
@@ -144,10 +152,29 @@ class SharedEngine:
     def can_hold(self, job: SharedJob) -> bool:
         """Whether ``job`` fits the pool at all; its last token never gets there."""
         tokens = job.input_tokens + job.output_tokens - 1
-        return self._pages(job.service, tokens) <= self.pool.pages
+        kv_bytes = self._service(job.service).kv_bytes_per_token
+        return tokens <= self.pool.room_tokens(kv_bytes)
+
+    def set_speed(self, factor: float, now_s: float) -> None:
+        """Iterations take ``factor`` times their time, from the next one on."""
+        self._next_speed = factor
+        self._changed(now_s)
 
     def submit(self, job: SharedJob, now_s: float) -> None:
         """Take ``job``, which `can_hold`. ``now_s`` is not after `next_s`."""
+        self._enter(job)
+        self._changed(now_s)
+
+    def adopt(self, job: SharedJob, now_s: float) -> None:
+        """Take ``job`` and what it has computed elsewhere: its KV is in the pool."""
+        self._enter(job)
+        job.last_token_s = now_s
+        if job.computed:
+            job.pages, job.resident = self._pages(job.service, job.computed), True
+            self.used += job.pages
+        self._changed(now_s)
+
+    def _enter(self, job: SharedJob) -> None:
         if not self.can_hold(job):
             raise ValueError(f"request {job.request}: more tokens than the pool has")
         time = self._service(job.service).time
@@ -164,7 +191,6 @@ class SharedEngine:
         )
         self._jobs[job] = None
         self._refresh(job)
-        self._changed(now_s)
 
     def advance(self) -> tuple[SharedJob, ...]:
         """Go to `next_s`; return the jobs that end there, in order of rank."""
@@ -176,7 +202,9 @@ class SharedEngine:
             if job in self._jobs:
                 self._evict(job)
         ended = []
+        first_s = self._start_s + self._turn_s(1)
         for job in turn.batch:
+            self._note_gaps(job, first_s, now_s, count)
             job.computed = job.known_tokens if turn.prompts else job.computed + count
             job.given += count
             job.resident = True
@@ -208,6 +236,17 @@ class SharedEngine:
             self._quotas_next_s = (now_s // every_s + 1) * every_s
         self._begin(now_s)
         return tuple(ended)
+
+    def _note_gaps(
+        self, job: SharedJob, first_s: float, now_s: float, count: int
+    ) -> None:
+        """Tell of the job's gaps in ``count`` iterations, the first of which ends at
+        ``first_s``; those after it count as equal."""
+        if self.gaps is not None and job.first_token_s is not None:
+            self.gaps(job.service, first_s - job.last_token_s, 1)
+            if count > 1:
+                self.gaps(job.service, (now_s - first_s) / (count - 1), count - 1)
+        job.last_token_s = now_s
 
     # --- members come and go -------------------------------------------------------
 
@@ -342,7 +381,7 @@ class SharedEngine:
 
     def _begin(self, now_s: float) -> None:
         """Choose what runs from ``now_s`` on. Changes nothing but the plan."""
-        self._start_s = now_s
+        self._start_s, self._speed = now_s, self._next_speed
         if not self._jobs:
             self._turn, self.next_s = None, math.inf
             return
@@ -433,9 +472,9 @@ class SharedEngine:
         if turn.prompts:
             tokens = sum(job.prompt_tokens for job in turn.batch)
             tokens2 = sum(job.prompt_tokens**2 for job in turn.batch)
-            return self._extra_s + time.prefill_s(tokens, tokens2)
+            return self._extra_s + time.prefill_s(tokens, tokens2) * self._speed
         context = count * sum(job.computed + 1 for job in turn.batch)
         context += batch * (count * (count - 1) // 2)
         seconds = count * time.decode_s(batch, 0.0)
         seconds += time.decode_s_per_context_token * context
-        return self._extra_s + seconds
+        return self._extra_s + seconds * self._speed
