@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from foreserve.models.placement import ReplicaId
@@ -101,7 +101,7 @@ class Loads:
         links.set_urgent([key for key in self.on(node) if key.llm in waited], now_s)
         if share < 1.0:
             busy = {gpu for gpus in serving for gpu in gpus}
-            most = {
+            most: dict[Hashable, float] = {
                 key: 1.0 if busy.isdisjoint(key.gpus) else share
                 for key in self.on(node)
             }
