@@ -75,6 +75,7 @@ class Taken(NamedTuple):
     computed: int
     """Tokens in the KV cache; 0: its prompt is not done."""
     first_token_s: float | None
+    last_token_s: float
     preemptions: int
 
 
@@ -309,7 +310,9 @@ class Engines:
             job = state.jobs[slot]
             # A prompt that is half done begins again.
             steps = int(row["step"] - job["begun"]) if slot in decoding else 0
-            first_s = float(job["first_s"])
+            first_s, last_s = float(job["first_s"]), float(job["last_s"])
+            if slot in decoding:
+                last_s = max(last_s, float(row["last_s"]))
             taken.append(
                 Taken(
                     request=int(job["request"]),
@@ -319,6 +322,7 @@ class Engines:
                     given=int(job["given"]) + steps,
                     computed=int(job["computed"]) + steps if slot in decoding else 0,
                     first_token_s=None if math.isnan(first_s) else first_s,
+                    last_token_s=last_s,
                     preemptions=int(job["preemptions"]),
                 )
             )

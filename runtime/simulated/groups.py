@@ -133,6 +133,7 @@ class Groups:
                 given=job.given,
                 computed=job.computed,
                 first_token_s=job.first_token_s,
+                last_token_s=job.last_token_s,
                 preemptions=job.preemptions,
             ),
             now_s,

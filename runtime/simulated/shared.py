@@ -168,7 +168,6 @@ class SharedEngine:
     def adopt(self, job: SharedJob, now_s: float) -> None:
         """Take ``job`` and what it has computed elsewhere: its KV is in the pool."""
         self._enter(job)
-        job.last_token_s = now_s
         if job.computed:
             job.pages, job.resident = self._pages(job.service, job.computed), True
             self.used += job.pages
