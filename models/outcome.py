@@ -110,6 +110,9 @@ class Effort(Record):
     warm_starts: int
     cold_starts: int
     storage_loads: int = 0
+    revoked: int = 0
+    preemptions: int = 0
+    found_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +151,12 @@ class Outcome(Record):
     """Faults that began."""
     restarted: int = 0
     """Requests that start anew because a fault took their replica; each time counts."""
+    revoked: int = 0
+    """Replicas that were thrown out of memory that had been lent to them."""
+    preemptions: int = 0
+    """Requests that had to give up their place in the KV cache; each time counts."""
+    found_tokens: int = 0
+    """Of prompts, not computed because an earlier request's had been."""
     effort: Mapping[str, Effort]
     """By LLM."""
 

@@ -71,6 +71,8 @@ class PhaseChange(Record):
     phase: Phase | None
     lost: bool = False
     """Gone without having been asked to."""
+    revoked: bool = False
+    """Lost because a replica that served took back memory that it had lent."""
     from_storage: bool = False
     """Of a load: it reads storage, not pinned host memory."""
 
@@ -199,17 +201,18 @@ class RequestEnds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gaps(Record):
-    """The gaps between tokens that an LLM's users have seen, counted (`models.gaps`)."""
+class Served(Record):
+    """What is known of an LLM's requests beside single ones, when the run ends."""
 
     at_s: float
     llm: str
-    seconds: float
+    gaps: tuple[tuple[int, int], ...]
+    """Between tokens: (bin of `models.gaps`, how many), where there are any."""
+    gaps_s: float
     """Their sum."""
-    counts: tuple[tuple[int, int], ...]
-    """(bin, how many), where there are any."""
+    preemptions: int = 0
     found_tokens: int = 0
-    """Of its prompts, not computed because an earlier request's had been."""
+    """Of prompts, not computed because an earlier request's had been."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +222,9 @@ class Ended(Record):
     at_s: float
 
 
-Event = Started | Decision | Refusal | PhaseChange | Faulted | RequestEnd | Gaps | Ended
+Event = (
+    Started | Decision | Refusal | PhaseChange | Faulted | RequestEnd | Served | Ended
+)
 
 EVENTS: Mapping[str, type[Event]] = {
     "started": Started,
@@ -228,7 +233,7 @@ EVENTS: Mapping[str, type[Event]] = {
     "phase": PhaseChange,
     "fault": Faulted,
     "request": RequestEnd,
-    "gaps": Gaps,
+    "served": Served,
     "ended": Ended,
 }
 _NAMES = {cls: name for name, cls in EVENTS.items()}

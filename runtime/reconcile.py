@@ -8,7 +8,8 @@ rest. What holds for every call:
    all together and in any order: room that this call's own drops and demotes will free
    counts only once it is observed to be free.
 2. *Dedicated GPUs.* A replica is activated only where no other one holds KV on any of
-   its GPUs, unless both are wanted ACTIVE on the same set.
+   its GPUs, unless both are wanted ACTIVE on the same set; never where one lends memory,
+   which it may want back.
 3. *Make before break.* A replica is not demoted while the LLM's serving concurrency would
    fall below what is desired, as long as a desired ACTIVE replica of the LLM can become
    ACTIVE, or at least be loaded, beside all that still serves. In particular an LLM with
@@ -79,7 +80,8 @@ def reconcile(
         elif phase == "WARM" and desired.by_id[key].state == "ACTIVE":
             peak = phase_bytes(option, "ACTIVE")
             if ledger.can_hold(key.gpus, peak - held) and not any(
-                other.phase in HOLDS_KV and _clash(key, other, desired)
+                (other.phase in HOLDS_KV and _clash(key, other, desired))
+                or (other.spare_bytes and not set(key.gpus).isdisjoint(other.gpus))
                 for other in observed.replicas
             ):
                 steps["activate"].append(key)

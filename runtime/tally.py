@@ -22,12 +22,12 @@ from foreserve.runtime.journal import (
     Ended,
     Event,
     Faulted,
-    Gaps,
     PhaseChange,
     Recorder,
     RequestEnd,
     RequestEnds,
     RequestTable,
+    Served,
     Started,
 )
 from foreserve.runtime.measures import RequestLog, Requests, services
@@ -77,11 +77,13 @@ class Tally:
                 self._log.add(event)
                 if self._unused and event.gpus is not None:
                     self._unused.pop(ReplicaId(llm=event.llm, gpus=event.gpus), None)
-            case Gaps(llm=llm, seconds=seconds, counts=counts):
+            case Served(llm=llm):
                 index = [x.name for x in self.fleet.llms].index(llm)
-                self._gaps_s[index] += seconds
-                for which, number in counts:
+                self._gaps_s[index] += event.gaps_s
+                for which, number in event.gaps:
                     self._gaps[index, which] += number
+                self._counts[llm]["preemptions"] += event.preemptions
+                self._counts[llm]["found_tokens"] += event.found_tokens
             case PhaseChange():
                 self._change(event)
             case Faulted():
@@ -123,7 +125,8 @@ class Tally:
             counts["cold_starts" if key in self._cold else "warm_starts"] += 1
         elif event.phase is None:
             unused = self._unused.pop(key, 0)
-            counts["wasted_bytes"] += 0 if event.lost else unused
+            counts["wasted_bytes"] += 0 if event.lost and not event.revoked else unused
+            counts["revoked"] += event.revoked
             if key in self._wanted:
                 self._cold.add(key)
 

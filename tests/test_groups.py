@@ -15,6 +15,7 @@ from foreserve.models.placement import Placement, Replica
 from foreserve.models.problem import Fleet
 from foreserve.models.serving import ServingRules
 from foreserve.runtime.journal import PhaseChange, read_journal
+from foreserve.traces.prefixes import Prefixes
 from foreserve.traces.trace import Trace
 from tests.build import cluster, fleet, gpu, option
 from tests.test_simulated import go, place, requests, roomy
@@ -152,6 +153,30 @@ def go_with(f: Fleet, trace: Trace, policy: Shuffled) -> Run:
     return simulate(f, trace, policy, start_s=0.0, end_s=60.0, seed=1)
 
 
+def test_shared_prefixes_are_found_again():
+    """Turns of 64, 96 and 96 tokens in blocks of 32: the second repeats the first's two
+    blocks and the third the second's three, of which the last token is computed again (so
+    one block of 32); without the cache nothing is found."""
+    goal = place(("a", 0, "ACTIVE"))
+    prompts = [[0, 1], [0, 1, 2], [0, 1, 2]]
+    trace = replace(
+        requests((1.0, "a", 64, 2), (2.0, "a", 96, 2), (3.0, "a", 96, 2)),
+        prefixes=Prefixes(
+            starts=np.cumsum([0, *map(len, prompts)]),
+            ids=np.concatenate(prompts).astype(np.int32),
+            block_tokens=32,
+        ),
+    )
+    for caching, expected in ((True, 64 + 64), (False, 0)):
+        f = replace(roomy("a"), serving=ServingRules(prefix_caching=caching))
+        run = go(f, trace, (0.0, goal), initial=goal)
+        assert run.outcome.found_tokens == expected
+        # 10 ms and 10 us for each token that is computed.
+        computed = np.array([64, 96, 96]) - ([0, 64, 64] if caching else 0)
+        ttft_s = run.first_token_s - run.arrival_s
+        np.testing.assert_allclose(ttft_s, 0.01 + 1e-5 * computed)
+
+
 # --- lending ----------------------------------------------------------------------------
 
 
@@ -216,3 +241,5 @@ def test_what_is_lent_is_taken_back(tmp_path):
     ]
     loads = [r for r in run.residency if (r.llm, r.phase) == ("b", "LOADING")]
     assert loads[1].start_s == pytest.approx(drained_s)
+    assert (run.outcome.revoked, run.outcome.effort["b"].revoked) == (1, 1)
+    assert run.outcome.wasted_bytes == 8000

@@ -23,9 +23,9 @@ from foreserve.planner.tables import outcome_row
 from foreserve.runtime.journal import (
     Ended,
     Event,
-    Gaps,
     PhaseChange,
     RequestEnd,
+    Served,
     Started,
 )
 from foreserve.runtime.measures import RequestLog, Requests, isolated_s
@@ -281,13 +281,13 @@ def test_itl_is_over_single_gaps():
     P99 is; of all 2 in 400. Means are exact, quantiles right within 1 %."""
     outcome = tallied(
         PAIR,
-        Gaps(
+        Served(
             at_s=9.0,
             llm="a",
-            seconds=98 * 0.01 + 2,
-            counts=((gap_bin(0.01), 98), (gap_bin(1.0), 2)),
+            gaps_s=98 * 0.01 + 2,
+            gaps=((gap_bin(0.01), 98), (gap_bin(1.0), 2)),
         ),
-        Gaps(at_s=9.0, llm="b", seconds=3.0, counts=((gap_bin(0.01), 300),)),
+        Served(at_s=9.0, llm="b", gaps_s=3.0, gaps=((gap_bin(0.01), 300),)),
     )
     a, b, both = outcome.by_llm["a"].itl, outcome.by_llm["b"].itl, outcome.total.itl
     assert (a.count, b.count, both.count) == (100, 300, 400)

@@ -201,6 +201,7 @@ class SimulatedBackend:
         after: Phase | None,
         *,
         lost: bool = False,
+        revoked: bool = False,
         ended: bool = False,
     ) -> None:
         """Change phase: checked against the table and the ledger, written down.
@@ -218,7 +219,7 @@ class SimulatedBackend:
             replica.borrowers.clear()
             self.serving.tell()
             self.serving.close(key)
-        self._note(replica, after, lost=lost)
+        self._note(replica, after, lost=lost, revoked=revoked)
         if before == "LOADING" and after is None and not ended:
             self.loads.cancel(key, now_s)
         self._couple(key.gpus[0].node)
@@ -229,6 +230,7 @@ class SimulatedBackend:
         phase: Phase | None,
         *,
         lost: bool = False,
+        revoked: bool = False,
         from_storage: bool = False,
     ) -> None:
         self.serving.tell()
@@ -239,6 +241,7 @@ class SimulatedBackend:
                 gpus=replica.id.gpus,
                 phase=phase,
                 lost=lost,
+                revoked=revoked,
                 from_storage=from_storage,
             )
         )
@@ -276,8 +279,10 @@ class SimulatedBackend:
             missing = need - min(self._ledger.free_bytes[gpu] for gpu in both)
             if missing > 0:
                 lent = self.serving.lend(lender.id, missing)
-                lender.borrowers.append(key)
                 self._hold(lender, lender.held_bytes - lent)
+            # Blocks are lent whole and on all its GPUs: others take what is left over.
+            if lender.held_bytes < phase_bytes(lender.option, lender.phase):
+                lender.borrowers.append(key)
 
     def _revoked(self, key: ReplicaId) -> None:
         """The replica needs the memory that it had lent: whoever came last goes, until
@@ -289,7 +294,7 @@ class SimulatedBackend:
         while min(self._ledger.free_bytes[gpu] for gpu in key.gpus) < 0:
             borrower = self._replicas.get(lender.borrowers.pop())
             if borrower is not None and borrower.phase in ("LOADING", "WARM"):
-                self._move(borrower, None, lost=True)
+                self._move(borrower, None, lost=True, revoked=True)
         lender.borrowers.clear()
 
     # --- loads, and what they and serving do to each other ------------------------------

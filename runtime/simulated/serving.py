@@ -19,7 +19,7 @@ from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.models.serving import ServingRules
 from foreserve.runtime.clock import VirtualClock
-from foreserve.runtime.journal import Gaps, Recorder, RequestEnds, RequestTable
+from foreserve.runtime.journal import Recorder, RequestEnds, RequestTable, Served
 from foreserve.runtime.router import NEVER, choose
 from foreserve.runtime.simulated.engine import EngineLimits, Engines
 from foreserve.runtime.simulated.groups import Group, Groups, Member
@@ -390,20 +390,20 @@ class Serving:
             for job in group.engine.jobs():
                 self._record(job, UNFINISHED, group.members[job.service].life)
         self.tell()
+        count = len(self._llms)
+        preempted = np.bincount(state.llm, state.preempted, count)
         for llm, index in self._llms.items():
-            counts = state.gaps[index]
-            if counts.any() or state.found_tokens[index]:
-                self.journal.record(
-                    Gaps(
-                        at_s=now_s,
-                        llm=llm,
-                        seconds=float(state.gaps_s[index]),
-                        counts=tuple(
-                            (i, int(counts[i])) for i in np.flatnonzero(counts).tolist()
-                        ),
-                        found_tokens=int(state.found_tokens[index]),
-                    )
-                )
+            found = np.flatnonzero(state.gaps[index]).tolist()
+            served = Served(
+                at_s=now_s,
+                llm=llm,
+                gaps=tuple((k, int(state.gaps[index, k])) for k in found),
+                gaps_s=float(state.gaps_s[index]),
+                preemptions=int(preempted[index]),
+                found_tokens=int(state.found_tokens[index]),
+            )
+            if served.gaps or served.preemptions or served.found_tokens:
+                self.journal.record(served)
 
 
 def _columns(
