@@ -154,7 +154,7 @@ class SolverPool:
         """As `solve`, in this pool's child."""
         if self.options.in_process:
             return solve(problem, self.name, self.options, start)
-        fallback = start
+        fallback, began_s = start, perf_counter()
         try:
             pipe = self._pipe()
             deadline_s = perf_counter() + self.options.time_limit_s + GRACE_S
@@ -163,7 +163,7 @@ class SolverPool:
             fallback = found or start
             solved = self._receive(pipe, deadline_s)
         except _NoAnswer as failure:
-            solved = self._failed(failure)
+            solved = self._failed(failure, perf_counter() - began_s)
         except BaseException:
             # The child may still answer; the next solve must not take that for its own.
             self.close()
@@ -215,13 +215,14 @@ class SolverPool:
             return f"was ended by {signal.Signals(-code).name}"
         return f"ended with exit code {code}"
 
-    def _failed(self, failure: _NoAnswer) -> Solved:
+    def _failed(self, failure: _NoAnswer, wall_s: float) -> Solved:
         report = SolveReport(
             status=failure.status,
             solver=self.name,
             version=version(self.name),
             seed=self.options.seed,
             threads=self.options.threads,
+            wall_s=wall_s,
             message=failure.message,
         )
         return Solved(schedule=None, report=report)

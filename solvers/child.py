@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 import sys
@@ -9,13 +10,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from time import perf_counter
 
+from foreserve.models import referee
 from foreserve.models.plan import Status
 from foreserve.models.problem import Problem
 from foreserve.solvers.base import get_solver, version
 from foreserve.solvers.judge import best_of
-from foreserve.solvers.result import Schedule, Solved, SolveOptions
+from foreserve.solvers.result import Progress, Schedule, Solved, SolveOptions, curve
 from foreserve.solvers.shares import resplit
 
 
@@ -88,7 +91,13 @@ def work(
         first_s = spent_s + report.time_to_first_s
     else:
         first_s = None if solved.schedule is None else wall_s
-    points = (p._replace(elapsed_s=spent_s + p.elapsed_s) for p in report.progress)
+    points = [p._replace(elapsed_s=spent_s + p.elapsed_s) for p in report.progress]
+    if best is not None:
+        if first is not None and best is first.schedule:
+            cost = first.report.objective
+        else:
+            cost = referee.cost(problem, best).total
+        points.append(Progress(spent_s, cost, None))
     report = replace(
         report,
         version=version(report.solver),
@@ -96,6 +105,20 @@ def work(
         threads=options.threads,
         time_to_first_s=first_s,
         wall_s=wall_s,
-        progress=tuple(points),
+        peak_bytes=peak_bytes(),
+        progress=curve(points),
     )
     return replace(solved, report=report)
+
+
+def peak_bytes() -> int | None:
+    """Most memory that this process has held at a time; None where Linux is not.
+
+    Not of `getrusage`, which counts what the parent held when it began this process.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from foreserve.models import referee
 from foreserve.models.plan import Status, relative_gap
 from foreserve.models.problem import Problem
-from foreserve.solvers.result import Schedule, Solved
+from foreserve.solvers.result import Progress, Schedule, Solved, curve
 from foreserve.solvers.shares import perfect_bound
 
 TOLERANCE = 1e-6
@@ -38,7 +38,10 @@ def refereed(problem: Problem, solved: Solved, fallback: Schedule | None) -> Sol
     bound = min(total, max(report.bound, perfect_bound(problem)))
     proven = report.status is Status.OPTIMAL or relative_gap(total, bound) <= TOLERANCE
     status = Status.OPTIMAL if proven else Status.FEASIBLE
-    report = replace(report, status=status, objective=total, bound=bound)
+    known = (*report.progress, Progress(report.wall_s, total, bound))
+    report = replace(
+        report, status=status, objective=total, bound=bound, progress=curve(known)
+    )
     return Solved(schedule=chosen, report=report)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +50,25 @@ class Progress(NamedTuple):
     bound: float | None
 
 
+def curve(points: Iterable[Progress]) -> tuple[Progress, ...]:
+    """Points in order of time with the best objective and bound so far, each time that
+    one of them got better."""
+    objective: float | None = None
+    bound: float | None = None
+    found: list[Progress] = []
+    for point in sorted(points, key=lambda point: point.elapsed_s):
+        known = objective, bound
+        if point.objective is not None:
+            objective = min(
+                point.objective, math.inf if objective is None else objective
+            )
+        if point.bound is not None:
+            bound = max(point.bound, -math.inf if bound is None else bound)
+        if (objective, bound) != known:
+            found.append(Progress(point.elapsed_s, objective, bound))
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveReport:
     """How a solve went. Objective and bound are weighted seconds of delay."""
@@ -64,7 +84,11 @@ class SolveReport:
     """No schedule of dedicated replicas on aligned blocks costs less."""
     time_to_first_s: float | None = None
     wall_s: float = 0.0
+    peak_bytes: int | None = None
+    """Most memory that the child process held so far; None where nobody measured."""
     progress: tuple[Progress, ...] = ()
+    """What was known when, as `curve` gives it: a solver notes each new answer and each
+    new bound; the start, the referee's judgement and the time before are added to it."""
     message: str = ""
 
     @property
