@@ -16,6 +16,7 @@ from foreserve.models.loading import LoadRules
 from foreserve.models.outcome import Run
 from foreserve.models.placement import Action, Placement, Replica
 from foreserve.models.problem import Fleet
+from foreserve.models.serving import ServingRules
 from foreserve.models.specs import ClusterSpec, Node
 from foreserve.planner.policies import get_policy
 from foreserve.runtime.clock import VirtualClock
@@ -464,7 +465,12 @@ def test_nothing_is_lost_whatever_happens(seed: int):
     rng = np.random.default_rng(seed)
     f = random_fleet(rng)
     nodes = tuple(random_node(node, rng) for node in f.cluster.nodes)
-    f = replace(f, cluster=replace(f.cluster, nodes=nodes), loading=random_rules(rng))
+    f = replace(
+        f,
+        cluster=replace(f.cluster, nodes=nodes),
+        loading=random_rules(rng),
+        serving=ServingRules(lending=False),
+    )
     trace = random_trace(f, rng, 100)
     policy = Restless(f, rng)
     faults = [random_fault(f, rng) for _ in range(int(rng.integers(6)))]
@@ -485,3 +491,36 @@ def test_nothing_is_lost_whatever_happens(seed: int):
     np.testing.assert_array_equal(ends.arrival_s, trace.arrival_s)
     done = ~np.isnan(ends.finish_s)
     assert (ends.first_token_s[done] <= ends.finish_s[done]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_lenders_faults_and_loads_get_along(seed: int):
+    """Small GPUs whose replicas drain for long and lend KV memory to loads, restless goals
+    and faults: what is asked for always fits, what is taken back is found, and every
+    request is accounted for."""
+    rng = np.random.default_rng(seed)
+    options = [
+        option(
+            name,
+            tp=tp,
+            resident_bytes=int(rng.integers(60, 140)),
+            kv_bytes=int(rng.integers(100, 250)),
+            concurrency=int(rng.integers(2, 9)),
+        )
+        for name in "abc"
+        for tp in (1, 2)
+    ]
+    f = fleet(*options, on=cluster(2, int(rng.integers(1, 3)), memory_bytes=400))
+    f = replace(f, loading=random_rules(rng))
+    trace = random_trace(f, rng, 150)
+    trace = replace(trace, output_tokens=(trace.output_tokens * 9).astype(np.int32))
+    faults = [random_fault(f, rng) for _ in range(int(rng.integers(6)))]
+    policy = Restless(f, rng)
+    backend, controller = live(f, trace, policy, faults, seed, noise=0.1)
+    policy.backend = backend
+    while backend.clock.now_s() < 40.0:
+        controller.turn(40.0)
+        assert min(backend._ledger.free_bytes.values()) >= 0
+    backend.stop()
+    assert backend.in_system == 0

@@ -209,7 +209,7 @@ class Engines:
         """Blocks that the engine lends or could lend: all beyond max(C Q / B, T + C / B),
         of C blocks, Q requests in flight, B = ``cap`` and T blocks in use (our reading of
         WarmServe's reserve)."""
-        row = self.row(e)
+        row = self._now(e)
         blocks, in_flight = int(row["blocks"]), int(row["in_flight"])
         used = max(blocks * in_flight, self.used_blocks(e) * cap + blocks)
         return max(0, blocks - -(-used // cap))
@@ -217,13 +217,17 @@ class Engines:
     def lend(self, e: int, blocks: int) -> int:
         """Set that many more blocks aside until the engine misses them, or as many as are
         free; how many."""
-        now_s, row = float(self.top["now_s"]), self.row(e)
-        core.rebase(self.state, e, now_s)
-        flow.place_engine(self.state, e)
+        row = self._now(e)
         unused = int(row["blocks"] - row["lent"]) - self.used_blocks(e)
         lent = max(0, min(blocks, unused))
         core.lend(self.state, e, lent)
         return lent
+
+    def _now(self, e: int) -> Any:
+        """The engine's row as of now: an iteration that begins now is under way."""
+        core.rebase(self.state, e, float(self.top["now_s"]))
+        flow.place_engine(self.state, e)
+        return self.row(e)
 
     def running(self, e: int) -> int:
         row = self.row(e)
