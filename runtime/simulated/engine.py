@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -420,3 +421,15 @@ class Engines:
         while s.phase.shape[1] < limits.block_tokens:
             s = s._replace(phase=layout.doubled(s.phase, 1))
         self.state = s
+
+
+def is_compiled() -> bool:
+    """Whether the core's machine code is on disk."""
+    return any(Path(layout.cache_folder()).glob("flow.run-*.nbc"))
+
+
+def compile_core() -> None:
+    """Make it, which takes some 20 s; engines do it by themselves at first use."""
+    one = np.ones(1, np.int32)
+    engines = Engines(1, Columns(np.zeros(1), np.zeros(1, np.int32), one, one))
+    engines.run(math.inf)

@@ -32,7 +32,7 @@ def compiled(function: Function) -> Function:
     took three quarters of the time. Kept on disk for the next process, beside the code or
     where the user's caches are.
     """
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _cache_folder()
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, cache_folder()
     compiler = numba.njit(cache=True, error_model="numpy", _nrt=False)
     try:
         return cast(Function, compiler(function))
@@ -41,7 +41,7 @@ def compiled(function: Function) -> Function:
 
 
 @functools.cache
-def _cache_folder() -> str:
+def cache_folder() -> str:
     """A folder for this version of the sources. numba looks at the file of a function
     alone, and would go on with what that function called when it was compiled."""
     own = Path(__file__).parent

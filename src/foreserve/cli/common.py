@@ -203,6 +203,17 @@ def progress_bar(label: str, quiet: bool) -> Iterator[Progress]:
         yield update
 
 
+def compile_simulator(quiet: bool) -> None:
+    """Say what the first simulation after an installation spends some time on."""
+    from foreserve.runtime.simulated.engine import compile_core, is_compiled
+
+    if not is_compiled():
+        _, err = consoles(quiet)
+        if not quiet:
+            err.print("[dim]compiling the simulator, once: some 20 s[/]")
+        compile_core()
+
+
 def fresh_folder(path: str, force: bool) -> Path:
     """Create an output folder; an existing one that is not empty needs ``--force``."""
     folder = Path(path)

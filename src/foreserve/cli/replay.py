@@ -9,6 +9,7 @@ import click
 
 from foreserve.cli.common import (
     check_picture,
+    compile_simulator,
     consoles,
     echo_json,
     json_option,
@@ -135,6 +136,7 @@ def _run(
             strict=True,
         )
     )
+    compile_simulator(silent)
     with progress_bar("replaying", silent) as update:
         found = replay(
             compact(run.timing),
@@ -185,6 +187,7 @@ def _cases(
     """Closed-loop cases."""
     from foreserve.planner import recorded_pilot
 
+    compile_simulator(silent)
     with progress_bar("simulating cases", silent) as update:
         cases, left_out = recorded_pilot.validate_pilot(
             folder, _play, llms=llms, gpus=gpus, progress=update

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from foreserve.cli.common import progress_bar
+from foreserve.cli.common import compile_simulator, progress_bar
 from foreserve.models.errors import ForeserveError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def run_seeds(
     from foreserve.cli.simulate import check_policies
 
     trace = check_policies(plan, trace, policies, keep_alive_s)
+    compile_simulator(quiet)
     common = _Common(plan, trace, keep_alive_s, faults)
     tasks = [
         _Task(seed, policy, seed == seeds[0]) for seed in seeds for policy in policies

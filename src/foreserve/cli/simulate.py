@@ -12,6 +12,7 @@ import click
 from foreserve.cli.common import (
     check_parent,
     check_same_cluster,
+    compile_simulator,
     consoles,
     echo_json,
     json_option,
@@ -162,7 +163,11 @@ def simulate(
     if scenario:
         wanted = read_scenario(scenario)
         check_same_cluster(plan, wanted, plan_file)
-        own = replace(plan.fleet, loading=wanted.runtime.loading())
+        own = replace(
+            plan.fleet,
+            loading=wanted.runtime.loading(),
+            serving=wanted.runtime.serving(),
+        )
         plan = replace(plan, fleet=own)
     faults = load_faults(fault_file, plan.fleet) if fault_file else ()
     trace = read_traces(traces, {})
@@ -236,6 +241,7 @@ def run_policies(
 ) -> tuple[Run, ...]:
     """One simulated run per policy, on the plan's fleet and over the plan's span."""
     trace = check_policies(plan, trace, policies, keep_alive_s)
+    compile_simulator(quiet)
     runs = []
     for name in policies:
         with progress_bar(f"simulating {name}", quiet) as update:
