@@ -42,9 +42,9 @@ class Planned:
 class NoPlan(Exception):
     """A solve ended without a plan: an outcome for the command line to report."""
 
-    def __init__(self, epoch: int, report: SolveReport) -> None:
+    def __init__(self, epoch: int, report: SolveReport, problem: Problem) -> None:
         super().__init__(f"epoch {epoch}: {report.status} {report.message}".strip())
-        self.epoch, self.report = epoch, report
+        self.epoch, self.report, self.problem = epoch, report, problem
 
 
 def build_problem(
@@ -105,6 +105,54 @@ def price_bursts(
     return replace(fleet, llms=tuple(llms))
 
 
+class Problems:
+    """The problems of a trace's epochs, each from what was known before it began."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        trace: Trace,
+        *,
+        history: Demand | None = None,
+        seed: int | None = None,
+        perf: PerfModel | None = None,
+    ) -> None:
+        self.scenario = scenario
+        self.seed = scenario.solver.seed if seed is None else seed
+        trace = align(trace, tuple(llm.name for llm in scenario.models))
+        lengths = request_lengths(scenario, trace, history)
+        self.fleet = build_fleet(scenario, lengths, perf)
+        busy = busy_s(self.fleet, trace)
+        demand = bin_demand(trace, epoch_s=scenario.epoch, busy_s=busy)
+        self.count = demand.num_epochs
+        if history is not None:
+            history = _fit_history(history, scenario).select(demand.llms)
+            demand = history.then(demand)
+        self._demand, self._past = demand, demand.num_epochs - self.count
+        perfect = scenario.forecast.method == "perfect"
+        rule = None if perfect else get_rule(scenario.forecast.method)
+        self._outlook = None if rule is None else Outlook(rule, demand, 1)
+
+    def forecast(self, index: int) -> Forecast:
+        """Of epoch ``index``, as the scenario's method makes it."""
+        now = self._past + index
+        if self._outlook is None:
+            return Forecast.perfect(self._demand, now)
+        return self._outlook.after(now)
+
+    def at(
+        self, index: int, before: Placement, forecast: Forecast | None = None
+    ) -> Problem:
+        """The problem of epoch ``index`` with ``before`` resident.
+
+        Another ``forecast`` may stand in. Common random numbers: epochs differ by their
+        forecast, not by their luck.
+        """
+        rng = np.random.default_rng(self.seed)
+        forecast = forecast or self.forecast(index)
+        return build_problem(self.scenario, self.fleet, forecast, before, rng)
+
+
 def plan_trace(
     scenario: Scenario,
     trace: Trace,
@@ -115,41 +163,28 @@ def plan_trace(
     options: SolveOptions | None = None,
     perf: PerfModel | None = None,
     progress: Callable[[int, int], None] | None = None,
+    inspect: Callable[[int, Problem], None] | None = None,
 ) -> Planned:
     """Plan every epoch of the trace's span, each from its own past.
 
-    ``progress(done, epochs)`` is called after each epoch. Raises `NoPlan` when an epoch
-    ends without a feasible placement.
+    ``inspect(epoch, problem)`` is called before each epoch's solve, ``progress(done,
+    epochs)`` after it. Raises `NoPlan` when an epoch ends without a feasible placement.
     """
     solver = solver or scenario.solver.name
     options = options or solve_options(scenario)
-    trace = align(trace, tuple(llm.name for llm in scenario.models))
-    fleet = build_fleet(scenario, request_lengths(scenario, trace, history), perf)
-    demand = bin_demand(trace, epoch_s=scenario.epoch, busy_s=busy_s(fleet, trace))
-    past_epochs = 0
-    if history is not None:
-        history = _fit_history(history, scenario).select(demand.llms)
-        past_epochs = history.num_epochs
-        demand = history.then(demand)
-    perfect = scenario.forecast.method == "perfect"
-    rule = None if perfect else get_rule(scenario.forecast.method)
-    outlook = None if rule is None else Outlook(rule, demand, 1)
+    problems = Problems(scenario, trace, history=history, seed=options.seed, perf=perf)
     epochs: list[Epoch] = []
     solves: list[SolveReport] = []
-    before, total = Placement(), demand.num_epochs - past_epochs
+    before, total = Placement(), problems.count
     with SolverPool(solver, options) as pool:
         for index in range(total):
-            now = past_epochs + index
-            if outlook is None:
-                forecast = Forecast.perfect(demand, now)
-            else:
-                forecast = outlook.after(now)
-            # Common random numbers: epochs differ by their forecast, not by their luck.
-            rng = np.random.default_rng(options.seed)
-            problem = build_problem(scenario, fleet, forecast, before, rng)
+            forecast = problems.forecast(index)
+            problem = problems.at(index, before, forecast)
+            if inspect is not None:
+                inspect(index, problem)
             solved = pool.solve(problem, start=(before,))
             if solved.schedule is None:
-                raise NoPlan(index, solved.report)
+                raise NoPlan(index, solved.report, problem)
             before = solved.schedule[0]
             start_s = index * scenario.epoch
             epochs.append(
@@ -174,7 +209,7 @@ def plan_trace(
     )
     plan = Plan(
         foreserve_version=__version__,
-        fleet=fleet,
+        fleet=problems.fleet,
         epochs=tuple(epochs),
         solver=info,
         forecaster=scenario.forecast.method,
