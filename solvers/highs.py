@@ -7,7 +7,7 @@ variables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pyomo.core.expr import LinearExpression
 from pyomo.repn import generate_standard_repn
 
+from foreserve.models.errors import InvalidInput
 from foreserve.models.plan import Status
 from foreserve.solvers.result import Progress, SolveOptions
 
@@ -156,6 +157,18 @@ def hand_over(m: Any) -> tuple[highspy.Highs, list[Any]]:
     solver.setOptionValue("output_flag", False)
     solver.passModel(lp)
     return solver, variables
+
+
+def write(m: Any, path: str, name: Callable[[Any], str]) -> None:
+    """Write ``m`` to an .lp or .mps file; ``name`` of a variable or a row must be one
+    word, and its own."""
+    solver, variables = hand_over(m)
+    lp = solver.getLp()
+    lp.col_names_ = [name(variable) for variable in variables]
+    lp.row_names_ = [name(row) for row in m.component_data_objects(pyo.Constraint)]
+    solver.passModel(lp)
+    if solver.writeModel(path) != highspy.HighsStatus.kOk:
+        raise InvalidInput("HiGHS cannot write a model there", file=path)
 
 
 def _linear(body: Any) -> tuple[float, Sequence[float], Sequence[Any]]:
