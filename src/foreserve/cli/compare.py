@@ -1,11 +1,10 @@
-"""`plan compare`: solvers side by side on the same problems, policies on the same plan."""
+"""`plan compare`: the arena of solvers, and policies side by side on the same plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -23,10 +22,6 @@ from foreserve.cli.common import (
 )
 from foreserve.models.errors import InvalidInput
 
-if TYPE_CHECKING:
-    from foreserve.models.problem import Problem
-    from foreserve.solvers.result import Solved
-
 FORMATS = ("md", "csv", "json")
 
 
@@ -34,7 +29,7 @@ FORMATS = ("md", "csv", "json")
     epilog="Example: plan compare --trace sample:azure-2023 --scenario "
     "sample:azure-2023 --solvers milp,cpsat,greedy --output out"
 )
-@click.argument("instances", nargs=-1, metavar="[PROBLEM.json]...")
+@click.argument("instances", nargs=-1, metavar="[PROBLEM.json|LIBRARY]...")
 @click.option("--trace", "traces", multiple=True, help="As for solve.")
 @click.option("--scenario", help="As for solve.")
 @click.option(
@@ -44,7 +39,16 @@ FORMATS = ("md", "csv", "json")
     "--policies", default="", help="Comma list: also simulate these on the best plan."
 )
 @solver_options
-@click.option("--output", type=click.Path(), help="Folder for compare.md, .csv, .json.")
+@click.option("--only", default="*", metavar="GLOB", help="Instances by name.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, help="How many, from --seed on."
+)
+@click.option(
+    "--update-best", is_flag=True, help="Keep better values and bounds in the library."
+)
+@click.option(
+    "--output", type=click.Path(), help="Folder for compare.md, .csv, .json, .html."
+)
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
 @quiet_option
 @json_option
@@ -54,6 +58,9 @@ def compare(
     scenario: str | None,
     solvers: str,
     policies: str,
+    only: str,
+    seeds: int,
+    update_best: bool,
     forecast: str | None,
     time_limit: float | None,
     gap: float | None,
@@ -66,8 +73,11 @@ def compare(
 ) -> None:
     """Run several solvers on the same problems, with the same limits.
 
-    Problems are files written by foreserve, or the epochs of a trace. With a trace each
-    solver plans the whole trace; `--policies` then simulates them on the first plan.
+    Problems are files (.json or .json.gz), those of a library (a folder with INDEX.json,
+    such as benchmarks/instances), or the epochs of a trace. Files and libraries: every
+    solver on every problem with every seed, each in a process of its own; the page shows
+    what each knew when. With a trace each solver plans the whole trace; `--policies` then
+    simulates them on the first plan.
     """
     from foreserve.models.codec import write_text
     from foreserve.planner.tables import render
@@ -79,9 +89,11 @@ def compare(
         raise click.UsageError("--trace needs --scenario")
     folder = fresh_folder(output, force) if output else None
     limits = {"time_limit": time_limit, "gap": gap, "seed": seed, "threads": threads}
+    run_rows: list[Mapping[str, object]] = []
     if instances:
-        rows = _problem_rows(instances, names, limits, quiet or as_json)
-        run_rows: list[Mapping[str, object]] = []
+        rows = _arena(
+            instances, only, names, limits, seeds, update_best, folder, quiet or as_json
+        )
     else:
         rows, run_rows = _trace_rows(
             traces,
@@ -91,11 +103,10 @@ def compare(
             {**limits, "method": forecast},
             quiet or as_json,
         )
-    if folder:
-        for fmt in FORMATS:
-            write_text(folder / f"compare.{fmt}", render(rows, fmt))
+        for fmt in FORMATS if folder else ():
+            write_text(Path(str(folder)) / f"compare.{fmt}", render(rows, fmt))
             if run_rows:
-                write_text(folder / f"policies.{fmt}", render(run_rows, fmt))
+                write_text(Path(str(folder)) / f"policies.{fmt}", render(run_rows, fmt))
     if as_json:
         echo_json({"solvers": rows, "policies": run_rows})
         return
@@ -104,7 +115,8 @@ def compare(
         if table:
             out.print(render(table, "md"), markup=False, soft_wrap=True)
     if folder:
-        out.print(f"written to {folder}/compare.md, .csv and .json", markup=False)
+        kinds = ".csv, .json and .html" if instances else ".csv and .json"
+        out.print(f"written to {folder}/compare.md, {kinds}", markup=False)
 
 
 def _names(solvers: str) -> list[str]:
@@ -121,16 +133,22 @@ def _names(solvers: str) -> list[str]:
     return names
 
 
-def _problem_rows(
-    files: tuple[str, ...],
+def _arena(
+    paths: tuple[str, ...],
+    only: str,
     solvers: list[str],
     limits: Mapping[str, object],
+    seeds: int,
+    update: bool,
+    folder: Path | None,
     quiet: bool,
 ) -> list[Mapping[str, object]]:
-    from foreserve.models.codec import from_json, read_text
-    from foreserve.models.problem import Problem
+    """Run the arena and write what is asked for; its rows."""
+    from foreserve.models.codec import write_text
+    from foreserve.planner import arena
+    from foreserve.planner.arena_page import page
     from foreserve.planner.scenario import SolverPart
-    from foreserve.solvers.base import SolverPool
+    from foreserve.planner.tables import render
     from foreserve.solvers.result import SolveOptions
 
     given = {key: value for key, value in limits.items() if value is not None}
@@ -138,43 +156,50 @@ def _problem_rows(
     options = SolveOptions(
         time_limit_s=part.time_limit, gap=part.gap, seed=part.seed, threads=part.threads
     )
-    problems = [(file, from_json(Problem, read_text(file), file)) for file in files]
+    libraries = [Path(path) for path in paths if Path(path).is_dir()]
+    if update and not libraries:
+        raise InvalidInput("needs a library of instances", field="--update-best")
+    instances = [
+        instance
+        for instance in arena.find_instances([Path(path) for path in paths])
+        if fnmatch(instance.name, only)
+    ]
+    if not instances:
+        raise InvalidInput(f"no instance is called {only!r}", field="--only")
+    with progress_bar("solving", quiet) as update_bar:
+        entries = arena.compete(
+            instances,
+            solvers,
+            range(part.seed, part.seed + seeds),
+            options,
+            update_bar,
+        )
     rows: list[Mapping[str, object]] = []
-    with progress_bar("solving", quiet) as update:
-        for (file, problem), name in product(problems, solvers):
-            # A process of its own for each: nobody pays or gains from another's start.
-            with SolverPool(name, options) as pool:
-                solved = pool.solve(problem)
-            rows.append(_row(Path(file).stem, name, problem, solved))
-            update(len(rows), len(solvers) * len(problems))
+    for instance in instances:
+        best = arena.reference(instance, entries)
+        bound = arena.proven(instance, entries)
+        rows += [
+            arena.row(entry, best, bound)
+            for entry in entries
+            if entry.instance == instance.name
+        ]
+    if update:
+        for library in libraries:
+            arena.update_index(library, entries)
+    if folder:
+        stated = (
+            f"Time limit {part.time_limit:g} s, gap {part.gap:g}, "
+            f"{part.threads} thread(s), {seeds} seed(s)."
+        )
+        write_text(folder / "compare.html", page(instances, entries, rows, stated))
+        curves = [
+            {**row, "progress": [list(point) for point in entry.report.progress]}
+            for row, entry in zip(rows, entries, strict=True)
+        ]
+        write_text(folder / "compare.json", render(curves, "json"))
+        for fmt in ("md", "csv"):
+            write_text(folder / f"compare.{fmt}", render(rows, fmt))
     return rows
-
-
-def _row(
-    instance: str, name: str, problem: Problem, solved: Solved
-) -> Mapping[str, object]:
-    from foreserve.planner.pipeline import certify
-
-    report, schedule = solved.report, solved.schedule
-    found = None if schedule is None else certify(problem, schedule, report)
-    return {
-        "instance": instance,
-        "solver": name,
-        "status": str(report.status),
-        "objective": found and found.objective,
-        "bound": report.bound,
-        "gap": found and found.gap,
-        "gap_at_stake": found and found.gap_at_stake,
-        "first_plan_s": _rounded(report.time_to_first_s),
-        "wall_s": _rounded(report.wall_s),
-        "version": report.version,
-        "seed": report.seed,
-        "threads": report.threads,
-    }
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 3)
 
 
 def _trace_rows(
