@@ -24,6 +24,7 @@ VERBS = {
     "solve": "foreserve.cli.solve:solve",
     "simulate": "foreserve.cli.simulate:simulate",
     "compare": "foreserve.cli.compare:compare",
+    "size": "foreserve.cli.size:size",
 }
 
 BESIDE = {("simulate", "validate"): "foreserve.cli.replay:validate"}

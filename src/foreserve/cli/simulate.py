@@ -27,6 +27,7 @@ from foreserve.cli.forecast import Duration
 if TYPE_CHECKING:
     from foreserve.models.faults import Fault
     from foreserve.models.outcome import Outcome, Run
+    from foreserve.models.placement import Placement
     from foreserve.models.plan import Plan
     from foreserve.planner.studies import Interval
     from foreserve.traces.trace import Trace
@@ -274,8 +275,10 @@ def run_policy(
     journal: str | None = None,
     faults: Sequence[Fault] = (),
     progress: Callable[[float], None] | None = None,
+    initial: Placement | None = None,
 ) -> Run:
-    """One simulated run; ``trace`` has the plan's LLMs in their order."""
+    """One simulated run, of an empty cluster or of one with ``initial`` in place; ``trace``
+    has the plan's LLMs in their order."""
     from foreserve.planner.policies import get_policy
     from foreserve.runtime.simulated import simulate as run
 
@@ -290,6 +293,7 @@ def run_policy(
         journal=journal,
         faults=faults,
         progress=progress,
+        initial=initial,
     )
 
 
