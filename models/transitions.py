@@ -15,8 +15,8 @@ What an order is judged by, in this sequence:
 
 Steps that share neither GPUs nor an LLM with each other, directly or by others, go on at
 the same time: each such part has its own clock and is ordered by itself. A part is
-ordered exactly, by search over the sets of steps done (shortest path), as long as that
-looks at no more than ``most_states`` of them, and else by one rule of thumb (`_rule`).
+ordered exactly, by search over the sets of steps done (shortest path), if it has up to
+`MOST_STEPS` steps and ``most_states`` such sets are enough, and else by a rule (`_rule`).
 
 Safe is what `runtime.reconcile` calls safe (a test compares): weights and KV of all that
 is there fit each GPU (C1), and a replica becomes ACTIVE only where no other one on its
@@ -39,7 +39,9 @@ from foreserve.models.placement import (
 )
 from foreserve.models.problem import Fleet, ReplicaOption, held_bytes
 
+MOST_STEPS = 30
 MOST_STATES = 3_000
+"""Together about half a second; a move of a whole cluster has hundreds of steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +261,8 @@ class _Part:
 
     def search(self, most_states: int) -> list[int] | None:
         """The best order of all; None if it takes a look at too many states."""
+        if len(self.actions) > MOST_STEPS:
+            return None
         known: dict[int, tuple[Cost, int]] = {0: ((0, 0.0, 0.0), -1)}
         settled: set[int] = set()
         turn = count()  # of equals, the first found: deterministic

@@ -31,6 +31,8 @@ from typing import Any
 import pyomo.environ as pyo
 from pyomo.core.expr import LinearExpression
 
+from foreserve.models.placement import ReplicaId
+from foreserve.models.plan import Status
 from foreserve.models.problem import Problem
 from foreserve.solvers import highs
 from foreserve.solvers.index import Index, Key, decode, encode, index
@@ -47,6 +49,36 @@ def solve(
     began_s = perf_counter()
     p = index(problem)
     m = build(p)
+    return _search(p, m, options, start, began_s)
+
+
+def solve_with(
+    problem: Problem, options: SolveOptions, replica: ReplicaId, epoch: int = 0
+) -> Solved:
+    """As `solve`, of schedules that hold ``replica`` in ``epoch``, in either state
+    (WARM only where a scenario asks for its LLM: elsewhere that is worth nothing).
+
+    INFEASIBLE where it is no candidate. Runs where it is called, and is not refereed.
+    """
+    began_s = perf_counter()
+    p = index(problem)
+    m = build(p)
+    held = [
+        x
+        for r, (option, block) in enumerate(p.replicas)
+        if (option.llm, block) == (replica.llm, replica.gpus)
+        for x in m.x[r, epoch]
+    ]
+    if not held:
+        report = SolveReport(status=Status.INFEASIBLE, solver="milp")
+        return Solved(schedule=None, report=report)
+    m.held = pyo.Constraint(expr=_at_least([(1, x) for x in held], 1))
+    return _search(p, m, options, None, began_s)
+
+
+def _search(
+    p: Index, m: Any, options: SolveOptions, start: Schedule | None, began_s: float
+) -> Solved:
     chosen = None if start is None else encode(p, start)
     hints = [] if chosen is None else _hints(m, *chosen)
     run = highs.run(m, options, hints, began_s)

@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foreserve.models.recourse import Spare, covered_value
+from foreserve.models.recourse import Spare, covered_instances, covered_value
 from tests.build import gpu
 
 NODE = [gpu(i) for i in range(4)]
@@ -70,3 +70,16 @@ def test_an_activation_takes_its_whole_gpu_set() -> None:
 def test_nothing_beyond_the_need() -> None:
     """A replica that counts for three covers the two that are needed."""
     assert covered_value([("a", BLOCKS[0], 3)], {"a": 1.0}, [{"a": 2}]) == [2.0]
+
+
+@given(spare=spares, value=values, some=st.lists(needs, min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_covered_instances_are_worth_the_covered_value(
+    spare: list[Spare], value: dict[str, float], some: list[dict[str, int]]
+) -> None:
+    """By LLM within the need, and in sum exactly what the dynamic programme says."""
+    found = covered_instances(spare, value, some)
+    worth = covered_value(spare, value, some)
+    for need, covered, total in zip(some, found, worth, strict=True):
+        assert all(count <= need[llm] for llm, count in covered.items())
+        assert abs(sum(value[k] * n for k, n in covered.items()) - total) < 1e-9
