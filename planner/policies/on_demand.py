@@ -22,6 +22,8 @@ from foreserve.models.problem import Fleet, ReplicaOption, held_bytes
 from foreserve.models.specs import GpuId
 
 SCALE_UP, SCALE_DOWN = 0.8, 0.5
+MOST_MADE = 4096
+"""Placements that a rule keeps at hand."""
 REVIEW_S = 5.0
 
 
@@ -98,6 +100,11 @@ class OnDemand:
         if not missed:
             return wanted
         return Placement(replicas=(*wanted.replicas, *missed))
+
+    @cached_property
+    def made(self) -> dict[object, Placement]:
+        """Placements by what they follow from: the same few come again and again."""
+        return {}
 
     @cached_property
     def usable_bytes(self) -> dict[GpuId, int]:
@@ -181,6 +188,20 @@ class _Draft:
         """ACTIVE as drafted; WARM as in the base (or as found) where it still fits."""
         if not self.changed and self._nothing_to_keep():
             return self.base
+        if self.observed.lost_gpus:
+            return self._fitted()  # the base was made just now
+        seen = (
+            self.seen if self.rule.keep_weights else self.base.by_id.keys() & self.seen
+        )
+        basis = (id(self.base), frozenset(self.serving), frozenset(seen))
+        made = self.rule.made
+        if basis not in made:
+            if len(made) >= MOST_MADE:
+                made.clear()
+            made[basis] = self._fitted()
+        return made[basis]
+
+    def _fitted(self) -> Placement:
         shares = {r.id: r.traffic_share for r in self.base.replicas}
         replicas = [
             Replica(
