@@ -36,7 +36,8 @@ from record import write_result
 from sm_sharing import TOKENS, Job, Lane, MuxMesh
 
 from foreserve.models.cost import IterationTime
-from foreserve.planner.policies.muxserve import SIZES, MuxLlm, SmProfile, place
+from foreserve.planner.policies.muxserve import MuxLlm, place
+from foreserve.planner.policies.muxserve_profile import SIZES, SmProfile
 from foreserve.runtime.scheduler import Fcfs, Profile, RoundRobin
 from foreserve.runtime.simulated.shared import Hosted, Pool, SharedEngine, SharedJob
 from foreserve.runtime.turns import Rules

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from foreserve.planner.policies.muxserve import (
-    LENGTHS,
     MuxLlm,
     MuxPlacement,
-    SmProfile,
+    every_mesh,
     place,
 )
+from foreserve.planner.policies.muxserve_profile import LENGTHS, SmProfile
 
 DATA = Path(__file__).parents[1] / "../shared/data/muxserve_profile"
 needs_data = pytest.mark.skipif(
@@ -62,10 +62,21 @@ def test_one_llm_goes_to_the_mesh_that_gains_most():
     assert sum(mesh.gpus for mesh in found.meshes) == 8
 
 
+def test_every_mesh_that_the_rules_allow():
+    """Two LLMs of 7B at 0.5 req/s each, profiled on 1 and 2 GPUs: each alone on either and
+    both on two. On one GPU there are 43.2 GB for weights, both and 7.6 GB take 35.6; three
+    would take 57.2, too much for one GPU but not for two. A 65B was profiled nowhere."""
+    llms = [MuxLlm(name=str(i), size="llama-7b", rate_rps=0.5) for i in range(3)]
+    found = {(m.gpus, placed) for m, placed in every_mesh(llms, profile(), nodes=1)}
+    one = {(n, (i,)) for n in (1, 2) for i in range(3)}
+    two = {(n, pair) for n in (1, 2) for pair in ((0, 1), (0, 2), (1, 2))}
+    assert found == one | two | {(2, (0, 1, 2))}
+
+
 @cache
-def recorded(compression: int, corrected: bool) -> MuxPlacement:
+def read_profile() -> SmProfile:
     with gzip.open(DATA / "llama_sm_profile.csv.gz", "rt") as file:
-        cells = SmProfile(
+        return SmProfile(
             (
                 row["model"],
                 *(int(row[key]) for key in ("tp", "sm_percent", "batch", "seq_len")),
@@ -74,8 +85,11 @@ def recorded(compression: int, corrected: bool) -> MuxPlacement:
             )
             for row in csv.DictReader(file)
         )
+
+
+def read_llms(compression: int) -> list[MuxLlm]:
     with open(DATA / "chatlmsys_day55_rates.csv") as file:
-        llms = [
+        return [
             MuxLlm(
                 name=row["llm"],
                 size=row["size"],
@@ -83,7 +97,12 @@ def recorded(compression: int, corrected: bool) -> MuxPlacement:
             )
             for row in csv.DictReader(file)
         ]
-    found = place(llms, cells, nodes=4, corrected=corrected)
+
+
+@cache
+def recorded(compression: int, corrected: bool) -> MuxPlacement:
+    llms = read_llms(compression)
+    found = place(llms, read_profile(), nodes=4, corrected=corrected)
     assert found is not None
     return found
 
@@ -140,3 +159,31 @@ def test_the_published_placement():
             (2, ("llm-8", 80, 73), ("llm-13", 30, 201)),
         ]
     )
+
+
+@needs_data
+@pytest.mark.parametrize("compression", [500, 2000])
+def test_every_mesh_holds_those_of_the_planner(compression):
+    """What the greedy planners choose is among the meshes of the exact search, at the same
+    value; LLMs of one mesh stand in another order there."""
+    llms = read_llms(compression)
+    known = {
+        (mesh.gpus, frozenset(llms[i].name for i in placed)): mesh.value_rps
+        for mesh, placed in every_mesh(llms, read_profile(), nodes=4)
+    }
+    for corrected in (False, True):
+        for mesh in recorded(compression, corrected).meshes:
+            if mesh.llms:
+                names = frozenset(llm.name for llm, _ in mesh.llms)
+                assert known[mesh.gpus, names] == pytest.approx(mesh.value_rps)
+
+
+@needs_data
+def test_what_is_served_of_the_rates():
+    """Check values of the published planner at compression 800: capped score and requests
+    served; at 2000 nothing is above its rate."""
+    assert recorded(800, False).capped_score_rps == pytest.approx(7.4887, abs=6e-5)
+    assert recorded(800, False).served_rps == pytest.approx(67.72, abs=6e-3)
+    mine = recorded(2000, False)
+    assert mine.capped_score_rps == pytest.approx(mine.score_rps)
+    assert mine.served_rps == pytest.approx(106.26, abs=6e-3)

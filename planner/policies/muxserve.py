@@ -9,17 +9,23 @@ other, each with a part of the streaming multiprocessors (SMs).
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations_with_replacement
 
-INPUT_TOKENS, OUTPUT_TOKENS = 161, 337
-"""Means that the formula has for every LLM."""
+from foreserve.planner.policies.muxserve_profile import (
+    INPUT_TOKENS,
+    OUTPUT_TOKENS,
+    SIZES,
+    Size,
+    SmProfile,
+)
+
 GPU_GB, ACTIVATION_GB = 80.0, 6.0
+FILL = 0.9 * 0.6
+"""Share of the memory that weights may take."""
 SM_STEPS = range(30, 100, 10)
-LENGTHS = (32, 64, 128, 256, 512)
 NODE_SPLITS: tuple[tuple[int, ...], ...] = (
     (8,),
     (4, 4),
@@ -32,45 +38,6 @@ NODE_SPLITS: tuple[tuple[int, ...], ...] = (
     (2, 1, 1, 1, 1, 1, 1),
     (1, 1, 1, 1, 1, 1, 1, 1),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """What the planner knows of an LLM of one size."""
-
-    weight_gb: float
-    layers: int
-    hidden: int
-    base_gpus: int
-    scale: int
-    decode_overhead_s: float
-    """Added to a step for each sequence of its batch."""
-    prefill_sm: int
-    """Percent of the SMs that its prompts get."""
-
-    @property
-    def kv_gib_per_token(self) -> float:
-        """Of the whole LLM."""
-        return self.layers * self.hidden * 4 / 2**30
-
-
-SIZES: Mapping[str, Size] = {
-    name: Size(
-        weight_gb=weight,
-        layers=layers,
-        hidden=hidden,
-        base_gpus=base,
-        scale=scale,
-        decode_overhead_s=overhead / 1e3,
-        prefill_sm=sm,
-    )
-    for name, weight, layers, hidden, base, scale, overhead, sm in (
-        ("llama-7b", 14, 32, 4096, 1, 1, 0.10, 80),
-        ("llama-13b", 26, 40, 5120, 1, 2, 0.08, 90),
-        ("llama-30b", 60, 60, 6656, 2, 4, 0.07, 100),
-        ("llama-65b", 130, 80, 8192, 4, 8, 0.07, 100),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +68,20 @@ class Mesh:
 
     gpus: int
     llms: tuple[tuple[MuxLlm, Share], ...]
+    served_rps: tuple[float, ...]
+    """Estimated throughput of each, which may be above its rate."""
     value_rps: float
     """Rate-weighted mean of the LLMs' estimated throughput."""
+
+    @property
+    def rate_rps(self) -> float:
+        return sum(llm.rate_rps for llm, _ in self.llms)
+
+    @property
+    def capped_rps(self) -> tuple[float, ...]:
+        """Throughput of each, but no more than its rate."""
+        pairs = zip(self.llms, self.served_rps, strict=True)
+        return tuple(min(llm.rate_rps, rps) for (llm, _), rps in pairs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,65 +95,21 @@ class MuxPlacement:
     def idle_gpus(self) -> int:
         return sum(mesh.gpus for mesh in self.meshes if not mesh.llms)
 
-
-Row = tuple[str, int, int, int, int, float, float]
-"""LLM size, TP, percent of SMs, batch, length, prefill ms, decode ms (-1: did not run)."""
-
-
-class SmProfile:
-    """Measured iteration times by LLM size, TP, share of SMs, batch and length."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self._cells = {row[:5]: (row[5] / 1e3, row[6] / 1e3) for row in rows}
-        self._batches = sorted({key[3] for key in self._cells})
-        self.tps = {
-            size: sorted({key[1] for key in self._cells if key[0] == size})
-            for size in {key[0] for key in self._cells}
-        }
-        self._prefill: dict[tuple[str, int, int], float] = {}
-        self._decode: dict[tuple[str, int, int, int], float] = {}
-
-    def cell(
-        self, size: str, tp: int, sm: int, batch: int, length: int
-    ) -> tuple[float, float]:
-        """(prefill, decode) seconds; negative where it did not run."""
-        return self._cells.get((size, tp, sm, batch, length), (-1.0, -1.0))
-
-    def most_decodes(self, size: str, tp: int, sm: int) -> int:
-        """Largest batch that decoded at all."""
-        return max(
-            batch
-            for batch in self._batches
-            if any(self.cell(size, tp, sm, batch, at)[1] > 0 for at in LENGTHS)
+    @property
+    def capped_score_rps(self) -> float:
+        """The score with throughputs of no more than the rates."""
+        total = sum(mesh.rate_rps for mesh in self.meshes)
+        weighted = sum(
+            rps * llm.rate_rps
+            for mesh in self.meshes
+            for rps, (llm, _) in zip(mesh.capped_rps, mesh.llms, strict=True)
         )
+        return weighted / total
 
-    def prefill_s(self, size: str, tp: int, batch: float) -> float:
-        """A batch of mean prompts on all SMs: the next profiled batch and length, or the
-        longest length that ran."""
-        key = size, tp, self._next(batch)
-        if key not in self._prefill:
-            longer = [at for at in LENGTHS if at > INPUT_TOKENS]
-            shorter = [at for at in reversed(LENGTHS) if at <= INPUT_TOKENS]
-            times = (
-                self.cell(size, tp, 100, key[2], at)[0] for at in (*longer, *shorter)
-            )
-            self._prefill[key] = next((t for t in times if t > 0), math.inf)
-        return self._prefill[key]
-
-    def decode_s(self, size: str, tp: int, sm: int, batch: float) -> float:
-        """A decode step: mean of the running means over the lengths that ran."""
-        key = size, tp, sm, self._next(batch)
-        if key not in self._decode:
-            ran = [self.cell(size, tp, sm, key[3], at)[1] for at in LENGTHS]
-            times = [time for time in ran if time > 0]
-            means = [sum(times[:n]) / n for n in range(1, len(times) + 1)]
-            self._decode[key] = sum(means) / len(means) if means else math.inf
-        return self._decode[key] + SIZES[size].decode_overhead_s * batch
-
-    def _next(self, batch: float) -> int:
-        return self._batches[
-            min(bisect_left(self._batches, batch), len(self._batches) - 1)
-        ]
+    @property
+    def served_rps(self) -> float:
+        """Requests served, of each LLM no more than its rate."""
+        return sum(sum(mesh.capped_rps) for mesh in self.meshes)
 
 
 def place(
@@ -222,7 +157,7 @@ class _Planner:
     nodes: int
 
     def __post_init__(self) -> None:
-        self._values: dict[tuple[int, tuple[int, ...]], float] = {}
+        self._served: dict[tuple[int, tuple[int, ...]], tuple[float, ...]] = {}
 
     @cached_property
     def candidates(self) -> list[dict[int, Share]]:
@@ -279,12 +214,18 @@ class _Planner:
 
     def value_rps(self, n: int, placed: tuple[int, ...]) -> float:
         """Rate-weighted throughput of the LLMs of one mesh (5.4)."""
-        key = n, placed
-        if key not in self._values:
-            self._values[key] = self._value_rps(n, placed)
-        return self._values[key]
+        rates = [self.llms[i].rate_rps for i in placed]
+        found = zip(self.served_rps(n, placed), rates, strict=True)
+        return sum(rps * rate for rps, rate in found) / sum(rates)
 
-    def _value_rps(self, n: int, placed: tuple[int, ...]) -> float:
+    def served_rps(self, n: int, placed: tuple[int, ...]) -> tuple[float, ...]:
+        """Throughput of each LLM of one mesh, where its value is largest."""
+        key = n, placed
+        if key not in self._served:
+            self._served[key] = self._served_rps(n, placed)
+        return self._served[key]
+
+    def _served_rps(self, n: int, placed: tuple[int, ...]) -> tuple[float, ...]:
         llms = [self.llms[i] for i in placed]
         sms = [self.candidates[i][n].decode_sm for i in placed]
         kv_gb = 0.98 * GPU_GB * n - sum(
@@ -299,8 +240,7 @@ class _Planner:
             self._bisect(llm, n, sm, cap)[0]
             for llm, sm, cap in zip(llms, sms, caps, strict=True)
         ]
-        rate = sum(llm.rate_rps for llm in llms)
-        value = 0.0
+        best, value = (0.0,) * len(llms), 0.0
         while any(b < cap for b, cap in zip(batches, caps, strict=True)):
             prompts_s = sum(
                 self.profile.prefill_s(llm.size, n, b)
@@ -315,7 +255,9 @@ class _Planner:
                 for llm, sm, b in zip(llms, sms, batches, strict=True)
             ]
             pairs = list(zip(found, llms, strict=True))
-            value = max(value, sum(rps * llm.rate_rps for rps, llm in pairs) / rate)
+            weighted = sum(rps * llm.rate_rps for rps, llm in pairs)
+            if weighted > value:
+                best, value = tuple(found), weighted
             low = [
                 (rps / llm.rate_rps, i)
                 for i, (rps, llm) in enumerate(pairs)
@@ -324,11 +266,11 @@ class _Planner:
             if not low:
                 break
             batches[min(low)[1]] += 1
-        return value
+        return best
 
     def greedy(self, sizes: Sequence[int], corrected: bool) -> MuxPlacement | None:
         """Fill meshes of these sizes (5.5); None where an LLM fits nowhere."""
-        meshes = [_Open(gpus=n, free_gb=0.9 * 0.6 * GPU_GB * n) for n in sizes]
+        meshes = [_Open(gpus=n, free_gb=FILL * GPU_GB * n) for n in sizes]
         stored = [0.0] * len(meshes)
         for i in self._order:
             meshes.sort(key=lambda mesh: (mesh.tag, mesh.free_gb), reverse=True)
@@ -376,13 +318,45 @@ class _Planner:
         return sorted(first, key=lambda i: by(i, self.llms[i].of.scale), reverse=True)
 
     def _closed(self, mesh: _Open) -> Mesh:
+        return self.mesh(mesh.gpus, mesh.llms)
+
+    def mesh(self, n: int, placed: tuple[int, ...]) -> Mesh:
+        """A mesh with these LLMs."""
         return Mesh(
-            gpus=mesh.gpus,
-            llms=tuple(
-                (self.llms[i], self.candidates[i][mesh.gpus]) for i in mesh.llms
-            ),
-            value_rps=mesh.value_rps,
+            gpus=n,
+            llms=tuple((self.llms[i], self.candidates[i][n]) for i in placed),
+            served_rps=self.served_rps(n, placed),
+            value_rps=self.value_rps(n, placed) if placed else 0.0,
         )
+
+    def may_share(self, n: int, placed: Sequence[int]) -> bool:
+        """Whether the rules of 5.5 let a mesh hold these LLMs, whatever their order: the
+        last one needs room for its weights only, and may take 20 % of the SMs more."""
+        weights_gb = sum(self.llms[i].of.weight_gb for i in placed)
+        return (
+            all(n in self.candidates[i] for i in placed)
+            and weights_gb + 7.6 * (len(placed) - 1) <= FILL * GPU_GB * n + 1e-9
+            and sum(self.candidates[i][n].decode_sm for i in placed) <= 120
+        )
+
+
+def every_mesh(
+    llms: Sequence[MuxLlm], profile: SmProfile, *, nodes: int
+) -> Iterator[tuple[Mesh, tuple[int, ...]]]:
+    """All meshes that a placement may be made of, with the indices of their LLMs."""
+    planner = _Planner(llms, profile, nodes)
+    for n in sorted({n for split in NODE_SPLITS for n in split}):
+        fitting: list[tuple[int, ...]] = [()]
+        # The rules only get harder with every LLM, so sets grow from sets that fit.
+        while fitting:
+            fitting = [
+                (*placed, i)
+                for placed in fitting
+                for i in range(placed[-1] + 1 if placed else 0, len(llms))
+                if planner.may_share(n, (*placed, i))
+            ]
+            for placed in fitting:
+                yield planner.mesh(n, placed), placed
 
 
 def _slack(rps: float) -> float:
