@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from foreserve.models.cost import IterationTime
 from foreserve.models.record import Record
-from foreserve.runtime.simulated import core, flow, layout
+from foreserve.runtime.simulated import by_hand, core, flow, layout
 from foreserve.runtime.simulated.layout import NONE, Columns
 
 Floats = NDArray[np.float64]
@@ -238,69 +238,11 @@ class Engines:
         """By the end of the iteration under way."""
         return int(core.used_at(self.state, e, float(self.top["now_s"])))
 
-    # --- requests by hand, where others serve the LLM too -----------------------------
-
-    def lane(self, llm: int) -> list[int]:
-        """The engines that take requests for the LLM."""
-        state = self.state
-        found: list[int] = state.lane_engine[llm, : state.lanes[llm]].tolist()
-        return found
-
     def new_job(self, request: int) -> int:
+        """A job for ``request``, to be submitted or queued by hand."""
         if self.top["free_job"] == NONE:
             self._more_jobs()
         return int(core.new_job(self.state, request))
-
-    def free_job(self, slot: int) -> None:
-        """Somebody else works on its request now."""
-        self.state.jobs[slot]["next"] = self.top["free_job"]
-        self.top["free_job"] = slot
-
-    def submit_job(self, e: int, slot: int) -> None:
-        core.submit(self.state, e, slot, float(self.top["now_s"]))
-        flow.place_engine(self.state, e)
-
-    def fail(self, slot: int) -> None:
-        """Nobody could ever hold it."""
-        core.end(self.state, slot, layout.FAILED, NONE, float(self.top["now_s"]))
-
-    def enqueue(self, slot: int, *, first: bool) -> None:
-        flow.enqueue(self.state, slot, first)
-
-    def head(self, llm: int) -> int | None:
-        """Whose turn it is in the LLM's queue."""
-        slot = int(self.state.queue_first[llm])
-        return None if slot == NONE else slot
-
-    def after(self, slot: int) -> int:
-        return int(self.state.jobs[slot]["next"])
-
-    def pop(self, llm: int, following: int) -> None:
-        """The head of the queue has left it; ``following`` came after it."""
-        state = self.state
-        state.queue_first[llm] = following
-        if following == NONE:
-            state.queue_last[llm] = NONE
-        state.queue[llm] -= 1
-
-    def record(
-        self,
-        request: int,
-        result: int,
-        life: int,
-        first_s: float,
-        now_s: float,
-        preemptions: int,
-    ) -> None:
-        """Write down what came of a request that somebody else has worked on."""
-        state, top = self.state, self.top
-        state.first_s[request], state.end_s[request] = first_s, now_s
-        state.result[request], state.where[request] = result, life
-        state.preempted[request] = preemptions
-        state.order[top["ended"]] = request
-        top["ended"] += 1
-        if top["ended"] == len(state.arrival_s):
-            top["woken"] = True
 
     def take_out(self, e: int) -> list[Taken]:
         """All that the engine has, with its progress; the iteration under way is lost."""
@@ -337,7 +279,7 @@ class Engines:
     def _clear(self, e: int) -> None:
         """Free the jobs of an engine that is about to be closed."""
         for slot in self._jobs(e):
-            self.free_job(slot)
+            by_hand.free(self.state, slot)
         row = self.row(e)
         for name in layout.LINKS:
             row[name] = NONE

@@ -21,6 +21,7 @@ from foreserve.models.serving import ServingRules
 from foreserve.runtime.clock import VirtualClock
 from foreserve.runtime.journal import Recorder, RequestEnds, RequestTable, Served
 from foreserve.runtime.router import NEVER, choose
+from foreserve.runtime.simulated import by_hand
 from foreserve.runtime.simulated.engine import EngineLimits, Engines
 from foreserve.runtime.simulated.groups import Group, Groups, Member
 from foreserve.runtime.simulated.layout import FINISHED, NONE, UNFINISHED, Columns
@@ -146,7 +147,7 @@ class Serving:
             if job.input_tokens + job.output_tokens - 1 <= member.room_tokens:
                 self._groups.adopt(member, job, self.clock.now_s())
             else:
-                self.engines.enqueue(self.engines.new_job(job.request), first=True)
+                self._put_back(job.request)
         self._schedule(key)
 
     def _join(
@@ -179,7 +180,7 @@ class Serving:
             jobs = self._groups.leave(member, self.clock.now_s())
             own = [job.request for job in jobs if job.service == member.service]
             for request in sorted(own, reverse=True):
-                self.engines.enqueue(self.engines.new_job(request), first=True)
+                self._put_back(request)
             there = any(True for _ in self._groups.members(member.llm))
             self.engines.state.foreign[member.llm] = there
             self._schedule(key)
@@ -280,8 +281,8 @@ class Serving:
 
     def _record(self, job: SharedJob, result: int, life: int) -> None:
         first_s = math.nan if job.first_token_s is None else job.first_token_s
-        self.engines.record(
-            job.request, result, life, first_s, self.clock.now_s(), job.preemptions
+        by_hand.record(
+            self.engines.state, job.request, result, life, first_s, job.preemptions
         )
 
     def _note_gaps(self, group: Group, service: int, gap_s: float, count: int) -> None:
@@ -296,10 +297,14 @@ class Serving:
         slot = engines.new_job(request)
         llm = int(engines.state.jobs[slot]["llm"])
         if engines.state.queue[llm] or not self._send(llm, slot):
-            engines.enqueue(slot, first=False)
+            by_hand.enqueue(engines.state, slot, first=False)
             waiting = int(engines.state.queue[llm])
             if waiting & (waiting - 1) == 0:
                 self.clock.wake()
+
+    def _put_back(self, request: int) -> None:
+        """At the head of its LLM's queue, to start anew."""
+        by_hand.enqueue(self.engines.state, self.engines.new_job(request), first=True)
 
     def serve(self, llm: str) -> None:
         """Send what waits for the LLM to replicas that take it."""
@@ -310,11 +315,10 @@ class Serving:
         if not self.engines.state.foreign[llm]:
             self.engines.serve_queue(llm)
             return
-        while (slot := self.engines.head(llm)) is not None:
-            following = self.engines.after(slot)
-            if not self._send(llm, slot):
+        while (head := by_hand.head(self.engines.state, llm)) is not None:
+            if not self._send(llm, head[0]):
                 return
-            self.engines.pop(llm, following)
+            by_hand.pop(self.engines.state, llm, head[1])
 
     def _send(self, llm: int, slot: int) -> bool:
         """Give the job to a replica, or fail it if none could ever hold it."""
@@ -331,16 +335,16 @@ class Serving:
             given + asked - 1,
         )
         if found == NEVER:
-            engines.fail(slot)
+            by_hand.fail(engines.state, slot)
             return True
         if found == NONE:
             return False
         key, *_, where = takers[found]
         if isinstance(where, int):
-            engines.submit_job(where, slot)
+            by_hand.submit(engines.state, where, slot)
             return True
         request = int(job["request"])
-        engines.free_job(slot)
+        by_hand.free(engines.state, slot)
         where.in_flight += 1
         group = self._groups.on(key.gpus)
         assert group is not None
@@ -361,7 +365,7 @@ class Serving:
         """Who takes requests for the LLM: (id, in flight, cap, tokens it can hold, engine
         or member), by id."""
         found: list[tuple[ReplicaId, int, int, int, int | Member]] = []
-        for e in self.engines.lane(llm):
+        for e in by_hand.lane(self.engines.state, llm):
             row, (key, option) = self.engines.row(e), self._of_engine[e]
             room = int(row["blocks"] * row["block"])
             found.append((key, int(row["in_flight"]), option.concurrency, room, e))
