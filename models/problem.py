@@ -15,7 +15,7 @@ from functools import cached_property
 from foreserve.models.cost import IterationTime
 from foreserve.models.errors import InvalidInput
 from foreserve.models.loading import LoadRules
-from foreserve.models.placement import Placement, Replica, State
+from foreserve.models.placement import Placement, Replica, ReplicaId, State
 from foreserve.models.record import Record
 from foreserve.models.serving import ServingRules
 from foreserve.models.specs import ClusterSpec, GpuId, Slo
@@ -154,6 +154,17 @@ class Fleet(Record):
             for block in self.cluster.blocks(option.tp, option.gpu_type):
                 if allowed is None or block[0].node in allowed:
                     yield option, block
+
+    def is_candidate(self, key: ReplicaId) -> bool:
+        """Whether `candidates` has this LLM on this block."""
+        llm = self.llm_by_name.get(key.llm)
+        if llm is None or not all(map(self.cluster.has, key.gpus)):
+            return False
+        node, tp = self.cluster.node_by_name[key.gpus[0].node], len(key.gpus)
+        first = key.gpus[0].index
+        aligned = first % tp == 0 and key.gpus == node.gpu_ids()[first : first + tp]
+        allowed = llm.nodes is None or node.name in llm.nodes
+        return aligned and allowed and self.option_on(key.llm, key.gpus) is not None
 
     def reference_s(self, llm: str) -> float:
         """e_m: the least isolated execution time over all options, fixed once."""

@@ -1,17 +1,25 @@
 """Best activation of WARM replicas once a scenario is known: the recourse of (O2).
 
-Exact and solver-free. An activation takes its whole GPU set, so no two chosen replicas
-share a GPU; an LLM gains nothing beyond its need.
+Solver-free. An activation takes its whole GPU set, so no two chosen replicas share a GPU;
+an LLM gains nothing beyond its need. Exact as far as `STATES` go; beyond, a good activation
+stands in for the best (`models.activation`), so that a plan is never praised for more than
+it can do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from foreserve.models.activation import Activation
 from foreserve.models.specs import GpuId
 
 Spare = tuple[str, tuple[GpuId, ...], int]
 """(llm, gpus, instances it counts for) of a WARM replica that may be activated."""
+
+STATES = 50_000
+"""States of the dynamic programme, over all scenarios; about a second's work."""
+DEPTH = 300
+"""GPUs it may go over: it calls itself once for each."""
 
 
 def covered_value(
@@ -24,7 +32,40 @@ def covered_value(
     ``value[llm]`` is what one covered instance is worth.
     """
     search = _Search(spare, value)
-    return [search.best(0, 0, search.of(need)) for need in needs]
+    return [_value(search, value, need)[0] for need in needs]
+
+
+def covered_at_most(
+    spare: Sequence[Spare],
+    value: Mapping[str, float],
+    needs: Sequence[Mapping[str, int]],
+) -> list[float]:
+    """As `covered_value`, but what cannot be surpassed where that is not exact."""
+    search = _Search(spare, value)
+    units: dict[str, int] = {}
+    for llm, _, count in spare:
+        units[llm] = units.get(llm, 0) + count
+    found = []
+    for need in needs:
+        total, exact = _value(search, value, need)
+        if not exact:
+            total = sum(
+                value[llm] * min(count, units.get(llm, 0))
+                for llm, count in need.items()
+            )
+        found.append(total)
+    return found
+
+
+def _value(
+    search: _Search, value: Mapping[str, float], need: Mapping[str, int]
+) -> tuple[float, bool]:
+    """The value covered, and whether it is the largest."""
+    try:
+        return search.best(0, 0, search.of(need)), True
+    except _TooMany:
+        covered = search.activation(value, need).covered()
+        return sum(value[llm] * count for llm, count in covered.items()), False
 
 
 def covered_instances(
@@ -34,7 +75,17 @@ def covered_instances(
 ) -> list[Mapping[str, int]]:
     """Instances covered of each LLM by one activation that reaches `covered_value`."""
     search = _Search(spare, value)
-    return [search.covered(search.of(need)) for need in needs]
+    found = []
+    for need in needs:
+        try:
+            found.append(search.covered(search.of(need)))
+        except _TooMany:
+            found.append(search.activation(value, need).covered())
+    return found
+
+
+class _TooMany(Exception):
+    """More states than the dynamic programme may have."""
 
 
 class _Search:
@@ -45,6 +96,7 @@ class _Search:
     """
 
     def __init__(self, spare: Sequence[Spare], value: Mapping[str, float]) -> None:
+        self.spare = [s for s in spare if value[s[0]] > 0]
         self.names = sorted({llm for llm, _, _ in spare if value[llm] > 0})
         column = {name: i for i, name in enumerate(self.names)}
         gpus = sorted(
@@ -77,6 +129,8 @@ class _Search:
         key = (i, taken, need)
         if key in self.known:
             return self.known[key]
+        if len(self.known) >= STATES or len(self.starting) > DEPTH:
+            raise _TooMany
         result, may_leave = 0.0, True
         if not taken >> i & 1:
             for llm_index, mask, units in self.starting[i]:
@@ -94,6 +148,24 @@ class _Search:
             result = max(result, self.best(i + 1, taken, need))
         self.known[key] = result
         return result
+
+    def activation(
+        self, value: Mapping[str, float], need: Mapping[str, int]
+    ) -> Activation:
+        """A good activation, where the best one is too far."""
+        gpus = sorted({gpu for _, block, _ in self.spare for gpu in block})
+        position = {gpu: i for i, gpu in enumerate(gpus)}
+        groups = [
+            (llm, tuple(position[gpu] for gpu in block), units)
+            for llm, block, units in self.spare
+        ]
+        on: list[list[int]] = [[] for _ in gpus]
+        of: dict[str, list[int]] = {name: [] for name in self.names}
+        for r, (llm, block, _) in enumerate(groups):
+            of[llm].append(r)
+            for gpu in block:
+                on[gpu].append(r)
+        return Activation(groups, on, of, value, need)
 
     def covered(self, need: tuple[int, ...]) -> Mapping[str, int]:
         """Walk one best way and count what it covers."""

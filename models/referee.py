@@ -13,7 +13,7 @@ from itertools import combinations
 
 from foreserve.models.placement import Placement, diff
 from foreserve.models.problem import Fleet, Problem
-from foreserve.models.recourse import covered_value
+from foreserve.models.recourse import Spare, covered_at_most, covered_value
 from foreserve.models.specs import GpuId
 
 SHARE_TOLERANCE = 1e-6
@@ -189,11 +189,44 @@ def o1_unserved(
 def o2_cold_starts(
     problem: Problem, epoch: int, before: Placement, placement: Placement
 ) -> float:
-    """Expected cold-start loss over the scenarios, after the best activation of each."""
+    """Expected cold-start loss over the scenarios, after the best activation of each.
+
+    In large placements, after one that is good: the loss is never understated."""
+    spare, value, needs = _bursts(problem, epoch, placement)
+    covered = covered_value(spare, value, needs)
+    total = 0.0
+    for probability, need, saved in zip(
+        problem.scenario_probability, needs, covered, strict=True
+    ):
+        exposed = sum(value[name] * count for name, count in need.items())
+        total += probability * (exposed - saved)
+    return total
+
+
+def overstated(problem: Problem, schedule: Sequence[Placement]) -> float:
+    """The most by which (O2) of ``schedule`` is too high: 0 where activations are best."""
+    total = 0.0
+    for epoch, placement in enumerate(schedule):
+        bursts = _bursts(problem, epoch, placement)
+        pairs = zip(covered_at_most(*bursts), covered_value(*bursts), strict=True)
+        total += sum(
+            probability * (most - covered)
+            for probability, (most, covered) in zip(
+                problem.scenario_probability, pairs, strict=True
+            )
+        )
+    return total
+
+
+def _bursts(
+    problem: Problem, epoch: int, placement: Placement
+) -> tuple[list[Spare], dict[str, float], list[dict[str, int]]]:
+    """WARM replicas that may be activated, what an instance of each LLM is worth, and the
+    instances that each scenario asks for beyond the ACTIVE ones."""
     fleet = problem.fleet
     active_gpus = {g for r in placement.replicas if r.state == "ACTIVE" for g in r.gpus}
     ready = dict.fromkeys(fleet.llm_by_name, 0)
-    spare = []
+    spare: list[Spare] = []
     for replica in placement.replicas:
         unit = fleet.llm_by_name[replica.llm].instance_concurrency
         units = fleet.option_of(replica.llm, replica.gpus).instances(unit)
@@ -209,14 +242,7 @@ def o2_cold_starts(
         }
         for scenario in range(len(problem.scenario_probability))
     ]
-    covered = covered_value(spare, value, needs)
-    total = 0.0
-    for probability, need, saved in zip(
-        problem.scenario_probability, needs, covered, strict=True
-    ):
-        exposed = sum(value[name] * count for name, count in need.items())
-        total += probability * (exposed - saved)
-    return total
+    return spare, value, needs
 
 
 def o3_slowdown(

@@ -60,7 +60,11 @@ def _falsehood(problem: Problem, solved: Solved, fallback: Schedule | None) -> s
         cost = referee.cost(problem, solved.schedule).total
         claim = cost if report.objective is None else report.objective
         above = claim - cost - abs(claim) * relative_gap(claim, report.bound)
-        if cost - claim > _slack(cost) or (
+        below = cost - claim > _slack(cost)
+        if below:
+            most = referee.overstated(problem, solved.schedule)
+            below = cost - claim - most > _slack(cost)
+        if below or (
             report.status is Status.OPTIMAL and above > _slack(cost)
         ):
             return f"claims {claim!r}, the referee finds {cost!r}"
@@ -98,9 +102,8 @@ def best_of(problem: Problem, schedules: Sequence[Schedule | None]) -> Schedule 
 def in_space(problem: Problem, schedule: Schedule) -> bool:
     """Whether a schedule uses only what the exact solvers choose from: aligned blocks,
     and one ACTIVE replica per GPU."""
-    allowed = {(option.llm, block) for option, block in problem.fleet.candidates()}
     for placement in schedule:
-        if any((r.llm, r.gpus) not in allowed for r in placement.replicas):
+        if not all(problem.fleet.is_candidate(r.id) for r in placement.replicas):
             return False
         for replicas in placement.by_gpu.values():
             if sum(r.state == "ACTIVE" for r in replicas) > 1:

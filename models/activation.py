@@ -1,0 +1,111 @@
+"""A good activation of WARM replicas where the best one takes too long to find.
+
+For (O2) of large placements. What it finds can be carried out, so that a cost computed
+from it is never too low; it may be too high. Each scenario starts from the replicas that
+are worth most per GPU; then replicas with unmet need take the GPUs of others for as long
+as that pays, when those find idle GPUs elsewhere, or push out a third one, or are worth
+less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+Group = tuple[str, tuple[int, ...], int]
+"""(llm, numbers of its GPUs, instances it counts for) of one WARM replica."""
+NEARLY = 1e-12
+
+
+class Activation:
+    """The activation of one scenario, improved in place."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        on: Sequence[Sequence[int]],
+        of: Mapping[str, Sequence[int]],
+        value: Mapping[str, float],
+        need: Mapping[str, int],
+    ) -> None:
+        """``on[gpu]`` and ``of[llm]`` list replicas by their numbers in ``groups``."""
+        self.groups, self.on, self.of, self.value = groups, on, of, value
+        self.unmet = {llm: need.get(llm, 0) for llm in of}
+        self.running = [-1] * len(on)
+        self._order = sorted(
+            (r for llm in of if self.unmet[llm] > 0 for r in of[llm]),
+            key=lambda r: -value[groups[r][0]] * groups[r][2] / len(groups[r][1]),
+        )
+
+    def covered(self, rounds: int = 8) -> Mapping[str, int]:
+        """Instances covered of each LLM, after improvement."""
+        start = dict(self.unmet)
+        for llm in sorted(self.of, key=lambda name: -self.value[name]):
+            self._use_idle(llm)
+        for _ in range(rounds):
+            if sum(self._want(r, 2) for r in self._order) <= NEARLY:
+                break
+        return {llm: n - max(0, self.unmet[llm]) for llm, n in start.items()}
+
+    def _switch(self, r: int, on: bool) -> float:
+        """Activate or stop a replica; what that is worth."""
+        llm, gpus, units = self.groups[r]
+        for gpu in gpus:
+            self.running[gpu] = r if on else -1
+        before = self.unmet[llm]
+        self.unmet[llm] = after = before - units if on else before + units
+        return self.value[llm] * (max(0, before) - max(0, after))
+
+    def _use_idle(self, llm: str) -> float:
+        total, running = 0.0, self.running
+        if self.unmet[llm] > 0:
+            for r in self.of[llm]:
+                if all(running[gpu] < 0 for gpu in self.groups[r][1]):
+                    total += self._switch(r, True)
+                    if self.unmet[llm] <= 0:
+                        break
+        return total
+
+    def _fill(self, gpus: Sequence[int]) -> float:
+        """Use GPUs that are idle now."""
+        total = 0.0
+        for gpu in gpus:
+            if self.running[gpu] < 0:
+                for r in sorted(self.on[gpu], key=self._worth, reverse=True):
+                    free = all(self.running[g] < 0 for g in self.groups[r][1])
+                    if free and self.unmet[self.groups[r][0]] > 0:
+                        total += self._switch(r, True)
+                        break
+        return total
+
+    def _worth(self, r: int) -> float:
+        llm, gpus, units = self.groups[r]
+        return self.value[llm] * min(units, max(0, self.unmet[llm])) / len(gpus)
+
+    def _want(self, r: int, depth: int) -> float:
+        """Activate a replica if that pays; what it is worth."""
+        llm, gpus, _ = self.groups[r]
+        if self.unmet[llm] <= 0 or self.running[gpus[0]] == r or self.value[llm] <= 0:
+            return 0.0
+        before = dict(self.unmet), list(self.running)
+        total = self._displace(r, depth)
+        if total > NEARLY:
+            return total
+        self.unmet, self.running = before
+        return 0.0
+
+    def _displace(self, r: int, depth: int) -> float:
+        gpus = self.groups[r][1]
+        others = sorted({q for gpu in gpus if (q := self.running[gpu]) >= 0})
+        total = sum(self._switch(q, False) for q in others)
+        total += self._switch(r, True)
+        for q in others:
+            llm = self.groups[q][0]
+            total += self._use_idle(llm)
+            if self.unmet[llm] > 0 and depth > 1:
+                for other in self.of[llm]:
+                    theirs = self.groups[other][1]
+                    if self.unmet[llm] > 0 and not any(g in gpus for g in theirs):
+                        total += self._want(other, depth - 1)
+            if len(self.groups[q][1]) > len(gpus):
+                total += self._fill(self.groups[q][1])
+        return total
