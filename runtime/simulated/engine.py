@@ -367,7 +367,7 @@ class Engines:
 
 def is_compiled() -> bool:
     """Whether the core's machine code is on disk."""
-    return any(Path(layout.cache_folder()).glob("flow.run-*.nbc"))
+    return any(Path(layout.cache_folder()).rglob("flow.run-*.nbc"))
 
 
 def compile_core() -> None:
