@@ -69,18 +69,21 @@ def run(
         )
     seen: list[Progress] = []
 
-    def note(event: Any) -> None:
-        known = event.data_out
-        point = Progress(
-            perf_counter() - began_s,
-            _finite(known.mip_primal_bound),
-            _finite(known.mip_dual_bound),
-        )
+    def note(objective: float, bound: float) -> None:
+        elapsed_s = perf_counter() - began_s
+        point = Progress(elapsed_s, _finite(objective), _finite(bound))
         if not seen or seen[-1][1:] != point[1:]:
             seen.append(point)
 
-    solver.cbMipLogging.subscribe(note)
-    solver.cbMipImprovingSolution.subscribe(note)
+    def note_both(event: Any) -> None:
+        note(event.data_out.mip_primal_bound, event.data_out.mip_dual_bound)
+
+    def note_answer(event: Any) -> None:
+        # For an answer that it was given HiGHS states this as its bound too: not true.
+        note(event.data_out.objective_function_value, -highspy.kHighsInf)
+
+    solver.cbMipInterrupt.subscribe(note_both)
+    solver.cbMipImprovingSolution.subscribe(note_answer)
     settings: dict[str, Any] = {
         "mip_rel_gap": options.gap,
         "random_seed": options.seed % 2**31,

@@ -38,6 +38,8 @@ def test_solvers_say_what_they_knew_when(name):
     assert last.objective == pytest.approx(referee.cost(problem, solved.schedule).total)
     assert last.bound == pytest.approx(report.bound)
     assert last.elapsed_s <= report.wall_s + 1e-9
+    optimum = 1e-6 + (report.objective or 0.0)
+    assert all(p.bound is None or p.bound <= optimum for p in points)
     assert len(greedy.progress) == 1
 
 

@@ -53,21 +53,23 @@ def draw(
     scenarios: int,
     *,
     busy: float = 0.4,
+    steady: int | None = None,
+    asked: float = 0.4,
     correlation: float = 0.0,
     fresh: int = 0,
 ) -> tuple[Problem, Problem | None]:
     """LLMs of 3 to 70 billion parameters on GPUs with 72 GiB, from an empty cluster.
 
-    Half of the LLMs have a steady demand, ``busy`` of the GPUs in all (of the others'
-    peaks nothing), and peaks of one to five times their mean load; the rest is asked for
-    in 40 % of the moments. ``correlation`` c of the Normal numbers behind all peaks: a
+    The first ``steady`` LLMs (None: half of them) have a steady demand, ``busy`` of the
+    GPUs in all (of the others' peaks nothing), and peaks of one to five times their mean
+    load; the rest is ``asked`` for in that share of the moments. ``correlation`` c of the Normal numbers behind all peaks: a
     factor that all share, with weight sqrt(|c|); where c < 0 it counts for every other LLM
     with the opposite sign, so that half of them burst when the others do not. The second
     problem has ``fresh`` other moments; None if 0.
     """
     served, options, demand, mean = [], [], [], np.zeros(llms)
     share = rng.dirichlet(np.ones(llms)) * busy * sum(nodes)
-    share[llms // 2 :] = 0.0
+    share[llms // 2 if steady is None else steady :] = 0.0
     for i in range(llms):
         name = f"llm{i:03d}"
         kind = rng.choice(len(SIZES), p=[size[4] for size in SIZES])
@@ -97,13 +99,17 @@ def draw(
         prices=Prices(usd_s=0.1, load_s=0.05, demote_s=0.05, slower_s=0.01),
         demand_rps=tuple(demand),
     )
-    peaks = _peaks(rng, mean, scenarios + fresh, correlation)
+    peaks = _peaks(rng, mean, scenarios + fresh, correlation, asked)
     first = _with_peaks(problem, peaks[:scenarios])
     return first, _with_peaks(problem, peaks[scenarios:]) if fresh else None
 
 
 def _peaks(
-    rng: np.random.Generator, mean: NDArray[np.float64], count: int, c: float
+    rng: np.random.Generator,
+    mean: NDArray[np.float64],
+    count: int,
+    c: float,
+    often: float,
 ) -> NDArray[np.float64]:
     """[moment, llm] requests in flight; see `draw`."""
     llms = len(mean)
@@ -113,7 +119,8 @@ def _peaks(
     z = sqrt(abs(c)) * together + sqrt(1 - abs(c)) * alone
     bursts = mean * np.clip(np.exp(0.5 + 0.6 * z), 1, 5)
     level = np.vectorize(lambda x: 0.5 * (1 + erf(x / sqrt(2))))(z)
-    asked = np.where(level > 0.6, 1 + 49 * (level - 0.6) / 0.4, 0.0)
+    idle = 1 - often
+    asked = np.where(level > idle, 1 + 49 * (level - idle) / often, 0.0)
     return np.round(np.where(mean > 0, bursts, asked), 3)
 
 

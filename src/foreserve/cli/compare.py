@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -174,15 +175,21 @@ def _arena(
             options,
             update_bar,
         )
-    rows: list[Mapping[str, object]] = []
-    for instance in instances:
-        best = arena.reference(instance, entries)
-        bound = arena.proven(instance, entries)
-        rows += [
-            arena.row(entry, best, bound)
-            for entry in entries
-            if entry.instance == instance.name
-        ]
+    # Against the best that anybody knows, these solvers included.
+    instances = [
+        replace(
+            instance,
+            best=arena.reference(instance, entries),
+            bound=arena.proven(instance, entries),
+        )
+        for instance in instances
+    ]
+    rows = [
+        arena.row(entry, instance.best, instance.bound)
+        for instance in instances
+        for entry in entries
+        if entry.instance == instance.name
+    ]
     if update:
         for library in libraries:
             arena.update_index(library, entries)
