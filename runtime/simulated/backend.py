@@ -245,7 +245,9 @@ class SimulatedBackend:
                 from_storage=from_storage,
             )
         )
-        self.clock.wake()
+        if phase not in ("LOADING", "ACTIVATING"):
+            # What was asked for and has only begun makes nothing else possible.
+            self.clock.wake()
 
     def _activated(self, replica: _Replica) -> None:
         if self._replicas.get(replica.id) is replica:
