@@ -178,7 +178,9 @@ def proven(instance: Instance, entries: Sequence[Entry]) -> Known | None:
 
 def _by(entry: Entry) -> str:
     report = entry.report
-    return f"{entry.solver} ({report.version}), seed {entry.seed}"
+    return (
+        f"{report.solver} ({report.version}), seed {entry.seed}, {report.wall_s:.0f} s"
+    )
 
 
 def near_s(entry: Entry, best: Known | None) -> float | None:

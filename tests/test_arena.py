@@ -111,6 +111,21 @@ def test_the_command_runs_a_library(plan, tmp_path):
     assert (folder / "INDEX.json").read_text() == before
 
 
+def test_a_solver_of_ones_own(plan, tmp_path):
+    """Any function at a dotted path competes; one that crashes is a row, not an end."""
+    code, text, _ = plan(
+        "compare", library(tmp_path), "--json",
+        "--solvers", "tests.fake_solvers:empty,tests.fake_solvers:dying,greedy",
+    )  # fmt: skip
+    assert code == 0
+    rows = {r["solver"]: r for r in json.loads(text)["solvers"]}
+    empty, dying = list(rows.values())[:2]
+    # Planning nothing refuses 50 requests at 60 s; the start, which is greedy's, is better.
+    assert empty["objective"] == rows["greedy"]["objective"] == 3.0
+    assert (dying["status"], dying["objective"]) == ("error", None)
+    assert "SIGSEGV" in dying["message"]
+
+
 def test_best_values_change_only_when_asked_for(plan, tmp_path):
     """With the flag, 3 replaces somebody's 5, with who found it; again, nothing changes."""
     folder = library(tmp_path)

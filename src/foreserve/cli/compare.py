@@ -34,7 +34,10 @@ FORMATS = ("md", "csv", "json")
 @click.option("--trace", "traces", multiple=True, help="As for solve.")
 @click.option("--scenario", help="As for solve.")
 @click.option(
-    "--solvers", default="milp,cpsat,greedy", show_default=True, help="Comma list."
+    "--solvers",
+    default="milp,cpsat,greedy",
+    show_default=True,
+    help="Comma list; your own as package.module:function.",
 )
 @click.option(
     "--policies", default="", help="Comma list: also simulate these on the best plan."
@@ -126,7 +129,7 @@ def _names(solvers: str) -> list[str]:
 
     names = [name.strip() for name in solvers.split(",") if name.strip()]
     for name in names:
-        if name not in SOLVERS:
+        if name not in SOLVERS and ":" not in name:
             hint = did_you_mean(name, list(SOLVERS))
             raise InvalidInput(f"unknown solver {name!r}", field="--solvers", hint=hint)
     if not names:
