@@ -43,7 +43,9 @@ FORMATS = ("md", "csv", "json")
     "--policies", default="", help="Comma list: also simulate these on the best plan."
 )
 @solver_options
-@click.option("--only", default="*", metavar="GLOB", help="Instances by name.")
+@click.option(
+    "--only", default="*", metavar="GLOBS", help="Instances by name, a comma list."
+)
 @click.option(
     "--seeds", type=click.IntRange(1), default=1, help="How many, from --seed on."
 )
@@ -166,7 +168,7 @@ def _arena(
     instances = [
         instance
         for instance in arena.find_instances([Path(path) for path in paths])
-        if fnmatch(instance.name, only)
+        if any(fnmatch(instance.name, glob) for glob in only.split(","))
     ]
     if not instances:
         raise InvalidInput(f"no instance is called {only!r}", field="--only")
