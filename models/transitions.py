@@ -32,6 +32,7 @@ from itertools import count
 
 from foreserve.models.placement import (
     Action,
+    Kind,
     Placement,
     Replica,
     ReplicaId,
@@ -190,11 +191,13 @@ class _Part:
         ]
 
     def _needs(
-        self, action: Action, number: Mapping[tuple[str, ReplicaId], int]
+        self, action: Action, number: Mapping[tuple[Kind, ReplicaId], int]
     ) -> int:
         """Steps of the same replica that come before this one, as bits."""
-        first = {"drop": "demote", "activate": "load"}.get(action.kind, "")
-        before = number.get((first, action.replica))
+        first: Mapping[Kind, Kind] = {"drop": "demote", "activate": "load"}
+        if action.kind not in first:
+            return 0
+        before = number.get((first[action.kind], action.replica))
         return 0 if before is None else 1 << before
 
     def _seconds(self, action: Action) -> float:

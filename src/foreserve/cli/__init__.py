@@ -22,6 +22,8 @@ VERBS = {
     "trace": "foreserve.cli.trace:trace",
     "forecast": "foreserve.cli.forecast:forecast",
     "solve": "foreserve.cli.solve:solve",
+    "explain": "foreserve.cli.explain:explain",
+    "diff": "foreserve.cli.diff:diff",
     "simulate": "foreserve.cli.simulate:simulate",
     "compare": "foreserve.cli.compare:compare",
     "size": "foreserve.cli.size:size",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,9 +20,11 @@ from foreserve.cli.common import (
     read_traces,
     solver_options,
 )
+from foreserve.models.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from foreserve.planner.pipeline import Planned
+    from foreserve.models.problem import Problem
+    from foreserve.planner.pipeline import NoPlan, Planned
     from foreserve.planner.scenario import Scenario
     from foreserve.traces.trace import Trace
 
@@ -49,6 +51,21 @@ if TYPE_CHECKING:
     "-o", "--plan", "plan_path", type=click.Path(), help="Write the plan here."
 )
 @click.option("--report", type=click.Path(), help="Write an HTML report here.")
+@click.option(
+    "--write-model",
+    "model_path",
+    type=click.Path(),
+    metavar="FILE.lp|.mps",
+    help="Write the MILP of one epoch here.",
+)
+@click.option(
+    "--epoch",
+    "model_epoch",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Of --write-model, counted from 0.",
+)
 @quiet_option
 @json_option
 def solve(
@@ -62,12 +79,15 @@ def solve(
     threads: int | None,
     plan_path: str | None,
     report: str | None,
+    model_path: str | None,
+    model_epoch: int,
     quiet: bool,
     as_json: bool,
 ) -> int:
     """Plan every epoch of a trace: what goes where, how good it is, what it costs.
 
-    Each epoch is planned from what was known before it began. Exit code 3: no plan.
+    Each epoch is planned from what was known before it began. Exit code 3: no
+    plan; where the rules cannot hold together, those that conflict are printed.
     """
     from foreserve.cli import EXIT_NO_PLAN
     from foreserve.models.codec import to_json, write_text
@@ -75,7 +95,8 @@ def solve(
     from foreserve.planner.report import write_report
     from foreserve.planner.summary import summary
 
-    check_parent(plan_path, report)
+    check_parent(plan_path, report, model_path)
+    inspect = None if model_path is None else model_writer(model_path, model_epoch)
     wanted = read_scenario(
         scenario,
         name=solver,
@@ -88,15 +109,13 @@ def solve(
     inputs: dict[str, str] = {}
     trace = read_traces(traces, inputs)
     try:
-        planned = run_solve(wanted, trace, inputs, quiet or as_json)
+        planned = run_solve(wanted, trace, inputs, quiet or as_json, inspect)
     except NoPlan as failure:
-        click.echo(f"no plan: {failure}", err=True)
-        if as_json:
-            status = str(failure.report.status)
-            echo_json(
-                {"status": status, "epoch": failure.epoch, "message": str(failure)}
-            )
+        no_plan(failure, wanted, trace, as_json)
         return EXIT_NO_PLAN
+    if model_path and model_epoch >= len(planned.plan.epochs):
+        hint = f"--epoch 0 to {len(planned.plan.epochs) - 1}"
+        raise InvalidInput(f"no epoch {model_epoch}", field="--epoch", hint=hint)
     if plan_path:
         write_text(plan_path, to_json(planned.plan))
     if report:
@@ -109,27 +128,81 @@ def solve(
             command=command_line(),
         )
     if as_json:
-        echo_json({**facts(planned), "plan": plan_path, "report": report})
+        files = {"plan": plan_path, "report": report, "model": model_path}
+        echo_json({**facts(planned), **files})
         return 0
     out, _ = consoles(quiet)
     for part in summary(planned.plan, planned.solves, ()):
         out.print(part)
-    for label, path in (("plan", plan_path), ("report", report)):
+    for label, path in (("plan", plan_path), ("report", report), ("model", model_path)):
         if path:
             out.print(f"{label}: {path}")
     return 0
 
 
 def run_solve(
-    scenario: Scenario, trace: Trace, inputs: dict[str, str], quiet: bool
+    scenario: Scenario,
+    trace: Trace,
+    inputs: dict[str, str],
+    quiet: bool,
+    inspect: Callable[[int, Problem], None] | None = None,
 ) -> Planned:
-    """Plan ``trace`` with a progress bar."""
+    """Plan ``trace`` with a progress bar; ``inspect`` as for `plan_trace`."""
     from foreserve.planner.pipeline import plan_trace
 
     history = read_history(scenario, inputs)
     with progress_bar("solving epochs", quiet) as update:
         return plan_trace(
-            scenario, trace, history=history, inputs=inputs, progress=update
+            scenario,
+            trace,
+            history=history,
+            inputs=inputs,
+            progress=update,
+            inspect=inspect,
+        )
+
+
+def model_writer(path: str, epoch: int) -> Callable[[int, Problem], None]:
+    """Writes the MILP of the problem of ``epoch``."""
+    from foreserve.solvers.export import check_suffix, write_model
+
+    check_suffix(path)
+
+    def inspect(index: int, problem: Problem) -> None:
+        if index == epoch:
+            write_model(problem, path)
+
+    return inspect
+
+
+def no_plan(failure: NoPlan, scenario: Scenario, trace: Trace, as_json: bool) -> None:
+    """Say why: for an infeasible epoch the rules in conflict, and what would help."""
+    from dataclasses import asdict
+
+    from foreserve.models.plan import Status
+    from foreserve.planner.conflict import conflict, unfixed_tp
+    from foreserve.planner.explain_tables import conflict_lines
+    from foreserve.planner.pipeline import solve_options
+
+    click.echo(f"no plan: {failure}", err=True)
+    status, found = failure.report.status, None
+    if status is Status.INFEASIBLE:
+        history = read_history(scenario, {})
+        found = conflict(
+            failure.problem,
+            solve_options(scenario),
+            unfixed_tp(scenario, trace, history),
+        )
+        for line in conflict_lines(found):
+            click.echo(line, err=True)
+    if as_json:
+        echo_json(
+            {
+                "status": str(status),
+                "epoch": failure.epoch,
+                "message": str(failure),
+                "conflict": found and asdict(found),
+            }
         )
 
 

@@ -1,0 +1,109 @@
+"""Explanations as tables and lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from foreserve.planner.conflict import Conflict
+from foreserve.planner.explain import GIB, GpuLimit, LlmLimit
+from foreserve.planner.tables import Part
+from foreserve.planner.what_if import WhatIf
+
+
+def limit_parts(
+    gpu_rows: Sequence[GpuLimit], llm_rows: Sequence[LlmLimit]
+) -> list[Part]:
+    """Memory by GPU, demand and rules by LLM."""
+    return [
+        Part(
+            "memory (C1)",
+            ["GPU", "held GiB", "free", "usable", "holds", ""],
+            [
+                (
+                    row.gpu,
+                    f"{row.held_bytes / GIB:.1f}",
+                    f"{row.free_bytes / GIB:.1f}",
+                    f"{row.usable_bytes / GIB:.1f}",
+                    ", ".join(row.replicas),
+                    "full" if row.binds else "",
+                )
+                for row in gpu_rows
+            ],
+            "full: no LLM that is not there would fit",
+        ),
+        Part(
+            "demand (C5) and rules (C10)",
+            ["LLM", "asked /s", "served", "can serve", "ACTIVE", "WARM", "binds"],
+            [
+                (
+                    row.llm,
+                    f"{row.demand_rps:.3g}",
+                    f"{row.served_rps:.3g}",
+                    f"{row.capacity_rps:.3g}",
+                    str(row.active),
+                    str(row.warm),
+                    "; ".join(row.binds),
+                )
+                for row in llm_rows
+            ],
+        ),
+    ]
+
+
+def terms_part(
+    terms: Mapping[str, float], by_llm: Mapping[str, Mapping[str, float]]
+) -> Part:
+    """Costs by LLM, where known, and in all."""
+    labels = sorted(terms)
+    rows = [
+        (name, *(f"{own.get(k, 0.0):.1f}" for k in labels), f"{sum(own.values()):.1f}")
+        for name, own in by_llm.items()
+    ]
+    total = ("all", *(f"{terms[k]:.1f}" for k in labels), f"{sum(terms.values()):.1f}")
+    return Part(
+        "cost, weighted seconds of delay", ["LLM", *labels, "total"], [*rows, total]
+    )
+
+
+def what_if_part(title: str, rows: Sequence[WhatIf]) -> Part:
+    """What each change would cost or save."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:+.1f}"
+
+    return Part(
+        title,
+        ["change", "objective", "at least", "at most", "status", "solver", "gap"],
+        [
+            (
+                row.change,
+                number(row.difference),
+                number(row.least),
+                number(row.most),
+                str(row.status),
+                row.solver,
+                "" if row.gap is None else f"{row.gap:.2%}",
+            )
+            for row in rows
+        ],
+        "weighted seconds of delay, against a solve as it is with the same limits",
+    )
+
+
+def conflict_lines(found: Conflict | None) -> Iterator[str]:
+    """The conflict in the operator's words."""
+    if found is None:
+        yield "the rules can hold; the solve found no plan for another reason"
+        return
+    yield f"these rules cannot hold together on {found.cluster}:"
+    yield from (f"  - {rule}" for rule in found.rules)
+    if found.smallest:
+        yield "no fewer of the rules are in conflict"
+    else:
+        yield "without any one of them the others can hold"
+    for way in found.relaxations:
+        cost = "no plan in time" if way.objective is None else f"{way.objective:.1f} s"
+        yield f"  would help: {way.change} (cost {cost})"
+    if found.together:
+        yield "no single change is enough; together these are:"
+        yield from (f"  - {change}" for change in found.together)
