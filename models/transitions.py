@@ -94,7 +94,7 @@ def transition(
     )
     steps: list[Step] = []
     outages, delayed, exact = 0, 0.0, True
-    for actions in _parts(here, after):
+    for actions in parts(here, after):
         part = _Part(fleet, here, after, actions, demand_rps)
         order = part.search(most_states)
         exact = exact and order is not None
@@ -108,7 +108,7 @@ def transition(
     )
 
 
-def _parts(before: Placement, after: Placement) -> Iterator[tuple[Action, ...]]:
+def parts(before: Placement, after: Placement) -> Iterator[tuple[Action, ...]]:
     """Actions that have to do with each other, by shared GPUs or a shared LLM."""
     root: dict[object, object] = {}
 

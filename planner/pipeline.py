@@ -135,22 +135,30 @@ class Problems:
 
     def forecast(self, index: int) -> Forecast:
         """Of epoch ``index``, as the scenario's method makes it."""
-        now = self._past + index
         if self._outlook is None:
-            return Forecast.perfect(self._demand, now)
-        return self._outlook.after(now)
+            return self.truth(index)
+        return self._outlook.after(self._past + index)
+
+    def truth(self, index: int) -> Forecast:
+        """Of epoch ``index``, as it came."""
+        return Forecast.perfect(self._demand, self._past + index)
 
     def at(
-        self, index: int, before: Placement, forecast: Forecast | None = None
+        self,
+        index: int,
+        before: Placement,
+        forecast: Forecast | None = None,
+        fleet: Fleet | None = None,
     ) -> Problem:
         """The problem of epoch ``index`` with ``before`` resident.
 
-        Another ``forecast`` may stand in. Common random numbers: epochs differ by their
-        forecast, not by their luck.
+        Another ``forecast`` or ``fleet`` may stand in. Common random numbers: epochs
+        differ by their forecast, not by their luck.
         """
         rng = np.random.default_rng(self.seed)
         forecast = forecast or self.forecast(index)
-        return build_problem(self.scenario, self.fleet, forecast, before, rng)
+        fleet = fleet or self.fleet
+        return build_problem(self.scenario, fleet, forecast, before, rng)
 
 
 def plan_trace(

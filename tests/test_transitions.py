@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from foreserve.models.observed import Phase
 from foreserve.models.placement import Action, Placement, ReplicaId, diff
 from foreserve.models.problem import Fleet, held_bytes
-from foreserve.models.transitions import Transition, _parts, transition
+from foreserve.models.transitions import Transition, parts, transition
 from foreserve.runtime.ledger import Ledger, phase_bytes
 from foreserve.runtime.reconcile import reconcile
 from foreserve.runtime.states import check_action, check_move
@@ -166,7 +166,7 @@ def test_search_finds_what_brute_force_finds(seed: int):
     before, after = _no_overlap(random_placement(f, rng)), random_placement(f, rng)
     actions = diff(before, after)
     demand = {llm.name: float(rng.uniform(0, 2)) for llm in f.llms}
-    if len(actions) > 6 or len(list(_parts(before, after))) != 1:
+    if len(actions) > 6 or len(list(parts(before, after))) != 1:
         return
     costs = [
         cost

@@ -24,6 +24,7 @@ VERBS = {
     "solve": "foreserve.cli.solve:solve",
     "explain": "foreserve.cli.explain:explain",
     "diff": "foreserve.cli.diff:diff",
+    "regret": "foreserve.cli.regret:regret",
     "simulate": "foreserve.cli.simulate:simulate",
     "compare": "foreserve.cli.compare:compare",
     "size": "foreserve.cli.size:size",

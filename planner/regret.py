@@ -1,0 +1,217 @@
+"""What a plan costs where the world is worse than it was planned for.
+
+Three plans are put into the same world: the plan, greedy's from the same forecasts, and
+one made epoch by epoch for that world by the plan's solver (foresight). Replicas stay
+where a plan has them and traffic is split anew, best for the world. All costs are the
+referee's, in weighted seconds of delay, summed over epochs.
+
+Worlds, each ``factor`` times off:
+
+* *latencies*: requests and loads take ``factor`` times as long, rates are as much lower;
+* *loads*: only loads and activations do;
+* *demand*: rates, loads and peaks are ``factor`` times the forecast's;
+* *forecast*: what came, pushed away from its forecast: forecast + factor (real -
+  forecast), not below 0; with factor 1, what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreserve.models import referee
+from foreserve.models.placement import Placement
+from foreserve.models.plan import Plan
+from foreserve.models.problem import Fleet, Problem, round_rate
+from foreserve.planner.pipeline import NoPlan, Problems
+from foreserve.solvers.base import SolverPool
+from foreserve.solvers.result import SolveOptions
+from foreserve.solvers.shares import with_shares
+from foreserve.traces.forecast import Forecast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regret:
+    """One world, and what each plan costs there."""
+
+    world: str
+    factor: float
+    plan: float
+    greedy: float
+    foresight: float
+    """Of the plan made for this world: its epochs' solves, one after another."""
+    foresight_bound: float
+    """Sum of the bounds of those solves, each given the placement before it."""
+
+    @property
+    def plan_regret(self) -> float:
+        """What foresight would have saved."""
+        return self.plan - self.foresight
+
+    @property
+    def greedy_regret(self) -> float:
+        return self.greedy - self.foresight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _World:
+    name: str
+    factor: float
+    fleet: Fleet
+    forecast: Callable[[int], Forecast]
+
+
+def regret(
+    plan: Plan,
+    problems: Problems,
+    factors: Sequence[float],
+    solver: str,
+    options: SolveOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Regret, ...]:
+    """The plan, greedy and foresight in every world; ``problems`` are the plan's.
+
+    Raises `NoPlan` where an epoch of a world has no plan.
+    """
+    worlds = list(_worlds(problems, factors))
+    planned = tuple(epoch.placement for epoch in plan.epochs)
+    total = len(worlds) + 1
+    with SolverPool("greedy", options) as pool:
+        simple, _ = _solved(problems, worlds[0], pool)
+    if progress is not None:
+        progress(1, total)
+    found = []
+    with SolverPool(solver, options) as pool:
+        for done, world in enumerate(worlds):
+            known, bound = _solved(problems, world, pool)
+            costs = [
+                _cost(problems, world, placements)
+                for placements in (planned, simple, known)
+            ]
+            found.append(
+                Regret(
+                    world=world.name,
+                    factor=world.factor,
+                    plan=costs[0],
+                    greedy=costs[1],
+                    foresight=costs[2],
+                    foresight_bound=min(bound, costs[2]),
+                )
+            )
+            if progress is not None:
+                progress(done + 2, total)
+    return tuple(found)
+
+
+def _worlds(problems: Problems, factors: Sequence[float]) -> Iterator[_World]:
+    """As planned first, what came next, then each kind at each factor."""
+    fleet, forecast = problems.fleet, problems.forecast
+    yield _World(name="as planned", factor=1.0, fleet=fleet, forecast=forecast)
+    yield _World(name="forecast", factor=1.0, fleet=fleet, forecast=problems.truth)
+    for factor in factors:
+        for name, slower in (("latencies", True), ("loads", False)):
+            worse = slower(fleet, factor, requests=slower)
+            yield _World(name=name, factor=factor, fleet=worse, forecast=forecast)
+        yield _World(
+            name="demand",
+            factor=factor,
+            fleet=fleet,
+            forecast=lambda i, factor=factor: more_demand(forecast(i), factor),  # type: ignore[misc]
+        )
+        yield _World(
+            name="forecast",
+            factor=factor,
+            fleet=fleet,
+            forecast=lambda i, factor=factor: further(  # type: ignore[misc]
+                forecast(i), problems.truth(i), factor
+            ),
+        )
+
+
+def slower(fleet: Fleet, factor: float, *, requests: bool) -> Fleet:
+    """Loads and activations take ``factor`` times as long, and so do requests."""
+    options = []
+    for option in fleet.options:
+        worse = replace(
+            option,
+            load_s=option.load_s * factor,
+            activate_s=option.activate_s * factor,
+            copy_s=None if option.copy_s is None else option.copy_s * factor,
+            start_s=option.start_s * factor,
+        )
+        if requests:
+            worse = replace(
+                worse,
+                exec_s=option.exec_s * factor,
+                rate_rps=round_rate(option.rate_rps / factor),
+            )
+        options.append(worse)
+    return replace(fleet, options=tuple(options))
+
+
+def more_demand(forecast: Forecast, factor: float) -> Forecast:
+    """All of a forecast but the lengths of requests, times ``factor``."""
+    return replace(
+        forecast,
+        rate_rps=forecast.rate_rps * factor,
+        mean_load=forecast.mean_load * factor,
+        peak_load=forecast.peak_load * factor,
+        peak_low=forecast.peak_low * factor,
+        peak_high=forecast.peak_high * factor,
+        peak_errors=forecast.peak_errors * factor,
+    )
+
+
+def further(forecast: Forecast, truth: Forecast, factor: float) -> Forecast:
+    """``truth`` with its distance from ``forecast`` times ``factor``."""
+
+    def pushed(
+        expected: NDArray[np.float64], came: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        return np.maximum(0.0, expected + factor * (came - expected))
+
+    peak = pushed(forecast.peak_load, truth.peak_load)
+    return replace(
+        truth,
+        rate_rps=pushed(forecast.rate_rps, truth.rate_rps),
+        mean_load=pushed(forecast.mean_load, truth.mean_load),
+        peak_load=peak,
+        peak_low=peak,
+        peak_high=peak,
+    )
+
+
+def _problem(
+    problems: Problems, world: _World, index: int, before: Placement
+) -> Problem:
+    return problems.at(index, before, world.forecast(index), world.fleet)
+
+
+def _solved(
+    problems: Problems, world: _World, pool: SolverPool
+) -> tuple[tuple[Placement, ...], float]:
+    """Placements of all epochs for this world, and the sum of their bounds."""
+    placements: list[Placement] = []
+    before, bound = Placement(), 0.0
+    for index in range(problems.count):
+        problem = _problem(problems, world, index, before)
+        solved = pool.solve(problem, start=(before,))
+        if solved.schedule is None:
+            raise NoPlan(index, solved.report, problem)
+        before = solved.schedule[0]
+        placements.append(before)
+        bound += solved.report.bound
+    return tuple(placements), bound
+
+
+def _cost(problems: Problems, world: _World, placements: Sequence[Placement]) -> float:
+    before, total = Placement(), 0.0
+    for index, placement in enumerate(placements):
+        problem = _problem(problems, world, index, before)
+        here = with_shares(problem, 0, placement)
+        total += referee.cost(problem, (here,)).total
+        before = placement
+    return total

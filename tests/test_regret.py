@@ -1,0 +1,92 @@
+"""A plan in worlds that are worse: the right worlds, and costs that are the referee's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from foreserve.models.codec import load_plan
+from foreserve.planner.regret import further, more_demand, slower
+from foreserve.traces.forecast import Forecast
+from tests.build import fleet, option
+from tests.test_cli import SCENARIO, TRACE
+
+
+def forecast(rate: float, mean: float, peak: float) -> Forecast:
+    """Of one LLM and one epoch; two past errors of 1 and -1."""
+    at = {
+        name: np.array([[value]])
+        for name, value in (
+            ("rate_rps", rate),
+            ("mean_load", mean),
+            ("peak_load", peak),
+        )
+    }
+    return Forecast(
+        **at,
+        peak_low=np.array([[peak - 1]]),
+        peak_high=np.array([[peak + 1]]),
+        peak_errors=np.array([[[1.0]], [[-1.0]]]),
+        input_tokens=np.array([[10.0]]),
+        output_tokens=np.array([[10.0]]),
+    )
+
+
+def test_slower_worlds():
+    """Twice as slow: 1 s becomes 2, 1 request/s 0.5, loads 4 s; or the loads alone."""
+    f = fleet(option("a"))
+    (both,) = slower(f, 2.0, requests=True).options
+    assert (both.exec_s, both.rate_rps, both.load_s) == (2.0, 0.5, 4.0)
+    (loads,) = slower(f, 2.0, requests=False).options
+    assert (loads.exec_s, loads.rate_rps, loads.load_s) == (1.0, 1.0, 4.0)
+
+
+def test_more_demand_scales_all_of_a_forecast():
+    """Rates, loads, peaks and the size of errors alike."""
+    more = more_demand(forecast(1.0, 2.0, 4.0), 1.5)
+    assert more.rate_rps[0, 0] == 1.5
+    assert more.peak_high[0, 0] == 7.5
+    assert more.peak_errors[:, 0, 0].tolist() == [1.5, -1.5]
+
+
+def test_worse_forecasts_are_further_from_what_came():
+    """Forecast 4 and came 6: at 1.5 times the error, 7 would have come; from 4 to 0 it is
+    not below 0. With factor 1 it is what came."""
+    expected, high, low = forecast(4, 4, 4), forecast(6, 6, 6), forecast(0, 0, 0)
+    assert further(expected, high, 1.5).rate_rps[0, 0] == 7.0
+    assert further(expected, low, 1.5).peak_load[0, 0] == 0.0
+    assert further(expected, high, 1.0).mean_load[0, 0] == 6.0
+
+
+def test_verb_prices_plan_greedy_and_foresight(plan, tmp_path, monkeypatch):
+    """As planned the plan costs what its certificate says; foresight knows each world,
+    and no bound is above it; a world twice as far off costs the plan no less."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(SCENARIO)
+    (tmp_path / "t.csv").write_text(TRACE)
+    inputs = "--trace t.csv --scenario s.yaml"
+    assert plan(f"solve {inputs} -o p.json --quiet")[0] == 0
+    code, out, _ = plan(f"regret p.json {inputs} --factor 1.5 --factor 3 --json")
+    assert code == 0
+    worlds = json.loads(out)["worlds"]
+    assert [(w["world"], w["factor"]) for w in worlds] == [
+        ("as planned", 1.0),
+        ("forecast", 1.0),
+        *((name, f) for f in (1.5, 3.0) for name in _NAMES),
+    ]
+    assert worlds[0]["plan"] == pytest.approx(load_plan("p.json").objective)
+    assert worlds[0]["plan_regret"] == pytest.approx(0.0, abs=1e-6)
+    for world in worlds:
+        assert world["foresight_bound"] <= world["foresight"] + 1e-9
+    by = {(w["world"], w["factor"]): w["plan"] for w in worlds}
+    for name in ("latencies", "loads", "demand"):
+        assert by["as planned", 1.0] <= by[name, 1.5] <= by[name, 3.0]
+    code, out, _ = plan(f"regret p.json {inputs} --factor 1.5")
+    assert code == 0
+    assert "foresight" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+_NAMES = ("latencies", "loads", "demand", "forecast")
