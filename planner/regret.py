@@ -112,8 +112,8 @@ def _worlds(problems: Problems, factors: Sequence[float]) -> Iterator[_World]:
     yield _World(name="as planned", factor=1.0, fleet=fleet, forecast=forecast)
     yield _World(name="forecast", factor=1.0, fleet=fleet, forecast=problems.truth)
     for factor in factors:
-        for name, slower in (("latencies", True), ("loads", False)):
-            worse = slower(fleet, factor, requests=slower)
+        for name, requests in (("latencies", True), ("loads", False)):
+            worse = slower(fleet, factor, requests=requests)
             yield _World(name=name, factor=factor, fleet=worse, forecast=forecast)
         yield _World(
             name="demand",
