@@ -242,6 +242,54 @@ def test_engine_agrees_where_the_cache_is_short(rows, blocks, block_tokens, **sw
     assert closed == reference
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_blocks_balance_at_every_moment(seed):
+    """Two engines of one LLM, with preemptions: whenever one looks, the blocks of all jobs'
+    computed tokens (and of the prompts under way) add up to those that are neither free
+    nor lent, and requests in = ended + queued + in flight."""
+    rng = np.random.default_rng(seed)
+    count = 60
+    columns = Columns(
+        np.cumsum(rng.exponential(0.02, count)),
+        np.zeros(count, np.int32),
+        rng.integers(1, 90, count).astype(np.int32),
+        rng.integers(1, 90, count).astype(np.int32),
+    )
+    engines = Engines(1, columns)
+    limits = EngineLimits(max_num_batched_tokens=64, max_num_seqs=8)
+    each = [engines.open(0, n, DYADIC, 400, limits, cap=6) for n in range(2)]
+    state, now_s = engines.state, 0.0
+
+    def blocks_of(e: int) -> int:
+        row, jobs = engines.row(e), state.jobs
+        tokens = state.chunk_end[e, : row["chunks"]].tolist()
+        slot = row["decoding_first"]
+        while slot >= 0:
+            job = jobs[slot]
+            tokens.append(job["computed"] + row["step"] - job["begun"])
+            slot = job["next"]
+        if row["prompt"] >= 0:
+            tokens.append(jobs[row["prompt"]]["computed"])
+        return sum(-(-int(n) // 16) for n in tokens)
+
+    while engines.top["ended"] < count:
+        now_s += float(rng.exponential(0.05))
+        while engines.run(now_s):
+            engines.top["woken"] = engines.top["revoked"] = False
+        if rng.random() < 0.1:
+            engines.lend(each[0], 2)
+        for e in each:
+            row = engines.row(e)
+            assert row["free"] >= 0
+            assert row["blocks"] - row["free"] - row["lent"] == blocks_of(e)
+        in_flight = sum(int(engines.row(e)["in_flight"]) for e in each)
+        queued = int(state.queue[0])
+        arrived = int(np.searchsorted(columns.arrival_s, now_s, side="right"))
+        assert engines.top["arrived"] == arrived
+        assert arrived == engines.top["ended"] + queued + in_flight
+
+
 def test_engine_one_request_by_hand():
     """TIME: prefill 10 ms + 10 us a token, decode 10 ms + 0.1 ms a sequence. 1000 in, 11
     out: first token at 0.020, then ten steps of 10.1 ms."""
