@@ -10,7 +10,7 @@ from foreserve.planner.arena import Entry, Instance
 from foreserve.planner.figures import COLORS
 
 WIDTH, HEIGHT = 460, 220
-LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 10, 34
 STYLE = """
 :root{--ink:#1c2128;--muted:#59636e;--line:#d8dee4;--page:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--muted:#9198a1;--line:#3d444d;
