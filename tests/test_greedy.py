@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -240,11 +239,9 @@ def test_perfect_bound_is_a_bound() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_feasible_at_every_size(seed: int) -> None:
     """16 LLMs on 4 x 8 GPUs, 20 scenarios: referee-clean, and prewarming or not, never
-    dearer than serving alone; about a quarter of a second on an idle core."""
+    dearer than serving alone."""
     p = realistic(np.random.default_rng(seed), 16, [8] * 4, 20)
-    began_s = perf_counter()
     solved = greedy.solve(p, OPTIONS)
-    assert perf_counter() - began_s < 3.0
     assert solved.schedule is not None
     assert referee.violations(p, solved.schedule) == ()
     total = referee.cost(p, solved.schedule).total
