@@ -31,6 +31,7 @@ class Activation:
         self.groups, self.on, self.of, self.value = groups, on, of, value
         self.unmet = {llm: need.get(llm, 0) for llm in of}
         self.running = [-1] * len(on)
+        self._switched: list[tuple[int, bool]] = []
         self._order = sorted(
             (r for llm in of if self.unmet[llm] > 0 for r in of[llm]),
             key=lambda r: -value[groups[r][0]] * groups[r][2] / len(groups[r][1]),
@@ -42,13 +43,18 @@ class Activation:
         for llm in sorted(self.of, key=lambda name: -self.value[name]):
             self._use_idle(llm)
         for _ in range(rounds):
-            if sum(self._want(r, 2) for r in self._order) <= NEARLY:
+            gained = 0.0
+            for r in self._order:
+                self._switched.clear()
+                gained += self._want(r, 2)
+            if gained <= NEARLY:
                 break
         return {llm: n - max(0, self.unmet[llm]) for llm, n in start.items()}
 
     def _switch(self, r: int, on: bool) -> float:
         """Activate or stop a replica; what that is worth."""
         llm, gpus, units = self.groups[r]
+        self._switched.append((r, on))
         for gpu in gpus:
             self.running[gpu] = r if on else -1
         before = self.unmet[llm]
@@ -86,11 +92,13 @@ class Activation:
         llm, gpus, _ = self.groups[r]
         if self.unmet[llm] <= 0 or self.running[gpus[0]] == r or self.value[llm] <= 0:
             return 0.0
-        before = dict(self.unmet), list(self.running)
+        mark = len(self._switched)
         total = self._displace(r, depth)
         if total > NEARLY:
             return total
-        self.unmet, self.running = before
+        for other, on in reversed(self._switched[mark:]):
+            self._switch(other, not on)
+        del self._switched[mark:]
         return 0.0
 
     def _displace(self, r: int, depth: int) -> float:

@@ -6,27 +6,35 @@ problems each, by LLMs x GPUs x scenarios:
     8 x 8 x 8: CP-SAT 0.13, HiGHS 0.39      16 x 16 x 8:  CP-SAT 3.5, HiGHS 1.8
     12 x 8 x 8: CP-SAT 0.10, HiGHS 0.15     16 x 32 x 20: gap after 10 s 0.60, 0.37
 
-The sizes are about 800, 1,100, 4,300 and 18,000 binary choices.
+The sizes are about 800, 1,100, 4,300 and 18,000 binary choices. Beyond that neither gets
+near its bound, and `scale` does (docs/solving_at_scale.md).
 """
 
 from __future__ import annotations
 
 from foreserve.models.problem import Problem
-from foreserve.solvers import cpsat, milp
+from foreserve.solvers import cpsat, milp, scale
 from foreserve.solvers.base import Solver
-from foreserve.solvers.index import index
+from foreserve.solvers.index import candidate_count, index
 from foreserve.solvers.result import Schedule, Solved, SolveOptions
 
 CPSAT_CHOICES = 2_500
 """CP-SAT takes problems of up to this many binary choices, HiGHS larger ones."""
+SCALE_CHOICES = 8_000
+"""And `scale` those above this."""
 
 
 def solve(
     problem: Problem, options: SolveOptions, start: Schedule | None = None
 ) -> Solved:
     """As the chosen solver, whose name the report carries."""
-    small = choices(problem) <= CPSAT_CHOICES
-    solver: Solver = cpsat.solve if small else milp.solve
+    solver: Solver = scale.solve
+    if candidate_count(problem.fleet) <= SCALE_CHOICES:
+        count = choices(problem)
+        if count <= CPSAT_CHOICES:
+            solver = cpsat.solve
+        elif count <= SCALE_CHOICES:
+            solver = milp.solve
     return solver(problem, options, start)
 
 

@@ -24,6 +24,7 @@ from foreserve.models.codec import did_you_mean
 from foreserve.models.errors import InvalidInput
 from foreserve.models.plan import Status
 from foreserve.models.problem import Problem
+from foreserve.solvers.index import compiles
 from foreserve.solvers.judge import refereed
 from foreserve.solvers.result import (
     Progress,
@@ -54,6 +55,7 @@ SOLVERS = {
     "auto": "foreserve.solvers.auto:solve",
     "milp": "foreserve.solvers.milp:solve",
     "cpsat": "foreserve.solvers.cpsat:solve",
+    "scale": "foreserve.solvers.scale:solve",
     "greedy": "foreserve.solvers.greedy:solve",
 }
 """Name -> dotted path, imported only where it runs. Any ``module:function`` works too."""
@@ -62,6 +64,7 @@ LIBRARIES = {
     "auto": ("highspy", "pyomo", "ortools"),
     "milp": ("highspy", "pyomo"),
     "cpsat": ("ortools",),
+    "scale": ("highspy", "numba"),
 }
 
 DEFAULTS = SolveOptions()
@@ -69,6 +72,9 @@ START_S = 120.0
 """A child that has not imported its solver after this long is given up."""
 GRACE_S = 5.0
 """A solver that has not answered this long after its time limit is killed."""
+
+COMPILE_S = 180.0
+"""More grace for the first solve of a child that may have code to compile."""
 
 
 class Solver(Protocol):
@@ -156,8 +162,11 @@ class SolverPool:
             return solve(problem, self.name, self.options, start)
         fallback, began_s = start, perf_counter()
         try:
+            grace_s = GRACE_S
+            if self._child is None and compiles(problem, self.name):
+                grace_s += COMPILE_S
             pipe = self._pipe()
-            deadline_s = perf_counter() + self.options.time_limit_s + GRACE_S
+            deadline_s = perf_counter() + self.options.time_limit_s + grace_s
             pipe.send((problem, start))
             found = self._receive(pipe, deadline_s)
             fallback = found or start

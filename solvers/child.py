@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import resource
 import signal
@@ -17,9 +18,12 @@ from foreserve.models import referee
 from foreserve.models.plan import Status
 from foreserve.models.problem import Problem
 from foreserve.solvers.base import get_solver, version
+from foreserve.solvers.index import GREEDY_CANDIDATES, candidate_count, compiles
 from foreserve.solvers.judge import best_of
 from foreserve.solvers.result import Progress, Schedule, Solved, SolveOptions, curve
 from foreserve.solvers.shares import resplit
+
+SCALE = "foreserve.solvers.scale"
 
 
 def main() -> None:
@@ -69,13 +73,23 @@ def work(
     found: Callable[[Schedule | None], None] = lambda schedule: None,
 ) -> Solved:
     """Run the solver from the best of ``start`` and greedy, in what they leave of the
-    time; ``found`` hears of that start before the solver begins. Not refereed."""
+    time; ``found`` hears of that start before the solver begins. Not refereed.
+
+    `scale` begins with its own quick start, and so do all where greedy takes too long."""
+    if compiles(problem, name):
+        importlib.import_module(SCALE).prepare()
     began_s = perf_counter()
     solver, greedy = get_solver(name), get_solver("greedy")
     starts = [start, None if start is None else resplit(problem, start)]
     first = None
     if solver is not greedy:
-        first = greedy(problem, options)
+        large = candidate_count(problem.fleet) > GREEDY_CANDIDATES
+        own = name == "scale" or large
+        first = (
+            get_solver(f"{SCALE}:quick")(problem, options)
+            if own
+            else greedy(problem, options)
+        )
         starts.append(first.schedule)
     best = best_of(problem, starts)
     found(best)

@@ -1,0 +1,276 @@
+"""Counts for the bound, annealing for the plan: the solver whose cost grows slowest.
+
+Per epoch, given the placement before: the relaxation over counts per class of nodes
+(`counts`) bounds the cost, cut and then branched as far as its share of the time goes;
+its counts, set out on blocks, and the start are both annealed (`anneal`), the better one
+to the end. The bound of several epochs is the sum of theirs, where (O4) counts in the
+first one alone, since the others may follow any placement.
+
+``work_limit`` counts thousands of moves per epoch (and nodes of the branching).
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+
+from foreserve.models import referee
+from foreserve.models.cost import IterationTime
+from foreserve.models.placement import Placement
+from foreserve.models.plan import Status, relative_gap
+from foreserve.models.problem import Fleet, Problem, ReplicaOption, ServedLlm
+from foreserve.models.specs import ClusterSpec, GpuType, Node
+from foreserve.solvers import greedy
+from foreserve.solvers.anneal import best_pattern
+from foreserve.solvers.counts import GRID, CountModel
+from foreserve.solvers.field import Field
+from foreserve.solvers.index import candidate_count
+from foreserve.solvers.judge import best_of
+from foreserve.solvers.result import (
+    Progress,
+    Schedule,
+    Solved,
+    SolveOptions,
+    SolveReport,
+)
+from foreserve.solvers.shares import perfect_bound
+
+RELAX, BRANCH = 0.2, 0.2
+"""Shares of an epoch's time for the relaxation with its cuts, and for branching."""
+BRANCH_COLUMNS = 600
+"""With more counts than this, branching leaves the bound where it was."""
+LARGE = 2_000
+"""GPUs from which on one start is searched, and without heat."""
+SECOND = 0.15
+"""Share of the search that begins from the start, not from the counts."""
+SMALL = 2_000
+"""Greedy is one of the starts where there are at most so many candidate replicas."""
+QUICK_MOVES = 3_000
+CHUNK = 1000
+"""Moves between two looks at the clock."""
+HOT, COLD = 0.5, 0.005
+"""First and last heat, in mean losses of one missing instance in one scenario."""
+
+
+def solve(
+    problem: Problem, options: SolveOptions, start: Schedule | None = None
+) -> Solved:
+    """One epoch after the other; the start is one of the candidates of each."""
+    began_s = perf_counter()
+    run = _Run(problem, options, began_s)
+    schedule: list[Placement] = []
+    before = problem.initial
+    for epoch in range(problem.num_epochs):
+        share = (epoch + 1) / problem.num_epochs
+        until_s = began_s + share * options.time_limit_s
+        given = None if start is None else start[epoch]
+        found = run.epoch(epoch, before, given, until_s)
+        if found is None:
+            status = Status.TIME_LIMIT if run.feasible else Status.INFEASIBLE
+            message = f"no placement for epoch {epoch}"
+            report = SolveReport(status=status, solver="scale", message=message)
+            return Solved(schedule=None, report=report)
+        schedule.append(found)
+        before = found
+    total = referee.cost(problem, schedule).total
+    bound = max(run.bound, perfect_bound(problem))
+    closed = relative_gap(total, bound) <= max(options.gap, 1e-9)
+    chosen = tuple(schedule)
+    if run.greedy is not None:
+        # The search's own cost may be above the referee's, here and there by a little.
+        best = best_of(problem, [chosen, run.greedy])
+        chosen = chosen if best is None else best
+        total = referee.cost(problem, chosen).total
+    run.note(total, bound)
+    report = SolveReport(
+        status=Status.OPTIMAL if closed else Status.FEASIBLE,
+        solver="scale",
+        objective=total,
+        bound=min(bound, total),
+        time_to_first_s=run.first_s,
+        progress=tuple(run.progress),
+        message=run.message,
+    )
+    return Solved(schedule=chosen, report=report)
+
+
+def quick(
+    problem: Problem, options: SolveOptions, start: Schedule | None = None
+) -> Solved:
+    """A schedule without looking at the bound: what was there, ACTIVE replicas by a greedy
+    rule, then moves that pay. Deterministic; ``start`` changes nothing."""
+    began_s = perf_counter()
+    schedule: list[Placement] = []
+    before = problem.initial
+    for epoch in range(problem.num_epochs):
+        field = Field(problem, epoch, before, options.seed)
+        field.take(before)
+        field.cover()
+        field.search(0.0, QUICK_MOVES)
+        before = field.placement()
+        schedule.append(before)
+    possible = not referee.violations(problem, schedule)
+    report = SolveReport(
+        status=Status.FEASIBLE if possible else Status.TIME_LIMIT,
+        solver="quick",
+        objective=referee.cost(problem, schedule).total if possible else None,
+        bound=perfect_bound(problem) if possible else 0.0,
+        time_to_first_s=perf_counter() - began_s if possible else None,
+    )
+    return Solved(schedule=tuple(schedule) if possible else None, report=report)
+
+
+def prepare() -> None:
+    """Load the compiled search, or compile it: once per version, about half a minute."""
+    kind = GpuType(
+        name="g",
+        memory_bytes=2,
+        hbm_bytes_per_s=1.0,
+        bf16_flop_per_s=1.0,
+        gpu_link_bytes_per_s=1.0,
+        host_link_bytes_per_s=1.0,
+        price_usd_per_h=1.0,
+    )
+    node = Node(name="n", gpu="g", gpus=2, host_ram_bytes=1)
+    cluster = ClusterSpec(nodes=(node,), gpu_types=(kind,), usable_fraction=1.0)
+    time = IterationTime(
+        prefill_base_s=0.0,
+        prefill_s_per_token=0.0,
+        prefill_s_per_token2=0.0,
+        decode_base_s=0.0,
+        decode_s_per_seq=0.0,
+        decode_s_per_context_token=0.0,
+        relative_error=0.0,
+        source="",
+    )
+    option = ReplicaOption(
+        llm="m",
+        gpu_type="g",
+        tp=1,
+        resident_bytes=1,
+        kv_bytes=1,
+        kv_token_bytes=1,
+        concurrency=1,
+        rate_rps=1.0,
+        exec_s=1.0,
+        load_s=1.0,
+        activate_s=0.0,
+        ttft_s=1.0,
+        tpot_s=1.0,
+        time=time,
+    )
+    llm = ServedLlm(name="m", cold_loss_s=9.0, instance_concurrency=1)
+    problem = Problem(
+        fleet=Fleet(cluster=cluster, llms=(llm,), options=(option,)),
+        epoch_s=1.0,
+        demand_rps=((1.0,),),
+        scenario_probability=(1.0,),
+        peak_load=(((2.0,),),),
+    )
+    options = SolveOptions(work_limit=1, gap=0.0)
+    schedule = solve(problem, options).schedule
+    assert schedule is not None
+    Field(problem, 0, Placement(), 0).take(schedule[0])
+    best_pattern(np.ones(1), np.ones(1, np.int64), np.zeros(1, np.int64), GRID)
+
+
+class _Run:
+    """What the epochs of one solve share."""
+
+    def __init__(self, problem: Problem, options: SolveOptions, began_s: float) -> None:
+        self.problem, self.options, self.began_s = problem, options, began_s
+        self.bound = 0.0
+        self.first_s: float | None = None
+        self.progress: list[Progress] = []
+        self.message, self.feasible = "", True
+        # Greedy is a start, and what `never worse than greedy` is held against.
+        small = candidate_count(problem.fleet) <= SMALL
+        found = greedy.solve(problem, options).schedule if small else None
+        self.greedy = found
+
+    def note(self, objective: float | None, bound: float | None) -> None:
+        """Progress is told of the first epoch, or of the whole schedule at the end."""
+        elapsed_s = perf_counter() - self.began_s
+        if objective is not None and self.first_s is None:
+            self.first_s = elapsed_s
+        self.progress.append(Progress(elapsed_s, objective, bound))
+
+    def epoch(
+        self, epoch: int, before: Placement, given: Placement | None, until_s: float
+    ) -> Placement | None:
+        """The best placement found until then; adds to the bound."""
+        options, span_s = self.options, until_s - perf_counter()
+        work = options.work_limit
+        field = Field(self.problem, epoch, before, options.seed + 1009 * epoch)
+        if given is not None:
+            field.take(given)
+        field.cover()
+        self._tell(epoch, field.cost, None)
+        model = CountModel(self.problem, epoch, switching=epoch == 0)
+        forever = float("inf")
+        limit_s = forever if work else perf_counter() + RELAX * span_s
+        counts = model.relax(limit_s)
+        bound = counts.bound if counts else 0.0
+        self._tell(epoch, None, bound)
+        limit_s = forever if work else BRANCH * span_s
+        if model.feasible and counts is not None:
+            self.message += (
+                f"relaxed {bound:.6g} at {perf_counter() - self.began_s:.2f} s, "
+            )
+            if len(model.columns) <= BRANCH_COLUMNS:
+                counts = model.whole(limit_s, options.gap, options.seed, work) or counts
+            bound = max(bound, model.bound)
+        if not model.feasible:
+            self.feasible = False
+            return None
+        self.bound += bound
+        self._tell(epoch, None, bound)
+        starts = [(field.state.copy(), field.cost)]
+        if self.greedy is not None:
+            field.clear()
+            field.take(self.greedy[epoch])
+            starts.append((field.state.copy(), field.cost))
+        starts = [min(starts, key=lambda start: start[1])]
+        if counts is not None:
+            field.clear()
+            field.set_out(model, counts)
+            starts.append((field.state.copy(), field.cost))
+        best, least = min(starts, key=lambda start: start[1])
+        if len(field.gpus) > LARGE:
+            starts = [(best, least)]
+        began_s = perf_counter()
+        for (state, cost), share in zip(starts[::-1], (1 - SECOND, 1.0), strict=False):
+            field.state, field.cost = state.copy(), cost
+            end_s = began_s + (until_s - began_s) * (share if len(starts) > 1 else 1.0)
+            self._anneal(epoch, field, bound, end_s)
+            if field.cost < least:
+                best, least = field.state.copy(), field.cost
+        field.state, field.cost = best, least
+        return field.placement()
+
+    def _anneal(self, epoch: int, field: Field, bound: float, until_s: float) -> None:
+        """Cooling to the end of the time, or of the work."""
+        unit, hot = field.unit(), HOT
+        if len(field.gpus) > LARGE:
+            hot = COLD  # too few moves per GPU to come back from worse ones
+        began_s, work = perf_counter(), self.options.work_limit
+        best, least, moves = field.state.copy(), field.cost, 0
+        while True:
+            if work:
+                done = moves / (1000 * work)
+            else:
+                done = (perf_counter() - began_s) / max(1e-9, until_s - began_s)
+            if done >= 1 or relative_gap(least, bound) <= self.options.gap:
+                break
+            field.search(unit * hot * (COLD / hot) ** done, CHUNK)
+            moves += CHUNK
+            if field.cost < least - 1e-9:
+                best, least = field.state.copy(), field.cost
+                self._tell(epoch, least, None)
+        self.message += f"{moves} moves to {least:.6g}, "
+        field.state, field.cost = best, least
+
+    def _tell(self, epoch: int, objective: float | None, bound: float | None) -> None:
+        if epoch == 0 and self.problem.num_epochs == 1:
+            self.note(objective, bound)

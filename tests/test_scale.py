@@ -1,0 +1,135 @@
+"""The solver for large clusters: its bound holds, and its search is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from foreserve.models import referee
+from foreserve.models.plan import Status
+from foreserve.solvers.anneal import best_pattern
+from foreserve.solvers.base import solve
+from foreserve.solvers.counts import GRID, CountModel, separate
+from foreserve.solvers.field import Field
+from foreserve.solvers.result import SolveOptions
+from tests import oracle
+from tests.build import cluster, fleet, option
+from tests.problems import problem, realistic, tiny
+
+WORK = SolveOptions(time_limit_s=60.0, work_limit=3, gap=0.0, in_process=True)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_bound_holds_and_small_problems_are_solved(block: int) -> None:
+    """Against brute force on 20 tiny problems each, odd ones of two epochs: the relaxation
+    is never above the optimum, no plan is below it, and most one-epoch plans reach it."""
+    reached, counted = 0, 0
+    for seed in range(20 * block, 20 * block + 20):
+        p = tiny(np.random.default_rng(1000 + seed), epochs=1 + seed % 2)
+        try:
+            found = oracle.best(p, most=600)
+        except oracle.TooLarge:
+            continue
+        solved = solve(p, "scale", WORK)
+        if found is None:
+            assert solved.schedule is None
+            continue
+        optimum, slack = found[0], 1e-6 * max(1.0, found[0])
+        model = CountModel(p, 0, switching=True)
+        relaxed = model.relax(float("inf"))
+        assert relaxed is not None
+        if p.num_epochs == 1:
+            assert relaxed.bound <= optimum + slack
+        assert solved.report.status is not Status.ERROR, solved.report.message
+        assert solved.report.bound <= optimum + slack
+        if solved.report.objective is not None:
+            assert solved.report.objective >= optimum - slack
+            if p.num_epochs == 1:
+                counted += 1
+                reached += solved.report.objective <= optimum + slack
+    assert reached >= 0.8 * counted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cuts_hold_for_every_set_that_fits(seed: int) -> None:
+    """No set of items within a GPU's memory, one per LLM, has more than 1 in a cut; and
+    the dynamic programme behind it finds the best of all sets."""
+    rng = np.random.default_rng(seed)
+    count = 8
+    weight = rng.integers(GRID // 8, GRID // 2 + GRID // 4, count)
+    llm = rng.integers(0, 6, count)
+    fitting = [
+        list(items)
+        for size in range(1, count + 1)
+        for items in combinations(range(count), size)
+        if weight[list(items)].sum() <= GRID and len(set(llm[list(items)])) == size
+    ]
+    slope = separate(rng.uniform(0.2, 0.8, count), weight, llm)
+    if slope is not None:
+        assert max(slope[items].sum() for items in fitting) <= 1 + 1e-9
+    worth, order = rng.uniform(0, 1, count), np.argsort(llm, kind="stable")
+    best, chosen = best_pattern(worth[order], weight[order], llm[order], GRID)
+    assert best == pytest.approx(max(worth[items].sum() for items in fitting))
+    assert best == pytest.approx(worth[order][chosen > 0].sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_knows_what_its_placement_costs(seed: int) -> None:
+    """After thousands of moves, hot and cold, the cost kept move by move is at least the
+    referee's and no more than a little above it (activations are repaired, not best),
+    and every row holds."""
+    p = realistic(np.random.default_rng(seed), 10, [8, 4], 6)
+    field = Field(p, 0, p.initial, seed)
+    field.cover()
+    for heat in (1.0, 0.1, 0.0):
+        field.search(heat * field.unit(), 3_000)
+        placement = field.placement()
+        assert referee.violations(p, (placement,)) == ()
+        total = referee.cost(p, (placement,)).total
+        assert total - 1e-6 <= field.cost <= 1.1 * total + 1e-6
+    again = Field(p, 0, p.initial, seed)
+    again.take(placement)
+    assert again.placement() == placement
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_never_worse_than_greedy_and_the_same_again(seed: int) -> None:
+    """From a placement before, at fixed work: two runs give one schedule, its cost is the
+    referee's, and at most greedy's."""
+    p = realistic(np.random.default_rng(seed), 8, [8, 8], 6)
+    first = solve(p, "greedy", WORK).schedule
+    assert first is not None
+    p = realistic(np.random.default_rng(seed + 100), 8, [8, 8], 6)
+    p = replace(p, initial=first[0])
+    greedy = solve(p, "greedy", WORK).report.objective
+    found = [solve(p, "scale", WORK) for _ in range(2)]
+    assert found[0].schedule == found[1].schedule
+    report = found[0].report
+    assert report.bound <= report.objective <= greedy + 1e-9
+    assert [point.elapsed_s for point in report.progress] == sorted(
+        point.elapsed_s for point in report.progress
+    )
+
+
+def test_equal_nodes_are_one_class() -> None:
+    """Three nodes, one of which an LLM may not use: two classes, whatever their number."""
+    rules = fleet(option("a"), on=cluster(2, nodes=3))
+    rules = replace(rules, llms=(replace(rules.llms[0], nodes=("n0", "n2")),))
+    p = problem(rules, [[0.5]], [(1.0, [[16.0]])])
+    model = CountModel(p, 0, switching=True)
+    assert [group.nodes for group in model.classes] == [("n0", "n2"), ("n1",)]
+    assert [column.group for column in model.columns] == [0]
+
+
+def test_cuts_know_that_three_halves_do_not_fit() -> None:
+    """Two GPUs of 100 bytes, three LLMs of 51 each, all needed at once and 10 each: the
+    relaxation without cuts would hold all three; a GPU holds and runs one. Optimum: 10
+    missed, two loads of 2, rent of two GPUs of 0.1."""
+    rules = fleet(*(option(name, resident_bytes=51) for name in "abc"), on=cluster(2))
+    p = problem(rules, [[0.0]] * 3, [(1.0, [[8.0]] * 3)])
+    solved = solve(p, "scale", WORK)
+    assert solved.report.status is Status.OPTIMAL
+    assert solved.report.objective == pytest.approx(10.0 + 4.0 + 2.0)
