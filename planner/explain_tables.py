@@ -10,6 +10,13 @@ from foreserve.planner.tables import Part
 from foreserve.planner.what_if import WhatIf
 
 
+def seconds(value: float | None, sign: str = "") -> str:
+    """Three digits or all before the point; ``sign`` "+" also shows a plus."""
+    if value is None:
+        return ""
+    return format(value, f"{sign}.0f" if abs(value) >= 100 else f"{sign}.3g")
+
+
 def limit_parts(
     gpu_rows: Sequence[GpuLimit], llm_rows: Sequence[LlmLimit]
 ) -> list[Part]:
@@ -56,10 +63,10 @@ def terms_part(
     """Costs by LLM, where known, and in all."""
     labels = sorted(terms)
     rows = [
-        (name, *(f"{own.get(k, 0.0):.1f}" for k in labels), f"{sum(own.values()):.1f}")
+        (name, *(seconds(own.get(k)) for k in labels), seconds(sum(own.values())))
         for name, own in by_llm.items()
     ]
-    total = ("all", *(f"{terms[k]:.1f}" for k in labels), f"{sum(terms.values()):.1f}")
+    total = ("all", *(seconds(terms[k]) for k in labels), seconds(sum(terms.values())))
     return Part(
         "cost, weighted seconds of delay", ["LLM", *labels, "total"], [*rows, total]
     )
@@ -67,19 +74,15 @@ def terms_part(
 
 def what_if_part(title: str, rows: Sequence[WhatIf]) -> Part:
     """What each change would cost or save."""
-
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:+.1f}"
-
     return Part(
         title,
         ["change", "objective", "at least", "at most", "status", "solver", "gap"],
         [
             (
                 row.change,
-                number(row.difference),
-                number(row.least),
-                number(row.most),
+                seconds(row.difference, "+"),
+                seconds(row.least, "+"),
+                seconds(row.most, "+"),
                 str(row.status),
                 row.solver,
                 "" if row.gap is None else f"{row.gap:.2%}",

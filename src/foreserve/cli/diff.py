@@ -74,7 +74,7 @@ def _parts(epoch: EpochDiff, steps: bool) -> list[Part]:
             f"to switch over: {len(move.steps)} steps, {move.seconds:.1f} s{lost}",
         ),
         Part(
-            f"cost {span}, weighted seconds of delay",
+            "cost, s of delay",
             ["term", "A", "B", "B - A"],
             [_cost_row(label, *pair) for label, pair in epoch.costs.items()],
         ),
@@ -85,6 +85,7 @@ def _parts(epoch: EpochDiff, steps: bool) -> list[Part]:
 
 
 def _cost_row(label: str, old: float | None, new: float | None) -> tuple[str, ...]:
-    texts = ["" if value is None else f"{value:.1f}" for value in (old, new)]
-    known = old is not None and new is not None
-    return (label, *texts, f"{new - old:+.1f}" if known else "")  # type: ignore[operator]
+    from foreserve.planner.explain_tables import seconds
+
+    more = None if old is None or new is None else new - old
+    return label, seconds(old), seconds(new), seconds(more, "+")

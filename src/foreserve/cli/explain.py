@@ -257,10 +257,11 @@ def _explained(
     if subject.problem is not None:
         by_llm = terms_by_llm(subject.problem, subject.epoch, subject.before, placement)
     if llm:
+        asked = set(map(str, gpus or ()))
         gpu_rows = tuple(
             row
             for row in gpu_rows
-            if any(t.startswith(f"{llm} ") for t in row.replicas)
+            if row.gpu in asked or any(t.startswith(f"{llm} ") for t in row.replicas)
         )
         llm_rows = tuple(row for row in llm_rows if row.llm == llm)
         by_llm = {name: terms for name, terms in by_llm.items() if name == llm}
@@ -302,7 +303,7 @@ def _why_not(
     options: SolveOptions,
 ) -> tuple[Mapping[str, Any], list[Part]]:
     from foreserve.planner.explain import obstacles
-    from foreserve.planner.explain_tables import what_if_part
+    from foreserve.planner.explain_tables import seconds, what_if_part
     from foreserve.planner.tables import Part
     from foreserve.planner.what_if import held_there, repriced
 
@@ -327,7 +328,7 @@ def _why_not(
             )
             facts["added"][state] = more
             if more is not None:
-                text = f"possible; all else as it is, {more:+.1f} s"
+                text = f"possible; all else as it is, {seconds(more, '+')} s"
         rows.append((state, text))
     parts = [Part(f"{key}: why not?", ["state", "first limit"], rows)]
     possible = not any(row.label in ("plan", "C2") for row in found)
