@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 Group = tuple[str, tuple[int, ...], int]
 """(llm, numbers of its GPUs, instances it counts for) of one WARM replica."""
 NEARLY = 1e-12
+DEEP = 1_000
+"""Up to so many replicas, those that are pushed out push out others in turn."""
 
 
 class Activation:
@@ -40,13 +42,14 @@ class Activation:
     def covered(self, rounds: int = 8) -> Mapping[str, int]:
         """Instances covered of each LLM, after improvement."""
         start = dict(self.unmet)
+        depth = 2 if len(self._order) <= DEEP else 1
         for llm in sorted(self.of, key=lambda name: -self.value[name]):
             self._use_idle(llm)
         for _ in range(rounds):
             gained = 0.0
             for r in self._order:
                 self._switched.clear()
-                gained += self._want(r, 2)
+                gained += self._want(r, depth)
             if gained <= NEARLY:
                 break
         return {llm: n - max(0, self.unmet[llm]) for llm, n in start.items()}
@@ -65,7 +68,8 @@ class Activation:
         total, running = 0.0, self.running
         if self.unmet[llm] > 0:
             for r in self.of[llm]:
-                if all(running[gpu] < 0 for gpu in self.groups[r][1]):
+                gpus = self.groups[r][1]
+                if running[gpus[0]] < 0 and all(running[gpu] < 0 for gpu in gpus):
                     total += self._switch(r, True)
                     if self.unmet[llm] <= 0:
                         break

@@ -42,6 +42,8 @@ BRANCH_COLUMNS = 600
 """With more counts than this, branching leaves the bound where it was."""
 LARGE = 2_000
 """GPUs from which on one start is searched, and without heat."""
+JUDGED = 0.2
+"""Share of the time, with so many GPUs, that is left to cost the schedule in the end."""
 SECOND = 0.15
 """Share of the search that begins from the start, not from the counts."""
 SMALL = 2_000
@@ -59,11 +61,14 @@ def solve(
     """One epoch after the other; the start is one of the candidates of each."""
     began_s = perf_counter()
     run = _Run(problem, options, began_s)
+    limit_s = options.time_limit_s
+    if len(problem.fleet.cluster.gpus) > LARGE:
+        limit_s *= 1 - JUDGED
     schedule: list[Placement] = []
     before = problem.initial
     for epoch in range(problem.num_epochs):
         share = (epoch + 1) / problem.num_epochs
-        until_s = began_s + share * options.time_limit_s
+        until_s = began_s + share * limit_s
         given = None if start is None else start[epoch]
         found = run.epoch(epoch, before, given, until_s)
         if found is None:
