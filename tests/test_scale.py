@@ -8,8 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from foreserve.models import referee
+from foreserve.models import recourse, referee
 from foreserve.models.plan import Status
+from foreserve.models.specs import Node
 from foreserve.solvers.anneal import best_pattern
 from foreserve.solvers.base import solve
 from foreserve.solvers.counts import GRID, CountModel, separate
@@ -133,3 +134,33 @@ def test_cuts_know_that_three_halves_do_not_fit() -> None:
     solved = solve(p, "scale", WORK)
     assert solved.report.status is Status.OPTIMAL
     assert solved.report.objective == pytest.approx(10.0 + 4.0 + 2.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_costs_of_large_placements_are_never_too_low(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the dynamic programme may not run, what stands in for the best activation
+    covers at most as much, here at least nine tenths, and the upper limit holds."""
+    rng = np.random.default_rng(seed)
+    nodes = Node(name="n", gpu="g", gpus=8, host_ram_bytes=1)
+    spare = [
+        (llm, block, int(rng.integers(1, 3)))
+        for llm in "abcdef"
+        for tp in (1, 2, 4)
+        for block in nodes.blocks(tp)
+        if rng.random() < 0.3
+    ]
+    value = {llm: float(rng.uniform(1, 5)) for llm in "abcdef"}
+    needs = [{llm: int(rng.integers(0, 4)) for llm in "abcdef"} for _ in range(5)]
+    exact = recourse.covered_value(spare, value, needs)
+    assert recourse.covered_at_most(spare, value, needs) == exact
+    monkeypatch.setattr(recourse, "STATES", 0)
+    good = recourse.covered_value(spare, value, needs)
+    most = recourse.covered_at_most(spare, value, needs)
+    for found, best, limit in zip(good, exact, most, strict=True):
+        assert found <= best + 1e-9 <= limit + 2e-9
+    assert sum(good) >= 0.9 * sum(exact)
+    by_llm = recourse.covered_instances(spare, value, needs)
+    worth = [sum(value[k] * n for k, n in row.items()) for row in by_llm]
+    assert worth == pytest.approx(good)
