@@ -96,7 +96,7 @@ def what_if_part(title: str, rows: Sequence[WhatIf]) -> Part:
 def conflict_lines(found: Conflict | None) -> Iterator[str]:
     """The conflict in the operator's words."""
     if found is None:
-        yield "the rules can hold; the solve found no plan for another reason"
+        yield "no conflict of the rules was found: they can hold, or time ran out"
         return
     yield f"these rules cannot hold together on {found.cluster}:"
     yield from (f"  - {rule}" for rule in found.rules)

@@ -122,6 +122,17 @@ def test_verb_tells_people_and_programs(plan, plans):
     assert plan("diff a.json a.json --exit-code")[0] == 0
 
 
+def test_a_broken_plan_is_refused(plan, plans):
+    """A GPU that the cluster does not have: the referee's words and exit code 2, not a
+    table."""
+    broken = with_placements(small_plan(), (A0,), (replace(B1, gpus=(gpu(5),)),))
+    (plans / "c.json").write_text(to_json(broken))
+    for command in ("diff a.json c.json", "explain c.json"):
+        code, _, err = plan(command)
+        assert code == 2
+        assert "the cluster has no GPU n0/5" in err
+
+
 @pytest.fixture
 def solved(tmp_path, monkeypatch, plan):
     """A small trace, its scenario, and its plan as p.json."""

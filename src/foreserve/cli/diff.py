@@ -25,11 +25,15 @@ def diff(first: str, second: str, exit_code: bool, steps: bool, as_json: bool) -
     """What appears, moves or changes state from plan A to plan B, epoch by epoch."""
     from dataclasses import asdict
 
+    from foreserve.cli.simulate import check_plan
     from foreserve.models.codec import load_plan
     from foreserve.planner.diff import diff_plans
     from foreserve.planner.steps import transition_facts
 
-    found = diff_plans(load_plan(first), load_plan(second))
+    plans = load_plan(first), load_plan(second)
+    for plan, path in zip(plans, (first, second), strict=True):
+        check_plan(plan, path)
+    found = diff_plans(*plans)
     code = int(exit_code and not found.same)
     if as_json:
         document = asdict(found)

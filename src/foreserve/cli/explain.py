@@ -134,6 +134,7 @@ def _subject(
     options: SolveOptions,
 ) -> Subject | tuple[str, Conflict | None]:
     """What the file is about; where it is a problem without a plan, why."""
+    from foreserve.cli.simulate import check_plan
     from foreserve.models import referee
     from foreserve.models.codec import from_json, load_plan, read_text
     from foreserve.models.problem import Problem
@@ -143,6 +144,7 @@ def _subject(
     text = read_text(path)
     if not _is_problem(text):
         plan = load_plan(path)
+        check_plan(plan, path)
         _check_epoch(epoch, len(plan.epochs), path)
         return _of_plan(plan, epoch, traces, scenario)
     problem = from_json(Problem, text, path)
