@@ -13,11 +13,13 @@ its own and is judged by the referee.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from os import getloadavg
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -48,6 +50,8 @@ BUSY = 0.45
 PRICES = Prices(usd_s=0.1, load_s=0.05, demote_s=0.05, slower_s=0.005)
 """GPUs that are there anyway; losses count 5 to 30 bursts an epoch."""
 LENGTHS = Lengths.fixed(1000, 250)
+RESULTS = Path("benchmarks/results/scale.json")
+"""Rows of sizes that are not run again are kept."""
 GREEDY_GPUS = 64
 """Above this many GPUs greedy is not run: 43 s at 128, and it grows fast."""
 
@@ -142,12 +146,13 @@ def instance(llms: int, gpus: int, scenarios: int, seed: int) -> Problem:
     )
 
 
-def row(size: str, seed: int) -> dict[str, Any]:
+def row(size: str, seed: int, note: str) -> dict[str, Any]:
     """One instance by `scale` in a warm child, and by greedy where that ends."""
     llms, gpus, scenarios, limit_s, first_s, wanted = SIZES[size]
     p = instance(llms, gpus, scenarios, seed)
     options = SolveOptions(time_limit_s=limit_s, gap=1e-3)
-    found: dict[str, Any] = {"size": size, "seed": seed, "load_before": getloadavg()[0]}
+    found: dict[str, Any] = {"size": size, "seed": seed, "note": note}
+    found["load_before"] = getloadavg()[0]
     greedy_s = None
     if gpus <= GREEDY_GPUS:
         with SolverPool("greedy", options) as pool:
@@ -192,13 +197,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--note", default="", help="what else ran on the machine")
     wanted = parser.parse_args()
-    rows = []
-    for size in wanted.size or SIZES:
+    sizes = wanted.size or list(SIZES)
+    kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = [old for old in kept if old["size"] not in sizes]
+    for size in sizes:
         for seed in range(1 if size == "500x10000" else wanted.seeds):
-            rows.append(row(size, seed))
+            rows.append(row(size, seed, wanted.note))
             sys.stdout.write(f"{rows[-1]}\n")
             sys.stdout.flush()
-    write_result("scale", {"note": wanted.note, "rows": rows})
+    rows.sort(key=lambda found: (list(SIZES).index(found["size"]), found["seed"]))
+    write_result("scale", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from foreserve.models.specs import GpuId
 Spare = tuple[str, tuple[GpuId, ...], int]
 """(llm, gpus, instances it counts for) of a WARM replica that may be activated."""
 
-STATES = 50_000
-"""States of the dynamic programme, over all scenarios; about a second's work."""
+STATES = 20_000
+"""States of the dynamic programme, over all scenarios; half a second's work."""
 DEPTH = 300
 """GPUs it may go over: it calls itself once for each."""
 
