@@ -62,10 +62,10 @@ def draw(
 
     The first ``steady`` LLMs (None: half of them) have a steady demand, ``busy`` of the
     GPUs in all (of the others' peaks nothing), and peaks of one to five times their mean
-    load; the rest is ``asked`` for in that share of the moments. ``correlation`` c of the Normal numbers behind all peaks: a
-    factor that all share, with weight sqrt(|c|); where c < 0 it counts for every other LLM
-    with the opposite sign, so that half of them burst when the others do not. The second
-    problem has ``fresh`` other moments; None if 0.
+    load; the rest is ``asked`` for in that share of the moments. ``correlation`` c of the
+    Normal numbers behind all peaks: a factor that all share, with weight sqrt(|c|); where
+    c < 0 it counts for every other LLM with the opposite sign, so that half of them burst
+    when the others do not. The second problem has ``fresh`` other moments; None if 0.
     """
     served, options, demand, mean = [], [], [], np.zeros(llms)
     share = rng.dirichlet(np.ones(llms)) * busy * sum(nodes)
