@@ -9,11 +9,15 @@ from foreserve.planner.explain import GIB, GpuLimit, LlmLimit
 from foreserve.planner.tables import Part
 from foreserve.planner.what_if import WhatIf
 
+ROUNDING = 1e-9
+"""Less than this is none."""
+
 
 def seconds(value: float | None, sign: str = "") -> str:
     """Three digits or all before the point; ``sign`` "+" also shows a plus."""
     if value is None:
         return ""
+    value = 0.0 if abs(value) < ROUNDING else value
     return format(value, f"{sign}.0f" if abs(value) >= 100 else f"{sign}.3g")
 
 
