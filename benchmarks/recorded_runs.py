@@ -37,7 +37,9 @@ def main(shared: str, pictures: str | None) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
         errors = {row["metric"]: round(row["error"], 4) for row in found["compared"]}
-        runs.append({"run": stem, "preemptions": found["preemptions"], "errors": errors})
+        runs.append(
+            {"run": stem, "preemptions": found["preemptions"], "errors": errors}
+        )
         click.echo(runs[-1])
     write_result("recorded_runs", {"runs": runs})
 

@@ -64,9 +64,7 @@ def _falsehood(problem: Problem, solved: Solved, fallback: Schedule | None) -> s
         if below:
             most = referee.overstated(problem, solved.schedule)
             below = cost - claim - most > _slack(cost)
-        if below or (
-            report.status is Status.OPTIMAL and above > _slack(cost)
-        ):
+        if below or (report.status is Status.OPTIMAL and above > _slack(cost)):
             return f"claims {claim!r}, the referee finds {cost!r}"
         reached.append(cost)
     if (
