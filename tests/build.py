@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+from foreserve.models.codec import to_json
 from foreserve.models.cost import IterationTime
 from foreserve.models.placement import Placement, Replica
 from foreserve.models.plan import (
@@ -127,3 +131,20 @@ def small_plan() -> Plan:
         forecaster="last",
         inputs={"trace t.csv": "00"},
     )
+
+
+def ten_minutes(folder: Path, **changes: object) -> None:
+    """Write `small_plan` with room for requests (``changes`` of its options) as p.json, and
+    as t.csv a request every 3 s: ten minutes of two LLMs on two GPUs."""
+    plan = small_plan()
+    values = {"kv_bytes": 4000, "resident_bytes": 3000} | changes
+    options = tuple(
+        replace(option, **values)  # type: ignore[arg-type]
+        for option in plan.fleet.options
+    )
+    on = cluster(memory_bytes=10_000)
+    roomy = replace(plan.fleet, options=options, cluster=on)
+    (folder / "p.json").write_text(to_json(replace(plan, fleet=roomy)))
+    rows = (f"{3 * i},{'ab'[i % 7 == 0]},40,{5 + i % 9}" for i in range(200))
+    head = "arrival_s,llm,input_tokens,output_tokens\n"
+    (folder / "t.csv").write_text(head + "\n".join(rows) + "\n")

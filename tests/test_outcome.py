@@ -33,7 +33,7 @@ from foreserve.runtime.simulated import simulate
 from foreserve.runtime.tally import Tally
 from foreserve.traces.formats import read_trace
 from foreserve.traces.trace import Trace
-from tests.build import TIME, cluster, fleet, gpu, option, small_plan
+from tests.build import TIME, cluster, fleet, gpu, option, ten_minutes
 
 STARTED = Started(at_s=0.0, policy="p", start_s=0.0, end_s=10.0)
 PAIR = fleet(option("a", exec_s=1.0), option("b", exec_s=2.0))
@@ -398,18 +398,7 @@ def test_metrics_that_some_runs_lack(served):
 @pytest.fixture
 def day(tmp_path):
     """Ten minutes of two LLMs on two GPUs, of which b is loaded for the second epoch."""
-    plan = small_plan()
-    big = [
-        replace(o, kv_bytes=4000, resident_bytes=3000, activate_s=0.5)
-        for o in plan.fleet.options
-    ]
-    roomy = replace(
-        plan.fleet, options=tuple(big), cluster=cluster(memory_bytes=10_000)
-    )
-    (tmp_path / "p.json").write_text(to_json(replace(plan, fleet=roomy)))
-    rows = (f"{3 * i},{'ab'[i % 7 == 0]},40,{5 + i % 9}" for i in range(200))
-    head = "arrival_s,llm,input_tokens,output_tokens\n"
-    (tmp_path / "t.csv").write_text(head + "\n".join(rows) + "\n")
+    ten_minutes(tmp_path, activate_s=0.5)
     return f"simulate {tmp_path}/p.json --trace {tmp_path}/t.csv"
 
 

@@ -10,13 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from foreserve.models.codec import to_json
-from tests.build import cluster, small_plan
+from tests.build import ten_minutes
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"
@@ -42,15 +40,7 @@ except RuntimeError as error:
 @pytest.fixture
 def day(tmp_path) -> list[str]:
     """Ten minutes of two LLMs on two GPUs; the program to simulate them."""
-    plan = small_plan()
-    big = [replace(o, kv_bytes=4000, resident_bytes=3000) for o in plan.fleet.options]
-    roomy = replace(
-        plan.fleet, options=tuple(big), cluster=cluster(memory_bytes=10_000)
-    )
-    (tmp_path / "p.json").write_text(to_json(replace(plan, fleet=roomy)))
-    rows = (f"{3 * i},{'ab'[i % 7 == 0]},40,{5 + i % 9}" for i in range(200))
-    head = "arrival_s,llm,input_tokens,output_tokens\n"
-    (tmp_path / "t.csv").write_text(head + "\n".join(rows) + "\n")
+    ten_minutes(tmp_path)
     words = f"-m foreserve simulate {tmp_path}/p.json --trace {tmp_path}/t.csv"
     return [sys.executable, *words.split()]
 

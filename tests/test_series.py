@@ -10,14 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from foreserve.models.codec import to_json
 from foreserve.models.errors import InvalidInput
 from foreserve.models.outcome import Residency, Run
 from foreserve.models.quantiles import grouped_quantiles
 from foreserve.runtime.journal import Ended, Started
 from foreserve.runtime.series import ALL, COUNTS, series
 from foreserve.runtime.tally import BY_ACTIVITY, Tally
-from tests.build import cluster, fleet, gpu, option, small_plan
+from tests.build import fleet, gpu, option, ten_minutes
 
 NEVER = float("nan")
 
@@ -207,15 +206,7 @@ def test_a_run_without_requests():
 @pytest.fixture
 def day(tmp_path):
     """Ten minutes of two LLMs on two GPUs, a request every 3 s."""
-    plan = small_plan()
-    big = [replace(o, kv_bytes=4000, resident_bytes=3000) for o in plan.fleet.options]
-    roomy = replace(
-        plan.fleet, options=tuple(big), cluster=cluster(memory_bytes=10_000)
-    )
-    (tmp_path / "p.json").write_text(to_json(replace(plan, fleet=roomy)))
-    rows = (f"{3 * i},{'ab'[i % 7 == 0]},40,{5 + i % 9}" for i in range(200))
-    head = "arrival_s,llm,input_tokens,output_tokens\n"
-    (tmp_path / "t.csv").write_text(head + "\n".join(rows) + "\n")
+    ten_minutes(tmp_path)
     return f"simulate {tmp_path}/p.json --trace {tmp_path}/t.csv --quiet"
 
 
