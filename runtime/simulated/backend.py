@@ -208,8 +208,7 @@ class SimulatedBackend:
         ``ended``: its load has left the links already."""
         key, before, now_s = replica.id, replica.phase, self.clock.now_s()
         check_move(key, before, after, replica.story)
-        if not (replica.borrowers and after == "DRAINING"):
-            self._hold(replica, phase_bytes(replica.option, after))
+        self._hold(replica, phase_bytes(replica.option, after))
         replica.story.append((now_s, after))
         if after is None:
             del self._replicas[key]

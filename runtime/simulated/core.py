@@ -418,18 +418,39 @@ def restart(s: State, slot: int) -> None:
 
 
 @compiled
-def end(s: State, slot: int, result: int, where: int, now_s: float) -> None:
-    top, job = s.top[0], s.jobs[slot]
-    request = job.request
-    s.first_s[request], s.end_s[request] = job.first_s, now_s
+def record(
+    s: State,
+    request: int,
+    result: int,
+    where: int,
+    first_s: float,
+    preemptions: int,
+    now_s: float,
+) -> None:
+    """Write down what came of a request."""
+    top = s.top[0]
+    s.first_s[request], s.end_s[request] = first_s, now_s
     s.result[request], s.where[request] = result, where
-    s.preempted[request] = job.preemptions
+    s.preempted[request] = preemptions
     s.order[top.ended] = request
     top.ended += 1
-    job.next = top.free_job
-    top.free_job = slot
     if top.ended == len(s.arrival_s):
         top.woken = True
+
+
+@compiled
+def free(s: State, slot: int) -> None:
+    """The job is over, or somebody else works on its request now."""
+    top = s.top[0]
+    s.jobs[slot].next = top.free_job
+    top.free_job = slot
+
+
+@compiled
+def end(s: State, slot: int, result: int, where: int, now_s: float) -> None:
+    job = s.jobs[slot]
+    record(s, job.request, result, where, job.first_s, job.preemptions, now_s)
+    free(s, slot)
 
 
 @compiled

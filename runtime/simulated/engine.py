@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from foreserve.models.cost import IterationTime
 from foreserve.models.record import Record
-from foreserve.runtime.simulated import by_hand, core, flow, layout
+from foreserve.runtime.simulated import core, flow, layout
 from foreserve.runtime.simulated.layout import NONE, Columns
 
 Floats = NDArray[np.float64]
@@ -279,7 +279,7 @@ class Engines:
     def _clear(self, e: int) -> None:
         """Free the jobs of an engine that is about to be closed."""
         for slot in self._jobs(e):
-            by_hand.free(self.state, slot)
+            core.free(self.state, slot)
         row = self.row(e)
         for name in layout.LINKS:
             row[name] = NONE

@@ -99,6 +99,15 @@ def _send(s: State, slot: int, now_s: float) -> bool:
 
 
 @compiled
+def pop(s: State, llm: int, following: int) -> None:
+    """The head of the queue has left it; ``following`` came after it."""
+    s.queue_first[llm] = following
+    if following == NONE:
+        s.queue_last[llm] = NONE
+    s.queue[llm] -= 1
+
+
+@compiled
 def drain_queue(s: State, llm: int, now_s: float) -> None:
     """Send what waits for ``llm``, first come first served, as long as someone takes it."""
     while s.queue[llm]:
@@ -106,10 +115,7 @@ def drain_queue(s: State, llm: int, now_s: float) -> None:
         following = s.jobs[slot].next
         if not _send(s, slot, now_s):
             return
-        s.queue_first[llm] = following
-        if following == NONE:
-            s.queue_last[llm] = NONE
-        s.queue[llm] -= 1
+        pop(s, llm, following)
 
 
 @compiled

@@ -21,7 +21,7 @@ from foreserve.models.serving import ServingRules
 from foreserve.runtime.clock import VirtualClock
 from foreserve.runtime.journal import Recorder, RequestEnds, RequestTable, Served
 from foreserve.runtime.router import NEVER, choose
-from foreserve.runtime.simulated import by_hand
+from foreserve.runtime.simulated import by_hand, core, flow
 from foreserve.runtime.simulated.engine import EngineLimits, Engines
 from foreserve.runtime.simulated.groups import Group, Groups, Member
 from foreserve.runtime.simulated.layout import FINISHED, NONE, UNFINISHED, Columns
@@ -178,8 +178,7 @@ class Serving:
             self.engines.close(e)
         elif member := self._groups.member(key):
             jobs = self._groups.leave(member, self.clock.now_s())
-            own = [job.request for job in jobs if job.service == member.service]
-            for request in sorted(own, reverse=True):
+            for request in sorted((job.request for job in jobs), reverse=True):
                 self._put_back(request)
             there = any(True for _ in self._groups.members(member.llm))
             self.engines.state.foreign[member.llm] = there
@@ -281,8 +280,14 @@ class Serving:
 
     def _record(self, job: SharedJob, result: int, life: int) -> None:
         first_s = math.nan if job.first_token_s is None else job.first_token_s
-        by_hand.record(
-            self.engines.state, job.request, result, life, first_s, job.preemptions
+        core.record(
+            self.engines.state,
+            job.request,
+            result,
+            life,
+            first_s,
+            job.preemptions,
+            self.clock.now_s(),
         )
 
     def _note_gaps(self, group: Group, service: int, gap_s: float, count: int) -> None:
@@ -297,14 +302,14 @@ class Serving:
         slot = engines.new_job(request)
         llm = int(engines.state.jobs[slot]["llm"])
         if engines.state.queue[llm] or not self._send(llm, slot):
-            by_hand.enqueue(engines.state, slot, first=False)
+            flow.enqueue(engines.state, slot, False)
             waiting = int(engines.state.queue[llm])
             if waiting & (waiting - 1) == 0:
                 self.clock.wake()
 
     def _put_back(self, request: int) -> None:
         """At the head of its LLM's queue, to start anew."""
-        by_hand.enqueue(self.engines.state, self.engines.new_job(request), first=True)
+        flow.enqueue(self.engines.state, self.engines.new_job(request), True)
 
     def serve(self, llm: str) -> None:
         """Send what waits for the LLM to replicas that take it."""
@@ -318,7 +323,7 @@ class Serving:
         while (head := by_hand.head(self.engines.state, llm)) is not None:
             if not self._send(llm, head[0]):
                 return
-            by_hand.pop(self.engines.state, llm, head[1])
+            flow.pop(self.engines.state, llm, head[1])
 
     def _send(self, llm: int, slot: int) -> bool:
         """Give the job to a replica, or fail it if none could ever hold it."""
@@ -344,7 +349,7 @@ class Serving:
             by_hand.submit(engines.state, where, slot)
             return True
         request = int(job["request"])
-        by_hand.free(engines.state, slot)
+        core.free(engines.state, slot)
         where.in_flight += 1
         group = self._groups.on(key.gpus)
         assert group is not None
