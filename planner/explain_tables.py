@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 from foreserve.planner.conflict import Conflict
 from foreserve.planner.explain import GIB, GpuLimit, LlmLimit
+from foreserve.planner.gap_split import GapSplit
 from foreserve.planner.tables import Part
 from foreserve.planner.what_if import WhatIf
 
@@ -74,6 +76,51 @@ def terms_part(
     return Part(
         "cost, weighted seconds of delay", ["LLM", *labels, "total"], [*rows, total]
     )
+
+
+MEANS = {
+    "headroom": "rates booked only up to max_load",
+    "integrality": "whole replicas",
+    "packing": "blocks, memory, nodes, rules of this cluster",
+    "switching": "loads and stops, from what is there (O4)",
+    "bursts": "of scenarios known beforehand (O2)",
+    "uncertainty": "one placement for all scenarios",
+    "open": "this plan above the best one found",
+}
+
+
+def split_part(found: GapSplit) -> Part:
+    """From a perfect system to the plan, one row for each thing that costs."""
+    perfect, plan = found.steps[0].most, found.steps[-1].most
+    rows = [("perfect system", seconds(perfect), "", "", "", "GPUs by the request")]
+    for part in found.parts:
+        share = part.value / found.distance if found.distance > ROUNDING else 0.0
+        known = (seconds(part.least), seconds(part.most))
+        rows.append(
+            (
+                part.name,
+                seconds(part.value, "+"),
+                *known,
+                f"{share:.0%}",
+                MEANS[part.name],
+            )
+        )
+    rows.append(("this plan", seconds(plan), "", "", "", ""))
+    return Part(
+        "from a perfect system to this plan, weighted seconds of delay",
+        ["", "cost", "at least", "at most", "share", "what it is"],
+        rows,
+        "by the best plans found, which add up; the truth is between least and most",
+    )
+
+
+def split_facts(found: GapSplit) -> Mapping[str, object]:
+    """The same for ``--json``."""
+    return {
+        "distance": found.distance,
+        "steps": [asdict(step) for step in found.steps],
+        "parts": [asdict(part) for part in found.parts],
+    }
 
 
 def what_if_part(title: str, rows: Sequence[WhatIf]) -> Part:

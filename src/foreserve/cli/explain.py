@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from foreserve.cli.common import (
     echo_json,
     json_option,
     print_parts,
+    progress_bar,
     read_history,
     read_scenario,
     read_traces,
@@ -45,6 +47,10 @@ class Subject:
     schedule: Schedule = ()
     epoch: int = 0
     """Within ``problem``."""
+    max_load: float = 1.0
+    """Share of a replica's rate that is booked; 1 where nobody says."""
+    bound: float = -math.inf
+    """Of a solve of ``problem``."""
 
 
 @click.command(
@@ -58,6 +64,9 @@ class Subject:
 @click.option("--llm", help="Only this LLM's rows; with --block: why not there?")
 @click.option("--block", "block_text", metavar="n0/0-3", help="GPUs of the question.")
 @click.option("--more", is_flag=True, help="What one more GPU or node is worth.")
+@click.option(
+    "--split", is_flag=True, help="Where the gap to a perfect system is from."
+)
 @click.option("--solver", default="auto", show_default=True, help="For new solves.")
 @click.option(
     "--time-limit",
@@ -76,6 +85,7 @@ def explain(
     llm: str | None,
     block_text: str | None,
     more: bool,
+    split: bool,
     solver: str,
     time_limit: float,
     as_json: bool,
@@ -111,17 +121,24 @@ def explain(
 
         hint = did_you_mean(llm, list(subject.fleet.llm_by_name))
         raise InvalidInput(f"no LLM {llm!r}", field="--llm", hint=hint)
-    if more and subject.problem is None:
-        raise click.UsageError("--more needs --trace and --scenario")
+    for flag, asked in (("--more", more), ("--split", split)):
+        if asked and subject.problem is None:
+            raise click.UsageError(f"{flag} needs --trace and --scenario")
     gpus = parse_block(block_text, subject.fleet.cluster) if block_text else None
     document, parts = _explained(subject, llm, gpus, more, solver, options)
+    if split:
+        facts, table = _split(subject, solver, options, as_json)
+        document["split"] = facts
+        parts.append(table)
     if as_json:
         echo_json({"file": path, "epoch": epoch, **document})
         return 0
     out, _ = consoles(False)
     print_parts(out, parts)
     if subject.problem is None:
-        out.print("[dim]costs by LLM, --more: give --trace and --scenario too[/]")
+        out.print(
+            "[dim]costs by LLM, --more, --split: give --trace and --scenario too[/]"
+        )
     return 0
 
 
@@ -166,6 +183,7 @@ def _subject(
         problem=problem,
         schedule=solved.schedule,
         epoch=epoch,
+        bound=solved.report.bound,
     )
 
 
@@ -189,7 +207,7 @@ def _of_plan(
     from foreserve.planner.again import placement_before
 
     chosen = plan.epochs[epoch]
-    problem, fleet = None, plan.fleet
+    problem, fleet, max_load = None, plan.fleet, 1.0
     demand: Mapping[str, float] = {row.llm: row.rate_rps for row in chosen.demand}
     terms = chosen.certificate.terms if chosen.certificate else {}
     if terms.get("O1") == 0:
@@ -198,6 +216,7 @@ def _of_plan(
     if scenario:
         problem = problem_of(plan, epoch, traces, scenario)
         fleet, demand = problem.fleet, _demand(problem, 0)
+        max_load = read_scenario(scenario).runtime.max_load
     return Subject(
         fleet=fleet,
         before=placement_before(plan, epoch),
@@ -206,6 +225,8 @@ def _of_plan(
         terms=terms,
         problem=problem,
         schedule=(chosen.placement,),
+        max_load=max_load,
+        bound=chosen.certificate.bound if chosen.certificate else -math.inf,
     )
 
 
@@ -296,6 +317,29 @@ def _explained(
             document["more"] = [asdict(row) for row in worth]
             parts.append(what_if_part("what one more would change", worth))
     return document, parts
+
+
+def _split(
+    subject: Subject, solver: str, options: SolveOptions, quiet: bool
+) -> tuple[Mapping[str, Any], Part]:
+    from foreserve.planner.explain_tables import split_facts, split_part
+    from foreserve.planner.gap_split import NoStep, gap_split
+
+    assert subject.problem is not None
+    try:
+        with progress_bar("solving from perfect to real", quiet) as update:
+            found = gap_split(
+                subject.problem,
+                subject.schedule,
+                options,
+                solver=solver,
+                max_load=subject.max_load,
+                bound=subject.bound,
+                progress=update,
+            )
+    except NoStep as failure:
+        raise click.ClickException(f"--split: {failure}") from None
+    return split_facts(found), split_part(found)
 
 
 def _why_not(
