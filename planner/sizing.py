@@ -10,21 +10,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
-from foreserve.models.outcome import Outcome
+from foreserve.models.outcome import Run
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet
 from foreserve.planner.scenario import NodeSpec, Scenario
-from foreserve.planner.tables import Part
 from foreserve.traces.trace import Trace
 
 HOURS_PER_MONTH = 730.0
 FEW_REQUESTS = 100
 """An LLM with fewer cannot show 99 %: it counts in the total only."""
+
+
+BINDING = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """Requests of one LLM in one epoch that missed their SLO."""
+
+    llm: str
+    epoch: int
+    missed: int
+    requests: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +57,12 @@ class Trial:
     passed: bool
     why_not: str = ""
     """Where there is no plan at all."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """GPUs by type, where types are mixed."""
+    by_llm: Mapping[str, float] = field(default_factory=dict)
+    """Attainment of each LLM that got requests."""
+    binding: tuple[Binding, ...] = ()
+    """Where most requests missed their SLO, up to `BINDING` places."""
 
     @property
     def usd_per_month(self) -> float:
@@ -52,7 +71,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing:
-    """The answer for one GPU type."""
+    """The answer for one GPU type, or for a mixture of types."""
 
     gpu: str
     answer: Trial | None
@@ -64,8 +83,12 @@ class Sizing:
     system without integrality, packing, bursts, headroom or switching would need."""
     mean_gpus: float
     """The same, mean over the epochs."""
+    bound_usd_per_h: float
+    """Price of the perfect system, each request on the type that is cheapest for it."""
     drivers: tuple[tuple[str, float], ...]
     """LLMs by their GPUs in the epoch of the answer's plan that holds most, most first."""
+    undecided: int = 0
+    """Cheaper mixtures that were neither tried nor ruled out."""
 
 
 def resized(scenario: Scenario, gpu: str, gpus: int, per_node: int) -> Scenario:
@@ -81,6 +104,23 @@ def resized(scenario: Scenario, gpu: str, gpus: int, per_node: int) -> Scenario:
     return replace(scenario, cluster=replace(scenario.cluster, nodes=tuple(nodes)))
 
 
+def mixed(scenario: Scenario, counts: Mapping[str, int], per_node: int) -> Scenario:
+    """As `resized`, with nodes of several types beside each other."""
+    nodes: list[NodeSpec] = []
+    for gpu, gpus in counts.items():
+        own = resized(scenario, gpu, gpus, per_node).cluster.nodes
+        nodes += (replace(node, name=f"{gpu}-{node.name}") for node in own)
+    return replace(scenario, cluster=replace(scenario.cluster, nodes=tuple(nodes)))
+
+
+def epoch_rates(trace: Trace, epoch_s: float) -> NDArray[np.float64]:
+    """[llm, epoch] requests per second."""
+    epoch = (trace.arrival_s // epoch_s).astype(np.int64)
+    requests = np.zeros((len(trace.llms), int(epoch.max(initial=0)) + 1))
+    np.add.at(requests, (trace.llm, epoch), 1.0)
+    return requests / epoch_s
+
+
 def perfect_gpus(
     fleet: Fleet, trace: Trace, epoch_s: float, max_load: float
 ) -> tuple[float, float]:
@@ -90,17 +130,15 @@ def perfect_gpus(
         max(o.rate_rps / o.tp for o in fleet.options if o.llm == llm.name) / max_load
         for llm in fleet.llms
     ]
-    epoch = (trace.arrival_s // epoch_s).astype(np.int64)
-    requests = np.zeros((len(per_gpu), int(epoch.max(initial=0)) + 1))
-    np.add.at(requests, (trace.llm, epoch), 1.0)
-    gpus = (requests / epoch_s / np.array(per_gpu)[:, None]).sum(axis=0)
+    gpus = (epoch_rates(trace, epoch_s) / np.array(per_gpu)[:, None]).sum(axis=0)
     return float(gpus.max()), float(gpus.mean())
 
 
 def judge(
-    gpu: str, gpus: int, usd_per_h: float, outcome: Outcome, target: float
+    counts: Mapping[str, int], usd_per_h: float, run: Run, fleet: Fleet, target: float
 ) -> Trial:
     """Whether a simulated run is good enough."""
+    outcome = run.outcome
     counted = {
         name: service.slo_attainment
         for name, service in outcome.by_llm.items()
@@ -110,8 +148,9 @@ def judge(
     worst = min(counted, key=counted.__getitem__)
     span_h = (outcome.end_s - outcome.start_s) / 3600
     return Trial(
-        gpu=gpu,
-        gpus=gpus,
+        gpu=" + ".join(counts),
+        gpus=sum(counts.values()),
+        counts=dict(counts),
         usd_per_h=usd_per_h,
         attainment=counted[worst],
         worst_llm=worst,
@@ -119,6 +158,38 @@ def judge(
         ttft_p99_s=outcome.total.ttft.p99_s,
         busy_gpus=outcome.gpu_hours["total"] / span_h,
         passed=min(counted[worst], outcome.total.slo_attainment) >= target,
+        by_llm={
+            name: service.slo_attainment
+            for name, service in outcome.by_llm.items()
+            if service.requests
+        },
+        binding=binding(run, fleet),
+    )
+
+
+def binding(run: Run, fleet: Fleet) -> tuple[Binding, ...]:
+    """LLMs and epochs (the run's bins) with most misses, by arrival, most first."""
+    slo = np.array([(llm.slo.ttft_s, llm.slo.tpot_s) for llm in fleet.llms])[run.llm]
+    gaps = np.where(run.output_tokens > 1, run.output_tokens - 1, np.nan)
+    tpot_s = (run.finish_s - run.first_token_s) / gaps
+    kept = ~np.isnan(run.finish_s) & (run.ttft_s <= slo[:, 0]) & ~(tpot_s > slo[:, 1])
+    start_s = run.outcome.start_s
+    epoch = ((run.arrival_s - start_s) // run.load_bin_s).astype(np.int64)
+    shape = len(run.llms), int(epoch.max(initial=0)) + 1
+    asked, missed = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    np.add.at(asked, (run.llm, epoch), 1)
+    np.add.at(missed, (run.llm[~kept], epoch[~kept]), 1)
+    order = np.argsort(-missed, axis=None, kind="stable")[:BINDING]
+    places = zip(*np.unravel_index(order, shape), strict=True)
+    return tuple(
+        Binding(
+            llm=run.llms[m],
+            epoch=int(t),
+            missed=int(missed[m, t]),
+            requests=int(asked[m, t]),
+        )
+        for m, t in places
+        if missed[m, t]
     )
 
 
@@ -170,81 +241,3 @@ def drivers(plan: Plan) -> tuple[tuple[str, float], ...]:
         for replica in replicas:
             held[replica.llm] = held.get(replica.llm, 0.0) + 1 / len(replicas)
     return tuple(sorted(held.items(), key=lambda item: -item[1]))
-
-
-def parts(sizings: Sequence[Sizing], target: float) -> list[Part]:
-    """The answer, then what was tried."""
-    answers = [s.answer for s in sizings if s.answer is not None]
-    best = min(answers, key=lambda t: t.usd_per_h, default=None)
-    rows = [
-        [
-            s.gpu,
-            str(s.answer.gpus) if s.answer else "-",
-            f"{s.bound_gpus:.1f}",
-            f"{s.answer.gpus / s.bound_gpus:.1f}x" if s.answer else "-",
-            f"${s.answer.usd_per_h:,.2f}" if s.answer else "-",
-            f"${s.answer.usd_per_month:,.0f}" if s.answer else "-",
-            "least price" if s.answer is best and best and len(answers) > 1 else "",
-        ]
-        for s in sizings
-    ]
-    columns = [
-        "GPU type",
-        "GPUs",
-        "perfect system",
-        "ratio",
-        "per hour",
-        "per month",
-        "",
-    ]
-    note = (
-        f"every LLM (of at least {FEW_REQUESTS} requests) and the total within the SLO "
-        f"for {target:.1%} of the requests, in simulation"
-    )
-    tried = [
-        [
-            t.gpu,
-            str(t.gpus),
-            "enough" if t.passed else "not enough",
-            t.why_not or f"{t.attainment:.2%} ({t.worst_llm})",
-            "-" if t.why_not else f"{t.total_attainment:.2%}",
-            "-" if t.why_not else f"{t.ttft_p99_s:.2f} s",
-            "-" if t.why_not else f"{t.busy_gpus:.1f}",
-        ]
-        for s in sizings
-        for t in s.trials
-    ]
-    found = [Part("Least cluster", columns, rows, note)]
-    found.append(
-        Part(
-            "Tried",
-            ["GPU type", "GPUs", "", "worst LLM", "all", "P99 TTFT", "GPUs in use"],
-            tried,
-        )
-    )
-    if best is not None:
-        held = next(s for s in sizings if s.answer is best).drivers
-        found.append(
-            Part(
-                "What drives it: GPUs by LLM, busiest epoch",
-                ["LLM", "GPUs"],
-                [[name, f"{gpus:.1f}"] for name, gpus in held],
-            )
-        )
-    return found
-
-
-def plain(sizing: Sizing) -> Mapping[str, object]:
-    """For ``--json``."""
-
-    def row(trial: Trial) -> dict[str, object]:
-        return asdict(trial) | {"usd_per_month": trial.usd_per_month}
-
-    return {
-        "gpu": sizing.gpu,
-        "answer": None if sizing.answer is None else row(sizing.answer),
-        "bound_gpus": sizing.bound_gpus,
-        "mean_gpus": sizing.mean_gpus,
-        "drivers": dict(sizing.drivers),
-        "trials": [row(trial) for trial in sizing.trials],
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 
 from foreserve.cli.common import (
     check_parent,
+    check_picture,
     compile_simulator,
     consoles,
     echo_json,
@@ -24,8 +26,9 @@ from foreserve.cli.common import (
 
 if TYPE_CHECKING:
     from foreserve.models.plan import Plan
+    from foreserve.models.problem import Fleet
     from foreserve.planner.scenario import Scenario
-    from foreserve.planner.sizing import Sizing
+    from foreserve.planner.sizing import Sizing, Trial
     from foreserve.traces.trace import Demand, Trace
 
 
@@ -66,9 +69,22 @@ if TYPE_CHECKING:
 @click.option(
     "--most", type=click.IntRange(1), default=256, show_default=True, help="GPUs."
 )
+@click.option(
+    "--mix", is_flag=True, help="Also clusters of several types beside each other."
+)
+@click.option(
+    "--attempts",
+    type=click.IntRange(1),
+    default=24,
+    show_default=True,
+    help="Mixtures to try at most.",
+)
 @click.option("--solver", help="Instead of the scenario's.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(), help="Write the answer's plan here.")
+@click.option(
+    "--picture", type=click.Path(), help="Attainment by LLM over the price: .svg, .png."
+)
 @quiet_option
 @json_option
 def size(
@@ -79,9 +95,12 @@ def size(
     per_node: int,
     step: int,
     most: int,
+    mix: bool,
+    attempts: int,
     solver: str | None,
     seed: int,
     output: str | None,
+    picture: str | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -92,75 +111,86 @@ def size(
     """
     from foreserve.cli import EXIT_NO_PLAN
     from foreserve.models.codec import to_json, write_text
-    from foreserve.planner import sizing
+    from foreserve.planner import sizing_tables
 
     check_parent(output)
+    check_picture(picture)
     wanted = read_scenario(scenario, name=solver)
     trace = read_traces(traces, {})
     history = read_history(wanted, {})
     silent = quiet or as_json
     compile_simulator(silent)
-    types = gpus or (wanted.cluster.nodes[0].gpu,)
-    found: list[tuple[Sizing, Plan | None]] = [
-        _size(
-            wanted,
-            trace,
-            history,
-            gpu,
-            target / 100,
-            per_node,
-            step,
-            most,
-            seed,
-            silent,
-        )
-        for gpu in types
-    ]
-    sizings = [one for one, _ in found]
-    enough = [(s.answer.usd_per_h, plan) for s, plan in found if s.answer is not None]
+    types = tuple(dict.fromkeys(gpus or (wanted.cluster.nodes[0].gpu,)))
+    if mix and len(types) < 2:
+        raise click.UsageError("--mix needs two types: repeat --gpu")
+    trials = _Trials(wanted, trace, history, target / 100, per_node, seed, silent)
+    sizings = [_size(trials, gpu, step, most) for gpu in types]
+    if mix:
+        sizings.append(_mix(trials, sizings, step, most, attempts))
+    enough = [s.answer for s in sizings if s.answer is not None]
     if output and enough:
-        plan = min(enough, key=lambda pair: pair[0])[1]
-        assert plan is not None
-        write_text(output, to_json(plan))
+        best = min(enough, key=lambda trial: trial.usd_per_h)
+        write_text(output, to_json(trials.plan(best)))
+    if picture:
+        sizing_tables.draw(sizings, target / 100, picture)
     out, err = consoles(quiet)
     if as_json:
-        document = {"target": target / 100, "sizings": [*map(sizing.plain, sizings)]}
-        echo_json(document)
+        rows = [*map(sizing_tables.plain, sizings)]
+        echo_json({"target": target / 100, "sizings": rows})
     else:
-        print_parts(out, sizing.parts(sizings, target / 100))
+        print_parts(out, sizing_tables.parts(sizings, target / 100))
     if not enough:
         err.print(f"not even {most} GPUs are enough for {target:g} %")
         return EXIT_NO_PLAN
     return 0
 
 
-def _size(
-    scenario: Scenario,
-    trace: Trace,
-    history: Demand | None,
-    gpu: str,
-    target: float,
-    per_node: int,
-    step: int,
-    most: int,
-    seed: int,
-    quiet: bool,
-) -> tuple[Sizing, Plan | None]:
-    """One GPU type: its sizing, and the answer's plan."""
-    from foreserve.cli.simulate import run_policy
-    from foreserve.models.errors import InvalidInput
-    from foreserve.planner import sizing
-    from foreserve.planner.fleet import align
-    from foreserve.planner.pipeline import NoPlan, Problems, plan_trace
+class _Trials:
+    """Clusters planned and simulated for one trace; the plans are kept."""
 
-    plans: dict[int, Plan] = {}
+    def __init__(
+        self,
+        scenario: Scenario,
+        trace: Trace,
+        history: Demand | None,
+        target: float,
+        per_node: int,
+        seed: int,
+        quiet: bool,
+    ) -> None:
+        self.scenario, self.trace, self.history = scenario, trace, history
+        self.target, self.per_node, self.seed = target, per_node, seed
+        self.quiet = quiet
+        self.plans: dict[tuple[tuple[str, int], ...], Plan] = {}
 
-    def attempt(count: int) -> sizing.Trial:
-        sized = sizing.resized(scenario, gpu, count, per_node)
-        price = sized.cluster.cluster().gpu_types[0].price_usd_per_h * count
+    def resized(self, counts: Mapping[str, int]) -> Scenario:
+        from foreserve.planner.sizing import mixed, resized
+
+        if len(counts) > 1:
+            return mixed(self.scenario, counts, self.per_node)
+        ((gpu, count),) = counts.items()
+        return resized(self.scenario, gpu, count, self.per_node)
+
+    def plan(self, trial: Trial) -> Plan:
+        """Of a trial that has one."""
+        return self.plans[tuple(trial.counts.items())]
+
+    def attempt(self, counts: Mapping[str, int]) -> Trial:
+        """Plan and simulate the trace on so many GPUs of each type."""
+        from foreserve.cli.simulate import run_policy
+        from foreserve.models.errors import InvalidInput
+        from foreserve.planner import sizing
+        from foreserve.planner.fleet import align
+        from foreserve.planner.pipeline import NoPlan, plan_trace
+
+        sized = self.resized(counts)
+        types = sized.cluster.cluster().type_by_name
+        price = sum(types[gpu].price_usd_per_h * n for gpu, n in counts.items())
+        label = " + ".join(f"{n} x {gpu}" for gpu, n in counts.items())
         nothing = sizing.Trial(
-            gpu=gpu,
-            gpus=count,
+            gpu=" + ".join(counts),
+            gpus=sum(counts.values()),
+            counts=dict(counts),
             usd_per_h=price,
             attainment=0.0,
             worst_llm="",
@@ -170,38 +200,89 @@ def _size(
             passed=False,
         )
         try:
-            with progress_bar(f"planning {count} x {gpu}", quiet) as update:
-                plan = plan_trace(sized, trace, history=history, progress=update).plan
+            with progress_bar(f"planning {label}", self.quiet) as update:
+                plan = plan_trace(
+                    sized, self.trace, history=self.history, progress=update
+                ).plan
         except NoPlan as failure:
             return replace(nothing, why_not=str(failure))
         except InvalidInput as error:
             if "fits nowhere" not in error.message:
                 raise
             return replace(nothing, why_not=error.message)
-        plans[count] = plan
-        with progress_bar(f"simulating {count} x {gpu}", quiet) as update:
-            keep_s = scenario.runtime.keep_alive
+        self.plans[tuple(counts.items())] = plan
+        own = align(self.trace, tuple(llm.name for llm in plan.fleet.llms))
+        with progress_bar(f"simulating {label}", self.quiet) as update:
+            keep_s = self.scenario.runtime.keep_alive
             # Bought for good: what comes up first is not the question.
             there = plan.epochs[0].placement
             run = run_policy(
-                plan, own, "planned", seed, keep_s, progress=update, initial=there
+                plan, own, "planned", self.seed, keep_s, progress=update, initial=there
             )
-        return sizing.judge(gpu, count, price, run.outcome, target)
+        return sizing.judge(counts, price, run, plan.fleet, self.target)
 
-    whole = sizing.resized(scenario, gpu, per_node, per_node)
-    fleet = Problems(whole, trace, history=history).fleet
-    own = align(trace, tuple(llm.name for llm in fleet.llms))
-    max_load = scenario.runtime.max_load
-    peak, mean = sizing.perfect_gpus(fleet, own, scenario.epoch, max_load)
-    least = max(1, math.floor(mean))
-    trials = sizing.search(attempt, least=least, most=most, step=step)
-    answer = sizing.smallest(trials)
-    plan = None if answer is None else plans[answer.gpus]
+    def fleet(self, types: Sequence[str]) -> Fleet:
+        """What could run on one node of each type."""
+        from foreserve.planner.pipeline import Problems
+
+        whole = self.resized(dict.fromkeys(types, self.per_node))
+        return Problems(whole, self.trace, history=self.history).fleet
+
+
+def _size(trials: _Trials, gpu: str, step: int, most: int) -> Sizing:
+    """One GPU type."""
+    from foreserve.planner import sizing
+    from foreserve.planner.fleet import align
+
+    fleet = trials.fleet([gpu])
+    own = align(trials.trace, tuple(llm.name for llm in fleet.llms))
+    scenario = trials.scenario
+    peak, mean = sizing.perfect_gpus(
+        fleet, own, scenario.epoch, scenario.runtime.max_load
+    )
+    found = sizing.search(
+        lambda count: trials.attempt({gpu: count}),
+        least=max(1, math.floor(mean)),
+        most=most,
+        step=step,
+    )
+    answer = sizing.smallest(found)
     return sizing.Sizing(
         gpu=gpu,
         answer=answer,
-        trials=trials,
+        trials=found,
         bound_gpus=peak,
+        bound_usd_per_h=peak * fleet.cluster.gpu_types[0].price_usd_per_h,
         mean_gpus=mean,
-        drivers=() if plan is None else sizing.drivers(plan),
-    ), plan
+        drivers=() if answer is None else sizing.drivers(trials.plan(answer)),
+    )
+
+
+def _mix(
+    trials: _Trials, pure: Sequence[Sizing], step: int, most: int, attempts: int
+) -> Sizing:
+    """Mixtures of the types that were sized alone, where they are cheaper."""
+    from foreserve.planner import sizing
+    from foreserve.planner.fleet import align
+    from foreserve.planner.sizing_mix import Needs, cheapest, search_mix
+
+    fleet = trials.fleet([one.gpu for one in pure])
+    own = align(trials.trace, tuple(llm.name for llm in fleet.llms))
+    scenario = trials.scenario
+    rates = sizing.epoch_rates(own, scenario.epoch)
+    needs = Needs.of(fleet, rates, scenario.runtime.max_load)
+    answers = [one.answer for one in pure if one.answer is not None]
+    found = search_mix(
+        trials.attempt, needs, answers, most=most, step=step, attempts=attempts
+    )
+    answer = cheapest(found.trials)
+    return sizing.Sizing(
+        gpu=" + ".join(needs.types),
+        answer=answer,
+        trials=found.trials,
+        bound_gpus=max(map(needs.gpus, rates.T)),
+        bound_usd_per_h=needs.bound_usd_per_h,
+        mean_gpus=needs.gpus(rates.mean(axis=1)),
+        drivers=() if answer is None else sizing.drivers(trials.plan(answer)),
+        undecided=len(found.undecided),
+    )
