@@ -240,7 +240,9 @@ def test_size_of_a_shipped_trace(plan, tmp_path, quick):
 def test_mixture_for_a_shipped_trace(plan, tmp_path, quick):
     """Two types, few attempts: the mixture's row comes last, is no dearer than either
     alone, says which LLM and epoch bind, and the picture is drawn. One type cannot mix."""
-    base = "size --trace sample:azure-2023 --scenario sample:azure-2023 --target 80"
+    short = read_trace(sample_path("azure-2023")).between(0.0, 900.0)
+    write_trace(short, tmp_path / "t.csv")
+    base = f"size --trace {tmp_path}/t.csv --scenario sample:azure-2023 --target 90"
     base += (
         " --gpu h100 --gpu a100-80gb --solver greedy --mix --most 12 --step 2 --json"
     )
