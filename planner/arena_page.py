@@ -32,8 +32,14 @@ def page(
     entries: Sequence[Entry],
     rows: Sequence[Mapping[str, object]],
     limits: str,
+    mux_rows: Sequence[Mapping[str, object]] = (),
 ) -> str:
-    """The whole page, without anything to fetch."""
+    """The whole page, without anything to fetch; ``mux_rows`` have MuxServe's objective."""
+    others = ""
+    if mux_rows:
+        others = (
+            f"<h2>MuxServe's instances: score, higher is better</h2>{_table(mux_rows)}"
+        )
     solvers = list(dict.fromkeys(entry.solver for entry in entries))
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(solvers)}
     legend = " ".join(
@@ -49,7 +55,7 @@ def page(
         f"<title>Solver arena</title><style>{STYLE}</style><h1>Solver arena</h1>"
         f"<p>{escape(limits)}</p><p>{legend} &nbsp; line: best plan so far, dashed: bound,"
         " dotted: best value known. Weighted seconds of delay over seconds since the solve "
-        f"began.</p><main>{figures}</main><h2>All runs</h2>{_table(rows)}</html>\n"
+        f"began.</p><main>{figures}</main><h2>All runs</h2>{_table(rows)}{others}</html>\n"
     )
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from foreserve.models.errors import InvalidInput
 from foreserve.models.plan import Certificate, Status
-from foreserve.planner import arena
+from foreserve.planner import arena, mux_arena
 from foreserve.planner.arena import Entry, Instance, Known
 from foreserve.planner.arena_page import page
+from foreserve.planner.policies.muxserve_profile import LENGTHS
+from foreserve.solvers.meshes import choose_meshes
 from foreserve.solvers.result import Progress, SolveReport
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +197,113 @@ def test_best_scores_of_muxserves_instances():
         best, bound = known[compression]["best"], known[compression]["bound"]
         assert best["value"] > score + 1e-3
         assert best["value"] == pytest.approx(bound["value"], rel=1e-5)
+
+
+def mux_library(folder: Path) -> tuple[Path, Path]:
+    """Eight LLMs of 7B with MuxServe's objective, so that each of four nodes is two meshes
+    of 4 GPUs, and a profile in which nothing depends on anything."""
+    llms = [
+        {"name": str(i), "size": "llama-7b", "rate_rps": 0.25 * (i + 1)}
+        for i in range(8)
+    ]
+    (folder / "eight.json").write_text(json.dumps({"llms": llms}))
+    row = {
+        "name": "mux",
+        "file": "eight.json",
+        "objective": "muxserve",
+        "about": "eight LLMs",
+        "compression": 2,
+    }
+    (folder / "INDEX.json").write_text(json.dumps({"instances": [row]}))
+    lines = ["model,tp,sm_percent,batch,seq_len,prefill_ms,decode_ms"]
+    lines += [
+        f"llama-7b,{tp},{sm},{batch},{length},100,10"
+        for tp in (1, 2, 4)
+        for sm in range(30, 101, 10)
+        for batch in (1, 4, 256)
+        for length in LENGTHS
+    ]
+    (folder / "profile.csv").write_text("\n".join(lines))
+    return folder, folder / "profile.csv"
+
+
+def test_muxserves_objective_has_its_own_table(plan, tmp_path):
+    """Published, corrected, and exact for both scores: the exact ones reach their bounds,
+    nobody is above them, what is served is at most what is asked for. Files of their own,
+    the page shows them, and --update-best writes the score."""
+    folder, profile = mux_library(tmp_path)
+    out = tmp_path / "out"
+    code, text, _ = plan(
+        "compare", folder, "--muxserve-profile", profile, "--update-best",
+        "--output", out, "--json",
+    )  # fmt: skip
+    assert code == 0
+    document = json.loads(text)
+    assert document["solvers"] == []
+    rows = {row["planner"]: row for row in document["muxserve"]}
+    assert tuple(rows) == mux_arena.PLANNERS
+    for row in rows.values():
+        assert row["proved"]
+        assert row["score"] <= row["bound"] + 1e-9
+        assert row["capped_score"] <= row["capped_bound"] + 1e-9
+        assert row["served_rps"] <= row["demand_rps"] == pytest.approx(18.0)
+    assert rows["exact"]["gap"] == 0
+    assert rows["exact, capped"]["capped_gap"] == 0
+    assert (out / "muxserve.csv").read_text().startswith("instance,planner,objective")
+    assert "higher is better" in (out / "compare.html").read_text()
+    (stored,) = json.loads((folder / "INDEX.json").read_text())["instances"]
+    assert stored["best"]["value"] == pytest.approx(rows["exact"]["score"], abs=1e-6)
+
+
+def test_muxserves_instances_without_their_profile(plan, tmp_path):
+    """Left out with a word where there are others, and an input error where not."""
+    folder, profile = mux_library(tmp_path)
+    code, _, err = plan("compare", folder)
+    assert code == 2
+    assert "--muxserve-profile" in err
+    one = tmp_path / "one.json"
+    one.write_bytes((TINY / "serve-one.json").read_bytes())
+    code, _, err = plan("compare", folder, one, "--solvers", "greedy")
+    assert code == 0
+    assert "1 of MuxServe's instances" in err
+    profile.write_text("model,tp\nllama-7b,one\n")
+    code, _, err = plan("compare", folder, "--muxserve-profile", profile)
+    assert code == 2
+    assert "is no profile" in err
+
+
+def test_no_choice_of_meshes_is_worth_more():
+    """Against all choices: two nodes of two GPUs, whole or in halves, three LLMs."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        holds = [p for n in (1, 2) for p in combinations(range(3), n)] * 2
+        gpus = [1] * 6 + [2] * 6
+        worth = rng.uniform(0, 1, 12).tolist()
+        found = choose_meshes(
+            worth, holds, gpus,
+            llms=3, nodes=2, splits=((2,), (1, 1)), time_limit_s=10.0,
+        )  # fmt: skip
+        best = max(
+            sum(worth[i] for i in chosen)
+            for n in range(1, 4)
+            for chosen in combinations(range(12), n)
+            if sorted(i for c in chosen for i in holds[c]) == [0, 1, 2]
+            and _splits(Counter(gpus[c] for c in chosen))
+        )
+        assert found is not None
+        assert found.proved
+        assert sum(worth[i] for i in found.meshes) == pytest.approx(best)
+        assert found.bound == pytest.approx(best, abs=1e-6)
+
+
+def _splits(sizes: Counter[int]) -> bool:
+    """Whether two nodes hold these, in at most three meshes, idle ones counted."""
+    return any(
+        sizes[2] <= whole
+        and sizes[1] <= 2 * (2 - whole)
+        and whole + 2 * (2 - whole) <= 3
+        for whole in range(3)
+    )
 
 
 def test_a_library_that_is_none(tmp_path):

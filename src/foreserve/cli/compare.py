@@ -53,6 +53,13 @@ FORMATS = ("md", "csv", "json")
     "--update-best", is_flag=True, help="Keep better values and bounds in the library."
 )
 @click.option(
+    "--muxserve-profile",
+    "profile",
+    type=click.Path(),
+    metavar="CSV[.gz]",
+    help="MuxServe's iteration times, for the instances that have its objective.",
+)
+@click.option(
     "--output", type=click.Path(), help="Folder for compare.md, .csv, .json, .html."
 )
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
@@ -67,6 +74,7 @@ def compare(
     only: str,
     seeds: int,
     update_best: bool,
+    profile: str | None,
     forecast: str | None,
     time_limit: float | None,
     gap: float | None,
@@ -82,8 +90,9 @@ def compare(
     Problems are files (.json or .json.gz), those of a library (a folder with INDEX.json,
     such as benchmarks/instances), or the epochs of a trace. Files and libraries: every
     solver on every problem with every seed, each in a process of its own; the page shows
-    what each knew when. With a trace each solver plans the whole trace; `--policies` then
-    simulates them on the first plan.
+    what each knew when. Instances with MuxServe's objective have planners of
+    their own. With a trace each solver plans the whole trace; `--policies` then simulates
+    them on the first plan.
     """
     from foreserve.models.codec import write_text
     from foreserve.planner.tables import render
@@ -96,9 +105,18 @@ def compare(
     folder = fresh_folder(output, force) if output else None
     limits = {"time_limit": time_limit, "gap": gap, "seed": seed, "threads": threads}
     run_rows: list[Mapping[str, object]] = []
+    mux_rows: list[Mapping[str, object]] = []
     if instances:
-        rows = _arena(
-            instances, only, names, limits, seeds, update_best, folder, quiet or as_json
+        rows, mux_rows = _arena(
+            instances,
+            only,
+            names,
+            limits,
+            seeds,
+            update_best,
+            profile,
+            folder,
+            quiet or as_json,
         )
     else:
         rows, run_rows = _trace_rows(
@@ -114,10 +132,10 @@ def compare(
             if run_rows:
                 write_text(Path(str(folder)) / f"policies.{fmt}", render(run_rows, fmt))
     if as_json:
-        echo_json({"solvers": rows, "policies": run_rows})
+        echo_json({"solvers": rows, "policies": run_rows, "muxserve": mux_rows})
         return
     out, _ = consoles(quiet)
-    for table in (rows, run_rows):
+    for table in (rows, run_rows, mux_rows):
         if table:
             out.print(render(table, "md"), markup=False, soft_wrap=True)
     if folder:
@@ -146,12 +164,14 @@ def _arena(
     limits: Mapping[str, object],
     seeds: int,
     update: bool,
+    profile: str | None,
     folder: Path | None,
     quiet: bool,
-) -> list[Mapping[str, object]]:
-    """Run the arena and write what is asked for; its rows."""
+) -> tuple[list[Mapping[str, object]], list[Mapping[str, object]]]:
+    """Run the arena and write what is asked for; its rows, and those of instances with
+    MuxServe's objective."""
     from foreserve.models.codec import write_text
-    from foreserve.planner import arena
+    from foreserve.planner import arena, mux_arena
     from foreserve.planner.arena_page import page
     from foreserve.planner.scenario import SolverPart
     from foreserve.planner.tables import render
@@ -165,13 +185,36 @@ def _arena(
     libraries = [Path(path) for path in paths if Path(path).is_dir()]
     if update and not libraries:
         raise InvalidInput("needs a library of instances", field="--update-best")
+
+    def asked(name: str) -> bool:
+        return any(fnmatch(name, glob) for glob in only.split(","))
+
     instances = [
         instance
         for instance in arena.find_instances([Path(path) for path in paths])
-        if any(fnmatch(instance.name, glob) for glob in only.split(","))
+        if asked(instance.name)
     ]
-    if not instances:
+    others = [
+        instance
+        for library in libraries
+        for instance in mux_arena.read_mux_library(library)
+        if asked(instance.name)
+    ]
+    if not instances and not others:
         raise InvalidInput(f"no instance is called {only!r}", field="--only")
+    mux: list[mux_arena.MuxEntry] = []
+    if others and profile is None:
+        hint = "give --muxserve-profile"
+        if not instances:
+            raise InvalidInput(
+                "MuxServe's instances need its profile", field="--only", hint=hint
+            )
+        _, err = consoles(quiet)
+        err.print(f"{len(others)} of MuxServe's instances are left out: {hint}")
+    elif others and profile is not None:
+        times = mux_arena.read_profile(Path(profile))
+        with progress_bar("MuxServe's instances", quiet) as update_bar:
+            mux = mux_arena.compete_mux(others, times, part.time_limit, update_bar)
     with progress_bar("solving", quiet) as update_bar:
         entries = arena.compete(
             instances,
@@ -195,15 +238,18 @@ def _arena(
         for entry in entries
         if entry.instance == instance.name
     ]
+    mux_rows = [mux_arena.mux_row(entry) for entry in mux]
     if update:
         for library in libraries:
             arena.update_index(library, entries)
+            mux_arena.update_mux_index(library, mux, "plan compare")
     if folder:
         stated = (
             f"Time limit {part.time_limit:g} s, gap {part.gap:g}, "
             f"{part.threads} thread(s), {seeds} seed(s)."
         )
-        write_text(folder / "compare.html", page(instances, entries, rows, stated))
+        html = page(instances, entries, rows, stated, mux_rows)
+        write_text(folder / "compare.html", html)
         curves = [
             {**row, "progress": [list(point) for point in entry.report.progress]}
             for row, entry in zip(rows, entries, strict=True)
@@ -211,7 +257,9 @@ def _arena(
         write_text(folder / "compare.json", render(curves, "json"))
         for fmt in ("md", "csv"):
             write_text(folder / f"compare.{fmt}", render(rows, fmt))
-    return rows
+        for fmt in FORMATS if mux_rows else ():
+            write_text(folder / f"muxserve.{fmt}", render(mux_rows, fmt))
+    return rows, mux_rows
 
 
 def _trace_rows(
