@@ -112,6 +112,8 @@ class SolverInfo(Record):
     threads: int
     time_limit_s: float
     gap: float
+    horizon: int = 1
+    """Epochs that each solve looked ahead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

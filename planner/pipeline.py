@@ -23,8 +23,8 @@ from foreserve.models.placement import Placement
 from foreserve.models.plan import Certificate, Epoch, LlmDemand, Plan, SolverInfo
 from foreserve.models.problem import Fleet, Problem, round_rate
 from foreserve.planner.fleet import align, build_fleet, busy_s, request_lengths
+from foreserve.planner.rolling import Rolling
 from foreserve.planner.scenario import Scenario
-from foreserve.solvers.base import SolverPool
 from foreserve.solvers.result import SolveOptions, SolveReport
 from foreserve.traces.forecast import Forecast, Outlook, get_rule
 from foreserve.traces.scenarios import joint_scenarios
@@ -116,8 +116,10 @@ class Problems:
         history: Demand | None = None,
         seed: int | None = None,
         perf: PerfModel | None = None,
+        horizon: int = 1,
     ) -> None:
-        self.scenario = scenario
+        """``horizon``: how many epochs `window` looks ahead."""
+        self.scenario, self.horizon = scenario, horizon
         self.seed = scenario.solver.seed if seed is None else seed
         trace = align(trace, tuple(llm.name for llm in scenario.models))
         lengths = request_lengths(scenario, trace, history)
@@ -132,12 +134,26 @@ class Problems:
         perfect = scenario.forecast.method == "perfect"
         rule = None if perfect else get_rule(scenario.forecast.method)
         self._outlook = None if rule is None else Outlook(rule, demand, 1)
+        self._far = None
+        if rule is not None and horizon > 1:
+            self._far = Outlook(rule, demand, horizon)
 
     def forecast(self, index: int) -> Forecast:
         """Of epoch ``index``, as the scenario's method makes it."""
         if self._outlook is None:
             return self.truth(index)
         return self._outlook.after(self._past + index)
+
+    def forecasts(self, index: int) -> list[Forecast]:
+        """Of the epochs from ``index`` on, as far as the horizon and the trace go, all as
+        known when the first begins; that one is `forecast`'s."""
+        ahead = range(min(self.horizon, self.count - index))
+        if self._outlook is None:
+            return [self.truth(index + i) for i in ahead]
+        if self._far is None:
+            return [self.forecast(index)]
+        far = self._far.after(self._past + index)
+        return [far.only(i) if i else self.forecast(index) for i in ahead]
 
     def truth(self, index: int) -> Forecast:
         """Of epoch ``index``, as it came."""
@@ -160,6 +176,14 @@ class Problems:
         fleet = fleet or self.fleet
         return build_problem(self.scenario, fleet, forecast, before, rng)
 
+    def window(self, index: int, before: Placement) -> list[Problem]:
+        """The problems of epoch ``index`` and those after it, as far as the horizon goes,
+        each with the forecast of now."""
+        return [
+            self.at(index + i, before, forecast)
+            for i, forecast in enumerate(self.forecasts(index))
+        ]
+
 
 def plan_trace(
     scenario: Scenario,
@@ -180,31 +204,34 @@ def plan_trace(
     """
     solver = solver or scenario.solver.name
     options = options or solve_options(scenario)
-    problems = Problems(scenario, trace, history=history, seed=options.seed, perf=perf)
+    horizon = scenario.solver.horizon
+    problems = Problems(
+        scenario, trace, history=history, seed=options.seed, perf=perf, horizon=horizon
+    )
     epochs: list[Epoch] = []
     solves: list[SolveReport] = []
     before, total = Placement(), problems.count
-    with SolverPool(solver, options) as pool:
+    with Rolling(solver, options, horizon) as rolling:
         for index in range(total):
-            forecast = problems.forecast(index)
-            problem = problems.at(index, before, forecast)
+            window = problems.window(index, before)
+            problem = window[0]
             if inspect is not None:
                 inspect(index, problem)
-            solved = pool.solve(problem, start=(before,))
-            if solved.schedule is None:
-                raise NoPlan(index, solved.report, problem)
-            before = solved.schedule[0]
+            step = rolling.step(window, before)
+            if step.schedule is None:
+                raise NoPlan(index, step.report, problem)
+            before = step.schedule[0]
             start_s = index * scenario.epoch
             epochs.append(
                 Epoch(
                     start_s=start_s,
                     end_s=start_s + scenario.epoch,
                     placement=before,
-                    demand=_demand_rows(problem, forecast),
-                    certificate=certify(problem, solved.schedule, solved.report),
+                    demand=demand_rows(problem, problems.forecast(index)),
+                    certificate=certify(problem, (before,), step.report),
                 )
             )
-            solves.append(solved.report)
+            solves.append(step.report)
             if progress is not None:
                 progress(index + 1, total)
     info = SolverInfo(
@@ -214,6 +241,7 @@ def plan_trace(
         threads=options.threads,
         time_limit_s=options.time_limit_s,
         gap=options.gap,
+        horizon=horizon,
     )
     plan = Plan(
         foreserve_version=__version__,
@@ -255,7 +283,7 @@ def certify(
     )
 
 
-def _demand_rows(problem: Problem, forecast: Forecast) -> tuple[LlmDemand, ...]:
+def demand_rows(problem: Problem, forecast: Forecast) -> tuple[LlmDemand, ...]:
     return tuple(
         LlmDemand(
             llm=llm.name,

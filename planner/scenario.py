@@ -143,6 +143,13 @@ class SolverPart(Record):
     gap: float = 0.001
     seed: int = 0
     threads: int = 1
+    horizon: int = 1
+    """Epochs that each solve looks ahead; of more than one, only the first is carried out
+    (docs/rolling.md)."""
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise InvalidInput("solver.horizon: must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from which joint scenarios are made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from typing import Protocol
@@ -58,6 +58,13 @@ class Forecast:
             peak_errors=np.zeros((1, len(demand.llms), 1)),
             input_tokens=demand.input_tokens[:, now],
             output_tokens=demand.output_tokens[:, now],
+        )
+
+    def only(self, epoch: int) -> Forecast:
+        """One of its epochs alone, counted from its first."""
+        one = slice(epoch, epoch + 1)
+        return Forecast(
+            **{f.name: getattr(self, f.name)[..., one] for f in fields(Forecast)}
         )
 
 

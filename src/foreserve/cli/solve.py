@@ -48,6 +48,12 @@ if TYPE_CHECKING:
 )
 @solver_options
 @click.option(
+    "--horizon",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Epochs that each solve looks ahead.  [default: the scenario's]",
+)
+@click.option(
     "-o", "--plan", "plan_path", type=click.Path(), help="Write the plan here."
 )
 @click.option("--report", type=click.Path(), help="Write an HTML report here.")
@@ -77,6 +83,7 @@ def solve(
     gap: float | None,
     seed: int | None,
     threads: int | None,
+    horizon: int | None,
     plan_path: str | None,
     report: str | None,
     model_path: str | None,
@@ -104,6 +111,7 @@ def solve(
         gap=gap,
         seed=seed,
         threads=threads,
+        horizon=horizon,
         method=forecast,
     )
     inputs: dict[str, str] = {}
