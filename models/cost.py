@@ -8,7 +8,7 @@ hardware peaks times stated efficiencies, stands in where there are none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from foreserve.models.llm import ModelSpec
@@ -66,6 +66,23 @@ class IterationTime(Record):
             + self.decode_s_per_context_token * context_tokens
             + self.decode_experts_s * touched
         )
+
+    def times(self, factor: float) -> IterationTime:
+        """The same with everything taking ``factor`` times as long."""
+        seconds = {
+            name: getattr(self, name) * factor
+            for name in (
+                "prefill_base_s",
+                "prefill_s_per_token",
+                "prefill_s_per_token2",
+                "prefill_floor_s",
+                "decode_base_s",
+                "decode_s_per_seq",
+                "decode_s_per_context_token",
+                "decode_experts_s",
+            )
+        }
+        return replace(self, **seconds)
 
     def isolated_s(self, input_tokens: float, output_tokens: float) -> float:
         """Execution time of one request alone on the replica (``e_mk``)."""

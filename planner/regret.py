@@ -12,25 +12,62 @@ Worlds, each ``factor`` times off:
 * *demand*: rates, loads and peaks are ``factor`` times the forecast's;
 * *forecast*: what came, pushed away from its forecast: forecast + factor (real -
   forecast), not below 0; with factor 1, what came.
+
+To be simulated, a world needs requests: the trace, reshaped to the world's rates by epoch
+and LLM (`planner.reshape`), and served by the world's fleet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models import referee
+from foreserve.models.outcome import Outcome
 from foreserve.models.placement import Placement
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet, Problem, round_rate
+from foreserve.planner.fleet import align
 from foreserve.planner.pipeline import NoPlan, Problems
+from foreserve.planner.reshape import reshaped
 from foreserve.solvers.base import SolverPool
 from foreserve.solvers.result import SolveOptions
 from foreserve.solvers.shares import with_shares
 from foreserve.traces.forecast import Forecast
+from foreserve.traces.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """What users get where a plan's placements meet the requests of a world."""
+
+    requests: int
+    slo_attainment: float
+    worst_llm: str
+    worst_attainment: float
+    """Of the LLM that is served worst."""
+    ttft_p50_s: float
+    ttft_p99_s: float
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Simulated:
+        asked = {k: s.slo_attainment for k, s in outcome.by_llm.items() if s.requests}
+        worst = min(asked, key=asked.__getitem__, default="")
+        return cls(
+            requests=outcome.total.requests,
+            slo_attainment=outcome.total.slo_attainment,
+            worst_llm=worst,
+            worst_attainment=asked.get(worst, 1.0),
+            ttft_p50_s=outcome.total.ttft.p50_s,
+            ttft_p99_s=outcome.total.ttft.p99_s,
+        )
+
+
+Simulate = Callable[[Plan, Trace], Outcome]
+"""Runs a plan against requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +82,8 @@ class Regret:
     """Of the plan made for this world: its epochs' solves, one after another."""
     foresight_bound: float
     """Sum of the bounds of those solves, each given the placement before it."""
+    simulated: Mapping[str, Simulated] = field(default_factory=dict)
+    """Of plan, greedy and foresight, where asked for."""
 
     @property
     def plan_regret(self) -> float:
@@ -70,40 +109,77 @@ def regret(
     factors: Sequence[float],
     solver: str,
     options: SolveOptions,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    trace: Trace | None = None,
+    simulate: Simulate | None = None,
 ) -> tuple[Regret, ...]:
     """The plan, greedy and foresight in every world; ``problems`` are the plan's.
 
+    With ``simulate``, also run against the requests of each world, made of ``trace``.
     Raises `NoPlan` where an epoch of a world has no plan.
     """
     worlds = list(_worlds(problems, factors))
     planned = tuple(epoch.placement for epoch in plan.epochs)
-    total = len(worlds) + 1
+    runs = simulate is not None and trace is not None
+    done, total = 1, 1 + len(worlds) * (4 if runs else 1)
     with SolverPool("greedy", options) as pool:
         simple, _ = _solved(problems, worlds[0], pool)
-    if progress is not None:
-        progress(1, total)
+    progress(done, total)
     found = []
     with SolverPool(solver, options) as pool:
-        for done, world in enumerate(worlds):
+        for world in worlds:
             known, bound = _solved(problems, world, pool)
-            costs = [
-                _cost(problems, world, placements)
-                for placements in (planned, simple, known)
-            ]
+            done += 1
+            progress(done, total)
+            split = {
+                name: _split(problems, world, placements)
+                for name, placements in zip(
+                    PLANS, (planned, simple, known), strict=True
+                )
+            }
+            costs = {name: cost for name, (_, cost) in split.items()}
+            simulated = {}
+            if simulate is not None and trace is not None:
+                requests = _requests(problems, world, trace)
+                for name, (placements, _) in split.items():
+                    there = _in_world(plan, world, placements)
+                    simulated[name] = Simulated.of(simulate(there, requests))
+                    done += 1
+                    progress(done, total)
             found.append(
                 Regret(
                     world=world.name,
                     factor=world.factor,
-                    plan=costs[0],
-                    greedy=costs[1],
-                    foresight=costs[2],
-                    foresight_bound=min(bound, costs[2]),
+                    **costs,
+                    foresight_bound=min(bound, costs["foresight"]),
+                    simulated=simulated,
                 )
             )
-            if progress is not None:
-                progress(done + 2, total)
     return tuple(found)
+
+
+PLANS = ("plan", "greedy", "foresight")
+
+
+def _requests(problems: Problems, world: _World, trace: Trace) -> Trace:
+    """The trace's requests, as many of each LLM in each epoch as the world has."""
+    rates, came = (
+        np.stack([made(i).rate_rps[:, 0] for i in range(problems.count)], axis=1)
+        for made in (world.forecast, problems.truth)
+    )
+    names = tuple(llm.name for llm in world.fleet.llms)
+    rng = np.random.default_rng(problems.seed)
+    own = align(trace, names)
+    return reshaped(own, problems.scenario.epoch, came, rates, rng)
+
+
+def _in_world(plan: Plan, world: _World, placements: Sequence[Placement]) -> Plan:
+    """These placements at the plan's times, on the world's fleet."""
+    epochs = tuple(
+        replace(epoch, placement=placement, certificate=None)
+        for epoch, placement in zip(plan.epochs, placements, strict=True)
+    )
+    return replace(plan, fleet=world.fleet, epochs=epochs)
 
 
 def _worlds(problems: Problems, factors: Sequence[float]) -> Iterator[_World]:
@@ -146,6 +222,9 @@ def slower(fleet: Fleet, factor: float, *, requests: bool) -> Fleet:
             worse = replace(
                 worse,
                 exec_s=option.exec_s * factor,
+                ttft_s=option.ttft_s * factor,
+                tpot_s=option.tpot_s * factor,
+                time=option.time.times(factor),
                 rate_rps=round_rate(option.rate_rps / factor),
             )
         options.append(worse)
@@ -207,11 +286,14 @@ def _solved(
     return tuple(placements), bound
 
 
-def _cost(problems: Problems, world: _World, placements: Sequence[Placement]) -> float:
-    before, total = Placement(), 0.0
+def _split(
+    problems: Problems, world: _World, placements: Sequence[Placement]
+) -> tuple[tuple[Placement, ...], float]:
+    """The placements with the world's traffic split best, and what they cost."""
+    before, total, found = Placement(), 0.0, []
     for index, placement in enumerate(placements):
         problem = _problem(problems, world, index, before)
-        here = with_shares(problem, 0, placement)
-        total += referee.cost(problem, (here,)).total
+        found.append(with_shares(problem, 0, placement))
+        total += referee.cost(problem, found[-1:]).total
         before = placement
-    return total
+    return tuple(found), total

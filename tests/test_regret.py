@@ -9,7 +9,10 @@ import pytest
 
 from foreserve.models.codec import load_plan
 from foreserve.planner.regret import further, more_demand, slower
+from foreserve.planner.reshape import reshaped
+from foreserve.planner.sizing import epoch_rates
 from foreserve.traces.forecast import Forecast
+from foreserve.traces.trace import Trace
 from tests.build import fleet, option
 from tests.test_cli import SCENARIO, TRACE
 
@@ -39,6 +42,7 @@ def test_slower_worlds():
     f = fleet(option("a"))
     (both,) = slower(f, 2.0, requests=True).options
     assert (both.exec_s, both.rate_rps, both.load_s) == (2.0, 0.5, 4.0)
+    assert both.time.isolated_s(100, 10) == 2 * option("a").time.isolated_s(100, 10)
     (loads,) = slower(f, 2.0, requests=False).options
     assert (loads.exec_s, loads.rate_rps, loads.load_s) == (1.0, 1.0, 4.0)
 
@@ -87,6 +91,80 @@ def test_verb_prices_plan_greedy_and_foresight(plan, tmp_path, monkeypatch):
     assert code == 0
     assert "foresight" in out
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_verb_simulates_each_world(plan, tmp_path, monkeypatch):
+    """`--simulate`: with what came as the world the requests are the trace's; 1.5 times
+    the demand is about 1.5 times as many as planned; slow engines serve no better. All
+    plans of a world meet the same requests."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(SCENARIO)
+    (tmp_path / "t.csv").write_text(TRACE)
+    inputs = "--trace t.csv --scenario s.yaml"
+    scenario = SCENARIO.replace("time_limit: 5s", "time_limit: 0.3s, name: cpsat")
+    (tmp_path / "s.yaml").write_text(scenario)
+    assert plan(f"solve {inputs} -o p.json --quiet")[0] == 0
+    code, out, _ = plan(f"regret p.json {inputs} --factor 1.5 --simulate --json")
+    assert code == 0
+    worlds = {(w["world"], w["factor"]): w for w in json.loads(out)["worlds"]}
+    for world in worlds.values():
+        assert set(world["simulated"]) == {"plan", "greedy", "foresight"}
+        assert len({got["requests"] for got in world["simulated"].values()}) == 1
+    got = {key: w["simulated"]["plan"] for key, w in worlds.items()}
+    assert got["forecast", 1.0]["requests"] == TRACE.count("\n") - 1
+    as_planned = got["as planned", 1.0]
+    assert got["demand", 1.5]["requests"] == pytest.approx(
+        1.5 * as_planned["requests"], rel=0.1
+    )
+    assert (
+        got["latencies", 1.5]["ttft_p99_s"] > as_planned["ttft_p99_s"]
+        or got["latencies", 1.5]["slo_attainment"] <= as_planned["slo_attainment"]
+    )
+    code, out, _ = plan(f"regret p.json {inputs} --factor 1.5 --simulate")
+    assert code == 0
+    assert "within SLO" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def columns(rows: list[tuple[float, int]]) -> Trace:
+    """Requests as (arrival, llm); a row's number is its prompt's length less one."""
+    return Trace(
+        arrival_s=np.array([at for at, _ in rows]),
+        llm=np.array([llm for _, llm in rows], np.int32),
+        llms=("a", "b"),
+        input_tokens=np.arange(1, len(rows) + 1, dtype=np.int32),
+        output_tokens=np.ones(len(rows), np.int32),
+    )
+
+
+def test_the_right_rate_is_left_alone():
+    """The same rates give the same requests, to the bit."""
+    trace = columns([(0.1 * i, i % 2) for i in range(300)])
+    rates = epoch_rates(trace, 10.0)
+    same = reshaped(trace, 10.0, rates, rates, np.random.default_rng(0))
+    for name in ("arrival_s", "llm", "input_tokens", "output_tokens"):
+        assert (getattr(same, name) == getattr(trace, name)).all()
+
+
+def test_other_rates_come_about():
+    """a at 2.5 times and at 0.4 times its rate of 10/s: every request of the first epoch
+    twice or three times, 0.4 of those of the second, all within their epoch. b, which
+    has no request in the second, gets about 500 like those it has; time 200 on is cut."""
+    trace = columns([(0.1 * i, 0) for i in range(2500)] + [(249.95, 1)])
+    wanted = np.array([[25.0, 4.0], [0.0, 5.0]])
+    now = epoch_rates(trace, 100.0)[:, :2]
+    found = reshaped(trace, 100.0, now, wanted, np.random.default_rng(1))
+    assert found.span_s < 200
+    first = found.between(0.0, 100.0)
+    kinds, counts = np.unique(first.input_tokens, return_counts=True)
+    assert kinds.tolist() == list(range(1, 1001))
+    assert set(counts) == {2, 3}
+    assert (first.llm == 0).all()
+    second = found.between(100.0, 200.0)
+    assert (second.llm == 0).sum() == pytest.approx(400, rel=0.15)
+    b = second.take(second.llm == 1)
+    assert len(b) == pytest.approx(500, rel=0.15)
+    assert set(b.input_tokens) == {2501}
 
 
 _NAMES = ("latencies", "loads", "demand", "forecast")

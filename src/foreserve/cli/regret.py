@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from foreserve.cli.common import (
+    compile_simulator,
     consoles,
     echo_json,
     json_option,
@@ -20,8 +21,11 @@ from foreserve.cli.common import (
 from foreserve.models.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from foreserve.models.outcome import Outcome
+    from foreserve.models.plan import Plan
     from foreserve.planner.regret import Regret
     from foreserve.planner.tables import Part
+    from foreserve.traces.trace import Trace
 
 FACTORS = (1.25, 1.5)
 
@@ -48,6 +52,9 @@ FACTORS = (1.25, 1.5)
     metavar="S",
     help="Seconds per epoch of each new solve; default: the plan's.",
 )
+@click.option(
+    "--simulate", is_flag=True, help="Also run each plan against each world's requests."
+)
 @quiet_option
 @json_option
 def regret(
@@ -56,6 +63,7 @@ def regret(
     scenario: str,
     factors: tuple[float, ...],
     time_limit: float | None,
+    simulate: bool,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -67,6 +75,7 @@ def regret(
     from dataclasses import asdict
 
     from foreserve.cli import EXIT_NO_PLAN
+    from foreserve.cli.simulate import run_policy
     from foreserve.models.codec import load_plan
     from foreserve.planner.again import problem_again, problems_again
     from foreserve.planner.pipeline import NoPlan
@@ -88,10 +97,25 @@ def regret(
         seed=made_by.seed,
         threads=made_by.threads,
     )
+    keep_s = wanted.runtime.keep_alive
+
+    def run(there: Plan, requests: Trace) -> Outcome:
+        return run_policy(there, requests, "planned", made_by.seed, keep_s).outcome
+
+    silent = quiet or as_json
+    if simulate:
+        compile_simulator(silent)
     try:
-        with progress_bar("solving worlds", quiet or as_json) as update:
+        with progress_bar("solving worlds", silent) as update:
             rows = regrets(
-                plan, problems, factors or FACTORS, wanted.solver.name, options, update
+                plan,
+                problems,
+                factors or FACTORS,
+                wanted.solver.name,
+                options,
+                update,
+                trace,
+                run if simulate else None,
             )
     except NoPlan as failure:
         click.echo(f"no plan: {failure}", err=True)
@@ -107,7 +131,7 @@ def regret(
         echo_json({"file": path, "worlds": worlds})
         return 0
     out, _ = consoles(quiet)
-    print_parts(out, [_part(rows)])
+    print_parts(out, [_part(rows), *([_simulated(rows)] if simulate else [])])
     return 0
 
 
@@ -130,4 +154,28 @@ def _part(rows: tuple[Regret, ...]) -> Part:
             for row in rows
         ],
         "foresight: planned for that world, epoch by epoch; not the best over all epochs",
+    )
+
+
+def _simulated(rows: tuple[Regret, ...]) -> Part:
+    from foreserve.planner.regret import PLANS
+    from foreserve.planner.tables import Part
+
+    return Part(
+        "simulated: within SLO, %; of the LLM served worst; P99 TTFT, s",
+        ["world", "off", "requests", *PLANS],
+        [
+            (
+                row.world,
+                f"{row.factor:g}x",
+                str(row.simulated["plan"].requests),
+                *(
+                    f"{100 * got.slo_attainment:.2f}  {100 * got.worst_attainment:5.1f}"
+                    f"  {got.ttft_p99_s:6.2f}"
+                    for got in (row.simulated[name] for name in PLANS)
+                ),
+            )
+            for row in rows
+        ],
+        "with the controller's on-demand rule; requests of the world, its latencies",
     )
