@@ -54,6 +54,7 @@ __all__ = [
 SOLVERS = {
     "auto": "foreserve.solvers.auto:solve",
     "milp": "foreserve.solvers.milp:solve",
+    "highs": "foreserve.solvers.direct:solve",
     "cpsat": "foreserve.solvers.cpsat:solve",
     "scale": "foreserve.solvers.scale:solve",
     "greedy": "foreserve.solvers.greedy:solve",
@@ -63,6 +64,7 @@ SOLVERS = {
 LIBRARIES = {
     "auto": ("highspy", "pyomo", "ortools"),
     "milp": ("highspy", "pyomo"),
+    "highs": ("highspy",),
     "cpsat": ("ortools",),
     "scale": ("highspy", "numba"),
 }

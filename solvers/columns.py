@@ -1,0 +1,147 @@
+"""Columns of the direct MILP by letter, and the sets and data of `Index` as arrays.
+
+Letters as in `foreserve.solvers.direct`. Arrays of columns are indexed by run or epoch and
+by replica, GPU, option or LLM; -1 where a choice is worth nothing and has no column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreserve.models.errors import InvalidInput
+from foreserve.solvers.index import Index, Key
+from foreserve.solvers.matrix import Floats, Matrix, Numbers
+from foreserve.solvers.symmetry import classes
+
+
+class Model(Matrix):
+    """Columns by letter, and the sets and data of `Index` as arrays."""
+
+    def __init__(self, p: Index, runs: Sequence[int] | None) -> None:
+        super().__init__()
+        self.p = p
+        lengths = [1] * len(p.T) if runs is None else list(runs)
+        if sum(lengths) != len(p.T) or min(lengths) < 1:
+            raise InvalidInput(f"runs={runs}: they must sum to {len(p.T)} epochs")
+        self.lengths = np.array(lengths)
+        self.run_of = np.repeat(np.arange(len(lengths)), lengths)
+        self.last = len(lengths) - 1
+        self.classes = classes(p)
+        self._data()
+        self._scenarios()
+        runs_and_replicas = (len(lengths), len(p.R))
+        self.a = self.columns(runs_and_replicas, upper=1, whole=True, where=self.fits)
+        self.y = self.columns(
+            runs_and_replicas, upper=1, whole=True, where=self._worth_warm()
+        )
+        self.free = self.columns((len(lengths), len(p.G)), upper=1)
+        self.number = self.columns((len(lengths), len(self.tp)), whole=True)
+        pays = self.slow[:, None] <= self.lost_cost[self.owner][:, None]
+        asked = self.demand > 0
+        self.part = self.columns(
+            (len(self.tp), len(p.T)), where=pays & asked[self.owner]
+        )
+        self.lost = self.columns(asked.shape, where=asked)
+        self.miss = self.columns(len(self.e_llm), upper=self.e_need)
+        pairs = [
+            np.array([(e, r) for r in p.of[k]], dtype=np.int64).reshape(-1, 2)
+            for e, k in enumerate(self.e_llm)
+        ]
+        z = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
+        z = z[self.y[self.s_run[self.e_scenario[z[:, 0]]], z[:, 1]] >= 0]
+        self.z_e, self.z_r = z.T
+        self.z_y = self.y[self.s_run[self.e_scenario[self.z_e]], self.z_r]
+        self.z = self.columns(len(z), upper=1, whole=True)
+        later = (len(lengths) - 1, len(p.R))
+        self.came, self.left = self.columns(later), self.columns(later)
+
+    def _data(self) -> None:
+        p, fleet = self.p, self.p.problem.fleet
+        options = {id(option): k for k, option in enumerate(fleet.options)}
+        self.option: Numbers = np.array([options[id(o)] for o, _ in p.replicas], int)
+        self.llm: Numbers = np.array(p.llm, int)
+        names = {llm.name: k for k, llm in enumerate(fleet.llms)}
+        self.owner = np.array([names[option.llm] for option in fleet.options])
+        self.tp = np.array([option.tp for option in fleet.options])
+        self.rate = np.array([option.rate_rps for option in fleet.options])
+        self.units = np.array(
+            [
+                option.instances(fleet.llms[k].instance_concurrency)
+                for option, k in zip(fleet.options, self.owner, strict=True)
+            ]
+        )
+        self.lost_cost = np.array(p.lost_cost)
+        second = [llm.weight * p.problem.epoch_s for llm in fleet.llms]
+        self.slow = np.array(
+            [
+                second[k] * p.problem.slower_s(option)
+                for option, k in zip(fleet.options, self.owner, strict=True)
+            ]
+        )
+        self.demand = np.array(p.demand, dtype=np.float64).reshape(len(p.M), len(p.T))
+        self.resident, self.kv = np.array(p.resident), np.array(p.kv)
+        self.usable = np.array(p.usable)
+        # (GPU, replica): one pair for each GPU of each candidate, ordered by replica.
+        gpu = np.repeat(np.arange(len(p.G)), [len(on) for on in p.on])
+        replica = np.array([r for on in p.on for r in on], dtype=np.int64)
+        order = np.argsort(replica, kind="stable")
+        self.pair_g, self.pair_r = gpu[order], replica[order]
+        self.first_pair = np.searchsorted(self.pair_r, np.arange(len(p.R) + 1))
+        room = np.full(len(p.R), np.iinfo(np.int64).max)
+        np.minimum.at(room, self.pair_r, self.usable[self.pair_g])
+        self.fits = self.resident + self.kv <= room
+        self.fits_warm = self.resident <= room
+
+    def _scenarios(self) -> None:
+        """Distinct needs of each run, and e: the (scenario, LLM) with a need."""
+        worth = [cost > 0 for cost in self.p.miss_cost]
+        merged: dict[tuple[int, tuple[int, ...]], float] = {}
+        for t, run in enumerate(self.run_of.tolist()):
+            for probability, need in self.p.need[t]:
+                key = run, tuple(n * w for n, w in zip(need, worth, strict=True))
+                merged[key] = merged.get(key, 0.0) + probability
+        self.s_run = np.array([run for run, _ in merged], dtype=np.int64)
+        found = [
+            (s, k, n, weight * self.p.miss_cost[k])
+            for s, ((_, need), weight) in enumerate(merged.items())
+            for k, n in enumerate(need)
+            if n > 0
+        ]
+        columns = np.array(found, dtype=np.float64).reshape(-1, 4).T
+        self.e_scenario, self.e_llm, self.e_need = columns[:3].astype(np.int64)
+        self.e_cost = columns[3]
+
+    def _worth_warm(self) -> NDArray[np.bool_]:
+        """[u, r]: where WARM may be worth something, see `Index.prewarmable`."""
+        worth = np.ones((len(self.lengths), len(self.p.M)), dtype=bool)
+        worth[self.last] = False
+        worth[self.s_run[self.e_scenario], self.e_llm] = True
+        return worth[:, self.llm] & self.fits_warm
+
+    def on_gpus(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """[u, g]: GPUs that the replicas ``held`` [u, r] are on."""
+        found = np.zeros(self.free.shape, dtype=bool)
+        u, pair = np.nonzero(held[:, self.pair_r])
+        found[u, self.pair_g[pair]] = True
+        return found
+
+    def gpus_of(self, r: int) -> Numbers:
+        """GPUs of a candidate."""
+        return self.pair_g[self.first_pair[r] : self.first_pair[r + 1]]
+
+    def chosen(self, values: Floats) -> tuple[set[Key], set[Key]]:
+        """(r, t) that are ACTIVE, and WARM."""
+        found = []
+        for columns in (self.a, self.y):
+            on = (columns >= 0) & (values[columns] > 0.5)
+            found.append(
+                {
+                    (r, t)
+                    for t, run in enumerate(self.run_of.tolist())
+                    for r in np.flatnonzero(on[run]).tolist()
+                }
+            )
+        return found[0], found[1]
