@@ -613,6 +613,10 @@ def insert_active(d, at, st, jp, jv, rng, j, moved, gone, tries):  # type: ignor
     return total + rehome(d, at, st, jp, jv, rng, n, moved, gone, tries)
 
 
+ALL, WARM = 100, 85
+"""Kinds of changes: all of them, or those of WARM replicas alone."""
+
+
 @compiled
 def wanted(d, at, st, rng):  # type: ignore[no-untyped-def]
     """A random LLM, rather one with unmet need in a random scenario."""
@@ -628,9 +632,9 @@ def wanted(d, at, st, rng):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def step(d, at, st, jp, jv, rng, moved, gone, warm_of):  # type: ignore[no-untyped-def]
-    """One random change; its cost (1e300: not possible)."""
-    kind = draw(rng, 100)
+def step(d, at, st, jp, jv, rng, moved, gone, warm_of, kinds):  # type: ignore[no-untyped-def]
+    """One random change; its cost (1e300: not possible). ``kinds``: `ALL` or `WARM`."""
+    kind = draw(rng, kinds)
     room = at.start - at.option
     tries = 8
     if kind < 55:
@@ -686,13 +690,13 @@ def step(d, at, st, jp, jv, rng, moved, gone, warm_of):  # type: ignore[no-untyp
 
 
 @compiled
-def search(d, at, st, jp, jv, rng, moved, gone, warm_of, heat, moves):  # type: ignore[no-untyped-def]
+def search(d, at, st, jp, jv, rng, moved, gone, warm_of, kinds, heat, moves):  # type: ignore[no-untyped-def]
     """``moves`` random changes; one that costs more stays with probability
     exp(-cost / heat). The change of cost in all."""
     total = 0.0
     for _ in range(moves):
         jp[0] = 1
-        change = step(d, at, st, jp, jv, rng, moved, gone, warm_of)
+        change = step(d, at, st, jp, jv, rng, moved, gone, warm_of, kinds)
         limit = 1e-9
         if heat > 0:
             limit = -heat * np.log((draw(rng, 1 << 30) + 1) / (1 << 30))
@@ -765,40 +769,3 @@ def cover(d, at, st, jp, jv, moved, order):  # type: ignore[no-untyped-def]
                 if placed == 0:
                     barred[chosen - d.first_option[m]] = True
     return total
-
-
-@compiled
-def best_pattern(
-    worth: Floats, weight: Ints, group: Ints, grid: int
-) -> tuple[float, NDArray[np.int8]]:
-    """Most valuable set of items of at most ``grid`` weight, one per group (items sorted
-    by group), and which they are."""
-    n = len(worth)
-    best = np.zeros(grid + 1)
-    chosen = np.full((n + 1, grid + 1), -1, np.int32)
-    i, row = 0, 0
-    ends = np.zeros(n + 1, np.int64)
-    while i < n:
-        k = i
-        while k < n and group[k] == group[i]:
-            k += 1
-        old = best.copy()
-        for item in range(i, k):
-            if worth[item] <= 0:
-                continue
-            for c in range(weight[item], grid + 1):
-                value = old[c - weight[item]] + worth[item]
-                if value > best[c]:
-                    best[c] = value
-                    chosen[row, c] = item
-        row += 1
-        ends[row] = k
-        i = k
-    taken = np.zeros(n, np.int8)
-    c = grid
-    for back in range(row - 1, -1, -1):
-        item = chosen[back, c]
-        if item >= 0:
-            taken[item] = 1
-            c -= weight[item]
-    return best[grid], taken

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from foreserve.models.placement import Placement, Replica, State
 from foreserve.models.problem import Problem, ReplicaOption
 from foreserve.solvers import anneal
 from foreserve.solvers.anneal import Data
-from foreserve.solvers.counts import CountModel, Counts, needs
+from foreserve.solvers.arrange import Arranged, Pattern
+from foreserve.solvers.counts import CountModel, needs
 from foreserve.solvers.shares import with_shares
 
 MACHINE: Any = anneal
@@ -62,8 +63,9 @@ class Field:
         missing = float(d.chance @ (d.need @ d.loss))
         self.cost = float(d.demand @ d.lost) + missing + stopped
 
-    def search(self, heat: float, moves: int) -> None:
-        """Random moves; ``heat`` is the rise in cost that is taken with probability 1/e."""
+    def search(self, heat: float, moves: int, *, actives: bool = True) -> None:
+        """Random moves, also of ACTIVE replicas or not; ``heat`` is the rise in cost that
+        is taken with probability 1/e."""
         self.cost += MACHINE.search(
             self.data,
             self.layout,
@@ -73,6 +75,7 @@ class Field:
             self._moved,
             self._gone,
             self._warm,
+            anneal.ALL if actives else anneal.WARM,
             heat,
             moves,
         )
@@ -126,32 +129,55 @@ class Field:
                     if j is not None and self.fits(j, g, active):
                         self.add(j, g, active)
 
-    def set_out(self, model: CountModel, counts: Counts) -> None:
-        """Counts (rounded down) on blocks: first where the LLM was before, then the
-        largest groups first, on the first blocks that have room. Demand that rounding
-        left without an ACTIVE replica is covered before the WARM ones come."""
-        for active, amounts in ((True, counts.active), (False, counts.warm)):
-            left = np.floor(amounts + 1e-6).astype(int)
-            for replica in self.before.replicas:
-                if self.problem.fleet.is_candidate(replica.id):
-                    c, g = model.column_of(replica), self.number[replica.gpus[0]]
-                    j = self._option(model, c)
-                    if j is not None and left[c] > 0 and self.fits(j, g, active):
-                        self.add(j, g, active)
-                        left[c] -= 1
-            order = sorted(range(len(left)), key=lambda c: -model.columns[c].option.tp)
-            for c in order:
+    def set_out(self, model: CountModel, counts: Arranged) -> None:
+        """ACTIVE counts (rounded down) on blocks: first where the LLM was before, then the
+        largest groups first, on the first blocks that have room; demand that rounding left
+        is covered. Then patterns on spare GPUs."""
+        left = np.floor(counts.active + 1e-6).astype(int)
+        for replica in self.before.replicas:
+            if self.problem.fleet.is_candidate(replica.id):
+                c, g = model.column_of(replica), self.number[replica.gpus[0]]
                 j = self._option(model, c)
-                if j is not None and left[c] > 0:
-                    self._lay(j, int(left[c]), active)
-            if active:
-                self.cover()
+                if j is not None and left[c] > 0 and self.fits(j, g, True):
+                    self.add(j, g, True)
+                    left[c] -= 1
+        order = sorted(range(len(left)), key=lambda c: -model.columns[c].option.tp)
+        for c in order:
+            j = self._option(model, c)
+            if j is not None and left[c] > 0:
+                self._lay(j, int(left[c]))
+        self.cover()
+        for c, group in enumerate(model.classes):
+            own = [p for p in counts.patterns if p.group == c]
+            nodes = set(group.nodes)
+            st, at = self.state, self.layout
+            spare = [
+                g
+                for g, gpu in enumerate(self.gpus)
+                if gpu.node in nodes and st[at.residents + g] == 0
+            ]
+            for g, columns in zip(spare, _dealt(model, own, len(spare)), strict=False):
+                for column in columns:
+                    j = self._option(model, column)
+                    start = None if j is None else self._block(j, g)
+                    if (
+                        j is not None
+                        and start is not None
+                        and self.fits(j, start, False)
+                    ):
+                        self.add(j, start, False)
 
-    def _lay(self, j: int, count: int, active: bool) -> None:
-        # Serving ones are packed; WARM ones of two LLMs should not meet on every GPU.
-        skip = 0 if active else 7 * int(self.data.llm[j])
+    def _block(self, j: int, g: int) -> int | None:
+        """First GPU of the block of option j around GPU g."""
+        d, tp = self.data, int(self.data.tp[j])
+        n = int(np.searchsorted(d.node_gpu, g, side="right")) - 1
+        first = int(d.node_gpu[n])
+        start = first + (g - first) // tp * tp
+        return start if start + tp <= first + d.node_size[n] else None
+
+    def _lay(self, j: int, count: int) -> None:
         shared = self.data, self.layout, self.state, *self._notes
-        _, change = MACHINE.lay(*shared, j, count, active, skip, self._moved)
+        _, change = MACHINE.lay(*shared, j, count, True, 0, self._moved)
         self.cost += change
 
     def _option(self, model: CountModel, c: int) -> int | None:
@@ -231,6 +257,28 @@ class Field:
             before=before,
             demote=prices.demote_s,
         )
+
+
+def _dealt(
+    model: CountModel, patterns: Sequence[Pattern], gpus: int
+) -> list[tuple[int, ...]]:
+    """One pattern per GPU: amounts rounded, and patterns that share large groups next to
+    each other."""
+    total = sum(p.amount for p in patterns)
+    shrink = min(1.0, gpus / total) if total else 1.0
+    amounts = [p.amount * shrink for p in patterns]
+    counts = [int(amount + 1e-6) for amount in amounts]
+    missing = min(gpus, round(sum(amounts))) - sum(counts)
+    nearest = sorted(range(len(patterns)), key=lambda i: counts[i] - amounts[i])
+    for i in nearest[:missing]:
+        counts[i] += 1
+    dealt = [p.columns for p, n in zip(patterns, counts, strict=True) for _ in range(n)]
+
+    def large(columns: tuple[int, ...]) -> list[tuple[int, int]]:
+        tps = [(-model.columns[c].option.tp, c) for c in columns]
+        return sorted(pair for pair in tps if pair[0] < -1)
+
+    return sorted(dealt, key=lambda columns: (large(columns) or [(0, 0)], columns))
 
 
 def _options(problem: Problem) -> list[ReplicaOption]:

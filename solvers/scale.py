@@ -12,8 +12,7 @@ first one alone, since the others may follow any placement.
 from __future__ import annotations
 
 from time import perf_counter
-
-import numpy as np
+from typing import Any
 
 from foreserve.models import referee
 from foreserve.models.cost import IterationTime
@@ -22,8 +21,8 @@ from foreserve.models.plan import Status, relative_gap
 from foreserve.models.problem import Fleet, Problem, ReplicaOption, ServedLlm
 from foreserve.models.specs import ClusterSpec, GpuType, Node
 from foreserve.solvers import greedy
-from foreserve.solvers.anneal import best_pattern
-from foreserve.solvers.counts import GRID, CountModel
+from foreserve.solvers.arrange import Arranged, PatternModel
+from foreserve.solvers.counts import CountModel
 from foreserve.solvers.field import Field
 from foreserve.solvers.index import candidate_count
 from foreserve.solvers.judge import best_of
@@ -177,7 +176,6 @@ def prepare() -> None:
     schedule = solve(problem, options).schedule
     assert schedule is not None
     Field(problem, 0, Placement(), 0).take(schedule[0])
-    best_pattern(np.ones(1), np.ones(1, np.int64), np.zeros(1, np.int64), GRID)
 
 
 class _Run:
@@ -206,28 +204,14 @@ class _Run:
     ) -> Placement | None:
         """The best placement found until then; adds to the bound."""
         options, span_s = self.options, until_s - perf_counter()
-        work = options.work_limit
         field = Field(self.problem, epoch, before, options.seed + 1009 * epoch)
         if given is not None:
             field.take(given)
         field.cover()
         self._tell(epoch, field.cost, None)
         model = CountModel(self.problem, epoch, switching=epoch == 0)
-        forever = float("inf")
-        limit_s = forever if work else perf_counter() + RELAX * span_s
-        counts = model.relax(limit_s)
-        bound = counts.bound if counts else 0.0
-        self._tell(epoch, None, bound)
-        limit_s = forever if work else BRANCH * span_s
-        if model.feasible and counts is not None:
-            self.message += (
-                f"relaxed {bound:.6g} at {perf_counter() - self.began_s:.2f} s, "
-            )
-            if len(model.columns) <= BRANCH_COLUMNS:
-                counts = model.whole(limit_s, options.gap, options.seed, work) or counts
-            bound = max(bound, model.bound)
-        if not model.feasible:
-            self.feasible = False
+        arranged, bound = self._arrange(epoch, model, span_s)
+        if not self.feasible:
             return None
         self.bound += bound
         self._tell(epoch, None, bound)
@@ -236,26 +220,55 @@ class _Run:
             field.clear()
             field.take(self.greedy[epoch])
             starts.append((field.state.copy(), field.cost))
-        starts = [min(starts, key=lambda start: start[1])]
-        if counts is not None:
+        least = min(starts, key=lambda start: start[1])
+        end_s = until_s
+        if arranged is not None:
             field.clear()
-            field.set_out(model, counts)
-            starts.append((field.state.copy(), field.cost))
-        best, least = min(starts, key=lambda start: start[1])
-        if len(field.gpus) > LARGE:
-            starts = [(best, least)]
-        began_s = perf_counter()
-        for (state, cost), share in zip(starts[::-1], (1 - SECOND, 1.0), strict=False):
-            field.state, field.cost = state.copy(), cost
-            end_s = began_s + (until_s - began_s) * (share if len(starts) > 1 else 1.0)
-            self._anneal(epoch, field, bound, end_s)
-            if field.cost < least:
-                best, least = field.state.copy(), field.cost
-        field.state, field.cost = best, least
+            field.set_out(model, arranged)
+            self._tell(epoch, field.cost, None)
+            self.message += f"set out {field.cost:.6g}, "
+            now_s = perf_counter()
+            second_s = SECOND * (until_s - now_s)
+            found = self._anneal(epoch, field, bound, until_s - second_s, actives=False)
+            least = min(least, found, key=lambda start: start[1])
+        field.state, field.cost = least[0].copy(), least[1]
+        found = self._anneal(epoch, field, bound, end_s, actives=True)
+        least = min(least, found, key=lambda start: start[1])
+        field.state, field.cost = least
         return field.placement()
 
-    def _anneal(self, epoch: int, field: Field, bound: float, until_s: float) -> None:
-        """Cooling to the end of the time, or of the work."""
+    def _arrange(
+        self, epoch: int, model: CountModel, span_s: float
+    ) -> tuple[Arranged | None, float]:
+        """Counts and patterns, and the bound."""
+        options, work = self.options, self.options.work_limit
+        began_s, forever = perf_counter(), float("inf")
+        first = model.relax(forever if work else RELAX * span_s)
+        self.feasible = self.feasible and model.feasible
+        if first is None:
+            return None, 0.0
+        found: Arranged | None = Arranged(
+            value=first.bound, active=first.active, patterns=()
+        )
+        patterns = PatternModel(self.problem, epoch, model, switching=epoch == 0)
+        until_s = forever if work else began_s + RELAX * span_s
+        found = patterns.relax(until_s, first.prices, options.gap, work) or found
+        self.message += f"relaxed {patterns.bound:.6g} at {self._now_s():.2f} s, "
+        if patterns.feasible and len(model.columns) <= BRANCH_COLUMNS:
+            until_s = forever if work else began_s + (RELAX + BRANCH) * span_s
+            whole = patterns.whole(until_s, options.gap, options.seed, work)
+            found = whole or found
+            self.message += f"bound {patterns.bound:.6g} at {self._now_s():.2f} s, "
+        self.feasible = self.feasible and patterns.feasible
+        return found, max(first.bound, patterns.bound)
+
+    def _now_s(self) -> float:
+        return perf_counter() - self.began_s
+
+    def _anneal(
+        self, epoch: int, field: Field, bound: float, until_s: float, *, actives: bool
+    ) -> tuple[Any, float]:
+        """Cooling to the end of the time, or of the work; the best state and its cost."""
         unit, hot = field.unit(), HOT
         if len(field.gpus) > LARGE:
             hot = COLD  # too few moves per GPU to come back from worse ones
@@ -268,13 +281,14 @@ class _Run:
                 done = (perf_counter() - began_s) / max(1e-9, until_s - began_s)
             if done >= 1 or relative_gap(least, bound) <= self.options.gap:
                 break
-            field.search(unit * hot * (COLD / hot) ** done, CHUNK)
+            heat = unit * hot * (COLD / hot) ** done
+            field.search(heat, CHUNK, actives=actives)
             moves += CHUNK
             if field.cost < least - 1e-9:
                 best, least = field.state.copy(), field.cost
                 self._tell(epoch, least, None)
         self.message += f"{moves} moves to {least:.6g}, "
-        field.state, field.cost = best, least
+        return best, least
 
     def _tell(self, epoch: int, objective: float | None, bound: float | None) -> None:
         if epoch == 0 and self.problem.num_epochs == 1:

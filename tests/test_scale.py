@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from foreserve.models import recourse, referee
 from foreserve.models.plan import Status
 from foreserve.models.specs import Node
-from foreserve.solvers.anneal import best_pattern
+from foreserve.solvers.arrange import PatternModel
 from foreserve.solvers.base import solve
-from foreserve.solvers.counts import GRID, CountModel, separate
+from foreserve.solvers.counts import CountModel
 from foreserve.solvers.field import Field
+from foreserve.solvers.patterns import NEAR, best_set, good_sets
 from foreserve.solvers.result import SolveOptions
 from tests import oracle
 from tests.build import cluster, fleet, option
@@ -55,26 +57,67 @@ def test_bound_holds_and_small_problems_are_solved(block: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_cuts_hold_for_every_set_that_fits(seed: int) -> None:
-    """No set of items within a GPU's memory, one per LLM, has more than 1 in a cut; and
-    the dynamic programme behind it finds the best of all sets."""
+def test_no_pattern_is_worth_more_than_the_limit(seed: int) -> None:
+    """Against all sets of items that fit a GPU, one per LLM: the search finds the best
+    one, its limit is that but for `NEAR`, and holds as well where the search was cut off
+    after a step or two."""
     rng = np.random.default_rng(seed)
-    count = 8
-    weight = rng.integers(GRID // 8, GRID // 2 + GRID // 4, count)
+    count, room, scenarios = 9, 100, 4
+    weight = rng.integers(10, 60, count)
     llm = rng.integers(0, 6, count)
-    fitting = [
-        list(items)
-        for size in range(1, count + 1)
-        for items in combinations(range(count), size)
-        if weight[list(items)].sum() <= GRID and len(set(llm[list(items)])) == size
-    ]
-    slope = separate(rng.uniform(0.2, 0.8, count), weight, llm)
-    if slope is not None:
-        assert max(slope[items].sum() for items in fitting) <= 1 + 1e-9
-    worth, order = rng.uniform(0, 1, count), np.argsort(llm, kind="stable")
-    best, chosen = best_pattern(worth[order], weight[order], llm[order], GRID)
-    assert best == pytest.approx(max(worth[items].sum() for items in fitting))
-    assert best == pytest.approx(worth[order][chosen > 0].sum())
+    value = rng.uniform(0, 3, (count, scenarios)) * (
+        rng.random((count, scenarios)) < 0.6
+    )
+    cost = rng.uniform(0, 1, count)
+    worths = [0.0]
+    for size in range(1, count + 1):
+        for chosen in combinations(range(count), size):
+            items = list(chosen)
+            if weight[items].sum() <= room and len(set(llm[items])) == size:
+                worths.append(value[items].max(axis=0).sum() - cost[items].sum())
+    best = max(worths)
+    limit, worth, found = best_set(value, cost, weight, llm, room, 100_000)
+    assert weight[found].sum() <= room
+    assert len(set(llm[found])) == len(found)
+    if len(found):
+        made = value[found].max(axis=0).sum() - cost[found].sum()
+        assert worth == pytest.approx(made)
+    assert worth <= best + 1e-9 <= limit + 2e-9 <= best * (1 + 2 * NEAR) + 1e-6
+    for steps in (1, 2, 5):
+        assert best_set(value, cost, weight, llm, room, steps)[0] >= best - 1e-9
+    for items in good_sets(value, cost, weight, llm, room):
+        chosen = np.flatnonzero(items)
+        assert weight[chosen].sum() <= room
+        assert len(set(llm[chosen].tolist())) == len(chosen)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_patterns_bound_what_brute_force_finds(block: int) -> None:
+    """On 50 tiny problems each, with rules, a placement before and odd nodes: neither LP
+    nor whole counts are above the optimum, and patterns are no weaker than counts."""
+    for seed in range(50 * block, 50 * block + 50):
+        p = tiny(np.random.default_rng(5000 + seed))
+        try:
+            found = oracle.best(p, most=300)
+        except oracle.TooLarge:
+            continue
+        counts = CountModel(p, 0, switching=True)
+        first = counts.relax(60.0)
+        patterns = PatternModel(p, 0, counts, switching=True)
+        if first is None or found is None:
+            assert found is None
+            continue
+        slack = 1e-6 * max(1.0, found[0])
+        end_s = perf_counter() + 60.0
+        priced = patterns.relax(end_s, first.prices, 1e-6, None)
+        relaxed = patterns.bound
+        assert priced is not None
+        assert first.bound - slack <= priced.value
+        assert relaxed <= priced.value + slack
+        assert relaxed <= found[0] + slack
+        whole = patterns.whole(end_s, 1e-6, 0, None)
+        assert relaxed - slack <= patterns.bound <= found[0] + slack
+        assert whole is not None
 
 
 @pytest.mark.parametrize("seed", range(4))

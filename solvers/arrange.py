@@ -1,0 +1,387 @@
+"""The cluster as ACTIVE counts and patterns of spare GPUs: the lower bound.
+
+Why it bounds. Take any schedule's placement of one epoch and drop its WARM replicas that
+touch a GPU with an ACTIVE one: they serve no scenario. What is left uses, in each class of
+equal nodes (`counts`), GPUs with exactly one ACTIVE replica and spare ones. Each spare GPU
+holds a set of replicas that fits it and runs at most one of them in a scenario: a pattern
+(`patterns`). A WARM replica of tp GPUs is in the patterns of all of them, and an activation
+that counts for ``units`` instances is run by all of them: each contributes 1/tp. So
+
+    tp-weighted ACTIVE counts + spare <= GPUs of the class, patterns <= spare       (C3)
+    ACTIVE units + sum over patterns of units run / tp + miss >= need, by scenario  (O2)
+    sum over patterns that hold j of 1/tp <= WARM_j, where WARM counts are limited  (C10)
+    or where some were there before: loads >= ACTIVE + WARM - resident              (O4)
+
+hold for the plan's own patterns, beside the rows for demand, rules and stops, at no more
+than its cost. With prices e for instances run (by LLM and scenario) and f for WARM counts,
+no spare GPU's pattern is worth more than `best_set`'s limit h, so for every e, f >= 0
+
+    sum e run <= sum over classes of h spare + sum f WARM + loads                   (cut)
+
+holds in every plan. Patterns are generated as columns of an LP; each price vector that it
+asks about is also a cut, and the integer programme over counts, misses and cuts alone (no
+patterns, no places) gives the bound. With its counts held fixed, columns are generated
+again: that gives the cuts the counts were wrong about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+from foreserve.models.problem import Problem
+from foreserve.solvers.counts import CountModel, Ledger, infeasible, run, safe
+from foreserve.solvers.patterns import best_set, good_sets
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Dual = tuple[Floats, Floats, Floats]
+"""Prices of instances run, of WARM counts, and of spare GPUs by class."""
+INFINITE = highspy.kHighsInf
+FEASIBLE = highspy.SolutionStatus.kSolutionStatusFeasible
+SMOOTH = 0.7
+"""Part of the best prices so far in those that are asked about next."""
+KEPT = 8
+STEPS = 3_000
+"""Most steps of one search for the best pattern."""
+Key = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""Class, items, and which runs in each scenario."""
+FEW = 24
+"""Most columns that one price vector adds per class."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Spares:
+    """Items and memory of one class's spare GPUs."""
+
+    columns: list[int]
+    """[item] number of its column."""
+    cover: Floats
+    """[item, scenario] instances that one GPU's part of it covers."""
+    row: Ints
+    """[item, scenario] row of (LLM, scenario); where it has none, ``cover`` is 0."""
+    load: Floats
+    """[item] cost of loading one GPU's part, where it does not depend on the counts."""
+    held: Ints
+    """[item] its row of counts, -1 for most."""
+    part: Floats
+    """[item] 1 / tp."""
+    weight: Ints
+    llm: Ints
+    usable: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """What a spare GPU of class ``group`` holds, by numbers of columns."""
+
+    group: int
+    columns: tuple[int, ...]
+    amount: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arranged:
+    """ACTIVE counts by column, and patterns for the spare GPUs."""
+
+    value: float
+    """What they cost, or would if patterns came in parts."""
+    active: Floats
+    patterns: tuple[Pattern, ...]
+
+
+class PatternModel:
+    """Bound and counts of one epoch. Mutable: `relax`, then `whole`."""
+
+    def __init__(
+        self, problem: Problem, epoch: int, counts: CountModel, switching: bool
+    ) -> None:
+        self.classes, self.columns = counts.classes, counts.columns
+        self.tied = [
+            j
+            for j, column in enumerate(self.columns)
+            if column.resident
+            or problem.fleet.llms[column.llm].max_replicas is not None
+        ]
+        ledgers = [
+            Ledger(
+                problem,
+                epoch,
+                switching=switching,
+                classes=self.classes,
+                columns=self.columns,
+                tied=self.tied,
+            )
+            for _ in range(2)
+        ]
+        self.ledger, outer = ledgers
+        self.needs = self.ledger.needs
+        self.bound, self.feasible = 0.0, self.ledger.feasible
+        self.spares = [self._spares(c) for c in range(len(self.classes))]
+        self.lp = self.ledger.hand_over()
+        self._first = self.lp.getNumCol()
+        self._runs = [outer.new(0.0) for _ in self.needs]
+        for row, variable in enumerate(self._runs):
+            outer.extend(row, [(variable, 1.0)])
+        self._loads = outer.new(1.0)
+        self._rows = outer.num_rows
+        self.master = outer.hand_over()
+        self._generated: list[tuple[int, tuple[int, ...]]] = []
+        self._known: set[Key] = set()
+        self._cuts: list[tuple[Floats, Floats]] = []
+
+    def _spares(self, c: int) -> Spares:
+        usable = self.classes[c].usable
+        row_of = {(s, m): r for r, (s, m, *_) in enumerate(self.needs)}
+        scenarios = 1 + max((s for s, *_ in self.needs), default=-1)
+        asked = {m for _, m, *_ in self.needs}
+        own = [
+            j
+            for j, column in enumerate(self.columns)
+            if column.group == c
+            and column.llm in asked
+            and column.option.resident_bytes <= usable
+        ]
+        cover = np.zeros((len(own), scenarios))
+        row = np.zeros((len(own), scenarios), np.int64)
+        for i, j in enumerate(own):
+            column = self.columns[j]
+            for s in range(scenarios):
+                r = row_of.get((s, column.llm))
+                if r is not None:
+                    row[i, s] = r
+                    counted = min(column.units, self.needs[r][2])
+                    cover[i, s] = counted / column.option.tp
+        held = {j: h for h, j in enumerate(self.tied)}
+        tps = np.array([self.columns[j].option.tp for j in own], np.float64)
+        load = [0.0 if j in held else self.ledger.load[j] for j in own]
+        return Spares(
+            columns=own,
+            cover=cover,
+            row=row,
+            load=np.array(load) / tps,
+            held=np.array([held.get(j, -1) for j in own], np.int64),
+            part=1 / tps,
+            weight=np.array(
+                [max(1, self.columns[j].option.resident_bytes) for j in own], np.int64
+            ),
+            llm=np.array([self.columns[j].llm for j in own], np.int64),
+            usable=usable,
+        )
+
+    def relax(
+        self, until_s: float, prices: Floats, gap: float, rounds: float | None
+    ) -> Arranged | None:
+        """Generate patterns until the clock of `perf_counter` says ``until_s``, or the
+        bound is within ``gap`` of the LP; ``prices``: first guess, by row of needs;
+        ``rounds``: at most 100 times so many LPs."""
+        lp = self.lp
+        self._ask(prices, np.zeros(len(self.tied)), None)
+        centre = self._centre()
+        found: Arranged | None = None
+        smooth, done = SMOOTH, 0
+        while centre is not None and (rounds is None or done < 100 * rounds):
+            done += 1
+            if not run(lp, until_s - perf_counter()):
+                break
+            found = self._read()
+            if found.value - self.bound <= gap * abs(found.value):
+                break
+            dual = self._duals()
+            added = self._ask(*_between(centre, dual, smooth), dual)
+            if not added:
+                smooth = max(0.0, smooth - 0.1)
+                added = self._ask(dual[0], dual[1], dual)
+                if not added and smooth < SMOOTH:
+                    self._centre()
+                    break
+            centre = self._centre() or centre
+        return found
+
+    def _duals(self) -> Dual:
+        dual = np.array(self.lp.getSolution().row_dual)
+        ends = np.cumsum([len(self.needs), len(self.tied), len(self.classes)])
+        prices, held, spare = np.split(dual[: ends[2]], ends[:2])
+        return np.maximum(prices, 0), np.maximum(-held, 0), np.maximum(-spare, 0)
+
+    def _centre(self) -> tuple[Floats, Floats] | None:
+        """Bound by all cuts, and the prices behind it."""
+        if not run(self.master, INFINITE):
+            self.feasible = not infeasible(self.master)
+            return None
+        self.bound = max(
+            self.bound, safe(self.master.getInfo().objective_function_value)
+        )
+        dual = np.array(self.master.getSolution().row_dual)[self._rows :]
+        instances, held = np.zeros(len(self.needs)), np.zeros(len(self.tied))
+        for part, (e, f) in zip(np.maximum(-dual, 0), self._cuts, strict=True):
+            instances += part * e
+            held += part * f
+        return instances, held
+
+    def _ask(self, prices: Floats, held: Floats, dual: Dual | None) -> int:
+        """Best patterns at these prices: a cut, and columns that pay at ``dual``."""
+        limits, added = np.zeros(len(self.classes)), 0
+        for c, spares in enumerate(self.spares):
+            if not spares.columns:
+                continue
+            extra = np.where(spares.held >= 0, held[spares.held] if len(held) else 0, 0)
+            cost = spares.load + extra * spares.part
+            value = spares.cover * prices[spares.row]
+            shared = value, cost, spares.weight, spares.llm, spares.usable
+            limits[c], _, items = best_set(*shared, STEPS)
+            sets = [np.sort(items)]
+            if dual is not None:
+                sets += [np.flatnonzero(mask) for mask in good_sets(*shared)]
+                added += self._add(c, sets, value, dual)
+        self._cut(prices, held, limits)
+        return added
+
+    def _cut(self, prices: Floats, held: Floats, limits: Floats) -> None:
+        self._cuts.append((prices, held))
+        asked = np.flatnonzero(prices > 0)
+        index = [
+            *(self._runs[r] for r in asked),
+            *self.ledger.warm,
+            *self.ledger.spare,
+            self._loads,
+        ]
+        entry = np.concatenate([prices[asked], -held, -limits, [-1.0]])
+        self.master.addRow(-INFINITE, 0.0, len(index), np.array(index, np.int32), entry)
+
+    def _add(
+        self,
+        c: int,
+        sets: list[Ints],
+        value: Floats,
+        dual: Dual,
+    ) -> int:
+        spares, (prices, held, spare) = self.spares[c], dual
+        choices = []
+        for items in sets:
+            if not len(items):
+                continue
+            which = items[np.argmax(value[items], axis=0)]
+            which = np.where(value[items].max(axis=0) > 1e-12, which, -1)
+            key = c, tuple(items.tolist()), tuple(which.tolist())
+            if key in self._known:
+                continue
+            runs = np.flatnonzero(which >= 0)
+            rows = spares.row[which[runs], runs]
+            amounts = spares.cover[which[runs], runs]
+            load = float(spares.load[items].sum())
+            tied = items[spares.held[items] >= 0]
+            cost = load + float(held[spares.held[tied]] @ spares.part[tied])
+            reduced = cost + spare[c] - float(prices[rows] @ amounts)
+            if reduced < -1e-9:
+                choices.append((reduced, key, rows, amounts, load, tied))
+        choices.sort(key=lambda choice: choice[0])
+        taken = 0
+        for _, key, rows, amounts, load, tied in choices[:FEW]:
+            if key in self._known:
+                continue
+            self._known.add(key)
+            first = len(self.needs)
+            index = np.concatenate(
+                [rows, first + spares.held[tied], [first + len(self.tied) + c]]
+            )
+            entry = np.concatenate([amounts, spares.part[tied], [1.0]])
+            self.lp.addCol(
+                load, 0.0, INFINITE, len(index), index.astype(np.int32), entry
+            )
+            self._generated.append((c, key[1]))
+            taken += 1
+        return taken
+
+    def _read(self) -> Arranged:
+        solver = self.lp
+        values = np.array(solver.getSolution().col_value)
+        amounts = values[self._first :]
+        patterns = [
+            Pattern(
+                group=c,
+                columns=tuple(self.spares[c].columns[i] for i in items),
+                amount=float(amount),
+            )
+            for (c, items), amount in zip(self._generated, amounts, strict=True)
+            if amount > 1e-9
+        ]
+        return Arranged(
+            value=solver.getInfo().objective_function_value,
+            active=values[self.ledger.active],
+            patterns=tuple(patterns),
+        )
+
+    def whole(
+        self, until_s: float, gap: float, seed: int, rounds: float | None
+    ) -> Arranged | None:
+        """The bound with whole ACTIVE counts; the best whole counts found, with patterns
+        that may come in parts. ``rounds``: at most so many, instead of the time."""
+        solver, best = self.master, None
+        for j in [*self.ledger.active, *self.ledger.spare]:
+            solver.changeColIntegrality(j, highspy.HighsVarType.kInteger)
+        solver.setOptionValue("random_seed", seed % 2**31)
+        solver.setOptionValue("mip_rel_gap", gap)
+        done, seen = 0, set[tuple[int, ...]]()
+        while perf_counter() < until_s and (rounds is None or done < rounds):
+            done += 1
+            run(solver, until_s - perf_counter())
+            if infeasible(solver):
+                self.feasible = False
+                return None
+            info = solver.getInfo()
+            if np.isfinite(info.mip_dual_bound):
+                self.bound = max(self.bound, safe(info.mip_dual_bound))
+            if info.primal_solution_status != FEASIBLE:
+                break
+            values = solver.getSolution().col_value
+            counts = tuple(round(values[j]) for j in self.ledger.active)
+            if counts in seen:
+                break  # what its cuts say of it now is all that they can
+            seen.add(counts)
+            found = self._fixed(counts, until_s)
+            if found is not None and (best is None or found.value < best.value):
+                best = found
+            if best is None or best.value - self.bound <= gap * abs(best.value):
+                break
+        return best
+
+    def _fixed(self, counts: Sequence[int], until_s: float) -> Arranged | None:
+        """Patterns for whole counts, and cuts for what the master had wrong."""
+        for j, count in zip(self.ledger.active, counts, strict=True):
+            self.lp.changeColBounds(j, count, count)
+        found, smooth, before = None, SMOOTH, len(self._cuts)
+        centre: tuple[Floats, Floats] | None = None
+        while run(self.lp, until_s - perf_counter()):
+            found, dual = self._read(), self._duals()
+            centre = centre or (dual[0], dual[1])
+            mixed = _between(centre, dual, smooth)
+            if not self._ask(*mixed, dual):
+                smooth = max(0.0, smooth - 0.35)
+                if not self._ask(dual[0], dual[1], dual):
+                    break
+            centre = mixed
+        for j, most in zip(self.ledger.active, self.ledger.limits, strict=True):
+            self.lp.changeColBounds(j, 0.0, most)
+        # Only the last cuts are about the prices in the end.
+        extra = len(self._cuts) - before - KEPT
+        if extra > 0:
+            gone = np.arange(before, before + extra, dtype=np.int32)
+            self.master.deleteRows(extra, gone + self._rows)
+            del self._cuts[before : before + extra]
+        return found
+
+
+def _between(
+    centre: tuple[Floats, Floats], dual: Dual, smooth: float
+) -> tuple[Floats, Floats]:
+    """Prices between two, ``smooth`` of them the first."""
+    return (
+        smooth * centre[0] + (1 - smooth) * dual[0],
+        smooth * centre[1] + (1 - smooth) * dual[1],
+    )
