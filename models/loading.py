@@ -101,9 +101,10 @@ class LoadTimes:
         return self.total_s * self.interval[1]
 
 
-HostCache = Literal["all", "lru", "none"]
+HostCache = Literal["all", "lru", "none", "planned"]
 """Which weights are in pinned host memory. all: as the plan assumed, so that loads take
-their option's time; lru: what was loaded last and has room; none: loads read storage."""
+their option's time; lru: what was loaded last and has room; none: loads read storage;
+planned: what the plan says (C6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

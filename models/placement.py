@@ -75,21 +75,41 @@ class Replica(Record):
         return len(self.gpus)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class HostCopy(Record):
+    """Weights of an LLM in the pinned host memory of a node."""
+
+    node: str
+    llm: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement(Record):
     """A set of replicas, kept in canonical order (by GPUs, then LLM)."""
 
     replicas: tuple[Replica, ...] = ()
+    hosted: tuple[HostCopy, ...] = ()
+    """Empty unless the plan decides what host memory keeps (C6)."""
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.replicas, key=lambda r: (r.gpus, r.llm)))
         object.__setattr__(self, "replicas", ordered)
+        object.__setattr__(self, "hosted", tuple(sorted(set(self.hosted))))
         if len(self.by_id) < len(ordered):
             raise InvalidInput("placement: the same LLM twice on the same GPUs")
 
     @cached_property
     def by_id(self) -> Mapping[ReplicaId, Replica]:
         return {replica.id: replica for replica in self.replicas}
+
+    @cached_property
+    def groups(self) -> Mapping[tuple[GpuId, ...], tuple[Replica, ...]]:
+        """ACTIVE replicas by their GPUs: more than one where they share them."""
+        found: dict[tuple[GpuId, ...], list[Replica]] = {}
+        for replica in self.replicas:
+            if replica.state == "ACTIVE":
+                found.setdefault(replica.gpus, []).append(replica)
+        return {gpus: tuple(replicas) for gpus, replicas in found.items()}
 
     @cached_property
     def by_gpu(self) -> Mapping[GpuId, tuple[Replica, ...]]:
@@ -105,7 +125,7 @@ class Placement(Record):
         if lost_gpus.isdisjoint(self.by_gpu):
             return self
         kept = (r for r in self.replicas if lost_gpus.isdisjoint(r.gpus))
-        return Placement(replicas=tuple(kept))
+        return Placement(replicas=tuple(kept), hosted=self.hosted)
 
     def of(self, llm: str, state: State | None = None) -> tuple[Replica, ...]:
         """Replicas of ``llm``, in canonical order, optionally in one state only."""

@@ -14,9 +14,10 @@ from functools import cached_property
 
 from foreserve.models.cost import IterationTime
 from foreserve.models.errors import InvalidInput
-from foreserve.models.loading import LoadRules
+from foreserve.models.loading import LOADERS, LoadRules
 from foreserve.models.placement import Placement, Replica, ReplicaId, State
 from foreserve.models.record import Record
+from foreserve.models.rules import Rules, Sharing
 from foreserve.models.serving import ServingRules
 from foreserve.models.specs import ClusterSpec, GpuId, Slo
 
@@ -39,6 +40,11 @@ class ServedLlm(Record):
     max_replicas: int | None = None
     nodes: tuple[str, ...] | None = None
     """Nodes it may be placed on; None: any."""
+    min_after_loss: int = 0
+    """ACTIVE replicas that are left after the loss of any one failure domain (C9)."""
+    storage_loss_s: float = 0.0
+    """Of one missing instance on top of ``cold_loss_s``, where no node keeps its weights
+    in host memory (C6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +99,25 @@ class ReplicaOption(Record):
         return self.shard_bytes * self.tp if stated is None else stated
 
     @property
+    def moving_s(self) -> float:
+        """Of ``load_s``, from host memory to the GPUs."""
+        return self.load_s - self.start_s if self.copy_s is None else self.copy_s
+
+    @property
     def active_bytes(self) -> int:
         """v_mk: per GPU while ACTIVE, on top of ``resident_bytes``."""
         return self.kv_bytes + self.activation_bytes
+
+    @property
+    def reserved_tokens(self) -> float:
+        """Tokens that the KV reserve holds."""
+        return self.kv_bytes / self.kv_token_bytes
+
+    def held_tokens(self, rate_rps: float, slowdown: float) -> float:
+        """Tokens in flight on average at ``rate_rps`` on a group that slows it down
+        (Little's law); an answer is half there on average."""
+        tokens = self.input_tokens + self.output_tokens / 2
+        return rate_rps * self.exec_s * slowdown * tokens
 
     def instances(self, unit: int) -> int:
         """How many instances of ``unit`` concurrency it counts for in a burst."""
@@ -111,6 +133,9 @@ class Fleet(Record):
     options: tuple[ReplicaOption, ...]
     loading: LoadRules = field(default_factory=LoadRules)
     serving: ServingRules = field(default_factory=ServingRules)
+    sharing: Sharing | None = None
+    """None: every ACTIVE replica has its GPUs to itself."""
+    rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
         names = [llm.name for llm in self.llms]
@@ -148,11 +173,15 @@ class Fleet(Record):
         return option
 
     def candidates(self) -> Iterator[tuple[ReplicaOption, tuple[GpuId, ...]]]:
-        """Every (option, aligned block) a plan may use, rules (C10) on nodes applied."""
+        """Every (option, aligned block) a plan may use: nodes an LLM may be on and GPUs
+        that are closed (C10) are seen to here."""
+        closed = frozenset(self.rules.closed)
         for option in self.options:
             allowed = self.llm_by_name[option.llm].nodes
             for block in self.cluster.blocks(option.tp, option.gpu_type):
-                if allowed is None or block[0].node in allowed:
+                if allowed is not None and block[0].node not in allowed:
+                    continue
+                if closed.isdisjoint(block):
                     yield option, block
 
     def is_candidate(self, key: ReplicaId) -> bool:
@@ -164,11 +193,48 @@ class Fleet(Record):
         first = key.gpus[0].index
         aligned = first % tp == 0 and key.gpus == node.gpu_ids()[first : first + tp]
         allowed = llm.nodes is None or node.name in llm.nodes
+        allowed = allowed and not any(gpu in self.rules.closed for gpu in key.gpus)
         return aligned and allowed and self.option_on(key.llm, key.gpus) is not None
 
     def reference_s(self, llm: str) -> float:
         """e_m: the least isolated execution time over all options, fixed once."""
         return min(option.exec_s for option in self.options if option.llm == llm)
+
+    @cached_property
+    def places(self) -> frozenset[tuple[str, str]]:
+        """(node, LLM) where a replica may be."""
+        pairs = ((block[0].node, option.llm) for option, block in self.candidates())
+        return frozenset(pairs)
+
+    @cached_property
+    def stored_bytes(self) -> Mapping[str, int]:
+        """Weights of each LLM in host memory."""
+        stored: dict[str, int] = {}
+        for option in self.options:
+            stored[option.llm] = max(stored.get(option.llm, 0), option.stored_bytes)
+        return stored
+
+    def storage_s(self, option: ReplicaOption, node: str) -> float:
+        """By how much a load takes longer on a node that does not keep the weights in
+        host memory, where the plan decides that: the slower stage sets the pace."""
+        if self.loading.host_cache != "planned":
+            return 0.0
+        known = LOADERS["fast"]
+        rate = known.storage_share * self.cluster.node_by_name[node].storage_bytes_per_s
+        rate = min(rate, known.readers_bytes_per_s(option.tp))
+        return max(0.0, option.stored_bytes / rate - option.moving_s)
+
+    def read_s(self, llm: str, node: str) -> float:
+        """The storage of ``node`` is busy so long with the weights of ``llm``."""
+        rate = self.cluster.node_by_name[node].storage_bytes_per_s
+        return self.stored_bytes[llm] / (LOADERS["fast"].storage_share * rate)
+
+    def host_link_s(self, option: ReplicaOption, node: str) -> float:
+        """The host link of ``node``, if its GPUs share one, with a load of ``option``."""
+        rate = self.cluster.node_by_name[node].host_link_bytes_per_s
+        if rate is None:
+            return 0.0
+        return option.shard_bytes * option.tp / (LOADERS["fast"].link_share * rate)
 
     def bytes_on_gpu(self, replica: Replica) -> int:
         """Bytes ``replica`` takes on each of its GPUs in its state."""
@@ -191,6 +257,9 @@ class Prices(Record):
     """Seconds of delay charged per second of loading weights (O4)."""
     demote_s: float = 1.0
     """Seconds of delay charged for stopping one ACTIVE replica (O4)."""
+    replan_s: float = 0.0
+    """Seconds of delay charged for every epoch whose replicas, or their states, differ
+    from those of the epoch before (O4)."""
     slower_s: float = 1.0
     """Seconds of delay charged per second that an answer takes longer than on the LLM's
     fastest option (O3); below 1 where a slower answer within the SLO hurts less than
@@ -235,10 +304,11 @@ class Problem(Record):
     def num_epochs(self) -> int:
         return len(self.demand_rps[0]) if self.demand_rps else 0
 
-    def slower_s(self, option: ReplicaOption) -> float:
-        """Delay booked for one request served by ``option`` (e_mk - e_m, priced)."""
+    def slower_s(self, option: ReplicaOption, slowdown: float = 1.0) -> float:
+        """Delay booked for one request served by ``option`` (e_mk - e_m, priced), on a
+        group that slows it down."""
         reference_s = self.fleet.reference_s(option.llm)
-        return self.prices.slower_s * (option.exec_s - reference_s)
+        return self.prices.slower_s * (option.exec_s * slowdown - reference_s)
 
     def need(self, scenario: int, llm: int, epoch: int) -> int:
         """Instances in all that the peak of ``scenario`` asks for (before ACTIVE ones)."""
@@ -249,3 +319,31 @@ class Problem(Record):
 def round_rate(rate_rps: float) -> float:
     """Rates in problems are multiples of 1e-6, so integer solvers hold them exactly."""
     return round(rate_rps * 1e6) / 1e6
+
+
+OPTIONAL: Mapping[str, str] = {
+    "sharing": "several LLMs ACTIVE on the same GPUs (C3)",
+    "host": "what nodes keep in host memory (C6)",
+    "window": "a time in which loads must be done (C7)",
+    "keep_serving": "moves without a break (C8)",
+    "min_after_loss": "replicas left after the loss of a failure domain (C9)",
+    "rules": "pins, LLMs that stay apart, most LLMs on a GPU (C10)",
+    "replan": "a price of every change of the placement (O4)",
+}
+"""What a problem may ask for beyond the rows that are always there."""
+
+
+def asks_for(problem: Problem) -> frozenset[str]:
+    """Keys of `OPTIONAL` that ``problem`` makes use of."""
+    fleet = problem.fleet
+    rules = fleet.rules
+    asked = {
+        "sharing": fleet.sharing is not None,
+        "host": fleet.loading.host_cache == "planned",
+        "window": rules.load_window_s is not None,
+        "keep_serving": rules.keep_serving,
+        "min_after_loss": any(llm.min_after_loss for llm in fleet.llms),
+        "rules": bool(rules.max_llms_per_gpu or rules.apart or rules.held),
+        "replan": problem.prices.replan_s > 0,
+    }
+    return frozenset(key for key, is_asked in asked.items() if is_asked)

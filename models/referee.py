@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from foreserve.models.placement import Placement, diff
+from foreserve.models.bursts import losses
+from foreserve.models.placement import Placement, Replica, ReplicaId, diff
 from foreserve.models.problem import Fleet, Problem
-from foreserve.models.recourse import Spare, covered_at_most, covered_value
-from foreserve.models.specs import GpuId
 
 SHARE_TOLERANCE = 1e-6
 
@@ -50,17 +49,21 @@ def violations(
         message = f"{len(schedule)} placements for {problem.num_epochs} epochs"
         return (Violation(label="plan", epoch=0, message=message),)
     found = []
+    before = problem.initial
     for epoch, placement in enumerate(schedule):
         messages = list(fleet_violations(problem.fleet, placement))
         # The rows below look replicas up; they mean nothing for impossible ones.
         if not messages:
-            messages = [("C5", text) for text in c5_demand(problem, epoch, placement)]
+            for label, row in MOVING_ROWS.items():
+                texts = row(problem, epoch, before, placement)
+                messages += [(label, text) for text in texts]
         found += [Violation(label=k, epoch=epoch, message=text) for k, text in messages]
+        before = placement
     return tuple(found)
 
 
 def fleet_violations(fleet: Fleet, placement: Placement) -> Iterator[tuple[str, str]]:
-    """(label, message) of the rows that need no demand: possible at all, C1-C4, C10."""
+    """(label, message) of the rows of one placement: possible at all, `STATIC_ROWS`."""
     impossible = list(_possible(fleet, placement))
     if impossible:
         yield from (("plan", text) for text in impossible)
@@ -102,7 +105,11 @@ def c2_nesting(fleet: Fleet, placement: Placement) -> Iterator[str]:
 
 
 def c3_equal_groups(fleet: Fleet, placement: Placement) -> Iterator[str]:
-    """ACTIVE replicas that share a GPU share the whole set."""
+    """ACTIVE replicas that share a GPU share the whole set, and are not too many."""
+    most = None if fleet.sharing is None else fleet.sharing.most
+    for gpus, members in placement.groups.items():
+        if most is not None and len(members) > most:
+            yield f"{len(members)} LLMs are ACTIVE on {gpus[0]}x{len(gpus)}, most={most}"
     for replicas in placement.by_gpu.values():
         active = [r for r in replicas if r.state == "ACTIVE"]
         for one, other in combinations(active, 2):
@@ -118,25 +125,127 @@ def c4_one_copy(fleet: Fleet, placement: Placement) -> Iterator[str]:
             yield f"GPU {gpu} holds {name!r} more than once"
 
 
-def c5_demand(problem: Problem, epoch: int, placement: Placement) -> Iterator[str]:
-    """Traffic shares sum to at most 1, and no GPU group is booked over its rate."""
-    booked: dict[frozenset[GpuId], float] = {}
-    for index, llm in enumerate(problem.fleet.llms):
-        shares = 0.0
-        for replica in placement.of(llm.name):
-            shares += replica.traffic_share
-            if replica.state == "WARM" and replica.traffic_share > 0:
-                yield f"{replica.id} is WARM but has traffic"
-            option = problem.fleet.option_of(replica.llm, replica.gpus)
-            load = problem.demand_rps[index][epoch] * replica.traffic_share
-            group = frozenset(replica.gpus)
-            booked[group] = booked.get(group, 0.0) + load / option.rate_rps
+def c5_demand(
+    problem: Problem, epoch: int, before: Placement, placement: Placement
+) -> Iterator[str]:
+    """Traffic shares sum to at most 1, and no GPU group is booked over its rate; with
+    `Sharing`, not over its last level, nor a replica over what its KV reserve holds
+    (Little's law: rate times latency times tokens)."""
+    fleet, sharing = problem.fleet, problem.fleet.sharing
+    for replica in placement.replicas:
+        if replica.state == "WARM" and replica.traffic_share > 0:
+            yield f"{replica.id} is WARM but has traffic"
+    for llm in fleet.llms:
+        shares = sum(replica.traffic_share for replica in placement.of(llm.name))
         if shares > 1 + SHARE_TOLERANCE:
             yield f"traffic shares of {llm.name!r} sum to {shares}"
-    for group, load in booked.items():
-        if load > 1 + SHARE_TOLERANCE:
-            names = ", ".join(sorted(map(str, group)))
-            yield f"GPUs {names} are booked at {load:.3f} of their rate"
+    for gpus, members in placement.groups.items():
+        names = ", ".join(sorted(map(str, gpus)))
+        load = booked(problem, epoch, members)
+        most = 1.0 if sharing is None else sharing.most_booked
+        if load > most + SHARE_TOLERANCE:
+            yield f"GPUs {names} are booked at {load:.3f} of their rate, {most:g} at most"
+        if sharing is None:
+            continue
+        slowdown = sharing.slowdown(load * sharing.booked_load)
+        for replica in members:
+            index = next(i for i, m in enumerate(fleet.llms) if m.name == replica.llm)
+            rate_rps = problem.demand_rps[index][epoch] * replica.traffic_share
+            held = fleet.option_of(replica.llm, gpus).held_tokens(rate_rps, slowdown)
+            room = fleet.option_of(replica.llm, gpus).reserved_tokens
+            if held > room * (1 + SHARE_TOLERANCE):
+                yield f"{replica.id}: {held:.0f} tokens in flight, KV for {room:.0f}"
+
+
+def c6_host_ram(fleet: Fleet, placement: Placement) -> Iterator[str]:
+    """The weights that each node keeps in host memory fit there, and are of LLMs that
+    may run on it."""
+    held: dict[str, int] = {}
+    for copy in placement.hosted:
+        if copy.node not in fleet.cluster.node_by_name:
+            yield f"the cluster has no node {copy.node!r}"
+        elif copy.llm not in fleet.llm_by_name:
+            yield f"unknown LLM {copy.llm!r} in the host memory of {copy.node}"
+        elif (copy.node, copy.llm) not in fleet.places:
+            yield f"{copy.llm!r} cannot run on {copy.node}, which keeps its weights"
+        else:
+            held[copy.node] = held.get(copy.node, 0) + fleet.stored_bytes[copy.llm]
+    for name, num_bytes in held.items():
+        room = fleet.cluster.node_by_name[name].host_ram_bytes
+        if num_bytes > room:
+            yield f"node {name} keeps {num_bytes} bytes in host memory, it has {room}"
+
+
+def c7_load_bandwidth(
+    problem: Problem, epoch: int, before: Placement, placement: Placement
+) -> Iterator[str]:
+    """Loads are done within the window: each GPU's link, each node's link and storage
+    one after another."""
+    fleet = problem.fleet
+    window_s = fleet.rules.load_window_s
+    if window_s is None:
+        return
+    links: dict[str, float] = {}
+    loads = [a.replica for a in diff(before, placement) if a.kind == "load"]
+    for key in loads:
+        option, node = fleet.option_of(key.llm, key.gpus), key.gpus[0].node
+        for gpu in key.gpus:
+            name = f"the link of GPU {gpu}"
+            links[name] = links.get(name, 0.0) + option.moving_s
+        name = f"the link of node {node}"
+        links[name] = links.get(name, 0.0) + fleet.host_link_s(option, node)
+    for node, llm in sorted(reads(fleet, before, placement, loads)):
+        name = f"the storage of node {node}"
+        links[name] = links.get(name, 0.0) + fleet.read_s(llm, node)
+    for name, seconds in links.items():
+        if seconds > window_s * (1 + SHARE_TOLERANCE):
+            yield f"{name} is busy for {seconds:.1f} s, the window is {window_s:g} s"
+
+
+def reads(
+    fleet: Fleet, before: Placement, placement: Placement, loads: Sequence[ReplicaId]
+) -> set[tuple[str, str]]:
+    """(node, LLM) whose weights are read from storage: kept in host memory from now on,
+    or loaded without having been there."""
+    if fleet.loading.host_cache in ("all", "lru"):
+        return set()
+    had = {(copy.node, copy.llm) for copy in before.hosted}
+    wanted = {(copy.node, copy.llm) for copy in placement.hosted}
+    return (wanted | {(key.gpus[0].node, key.llm) for key in loads}) - had
+
+
+def c8_reachability(
+    problem: Problem, epoch: int, before: Placement, placement: Placement
+) -> Iterator[str]:
+    """Where moves must not break service: an LLM that is ACTIVE before and asked for has
+    a replica that goes on, or a new one on GPUs where none is ACTIVE before."""
+    if not problem.fleet.rules.keep_serving:
+        return
+    serving = {gpu for gpus in before.groups for gpu in gpus}
+    for index, llm in enumerate(problem.fleet.llms):
+        old = {r.gpus for r in before.of(llm.name, "ACTIVE")}
+        old = {gpus for gpus in old if all(map(problem.fleet.cluster.has, gpus))}
+        if not old or problem.demand_rps[index][epoch] <= 0:
+            continue
+        new = {r.gpus for r in placement.of(llm.name, "ACTIVE")}
+        if not any(gpus in old or serving.isdisjoint(gpus) for gpus in new):
+            yield f"{llm.name!r} cannot move without a break"
+
+
+def c9_failure_domains(fleet: Fleet, placement: Placement) -> Iterator[str]:
+    """Whichever failure domain is lost, enough ACTIVE replicas are left where asked."""
+    domain_of = fleet.cluster.domain_of
+    for llm in fleet.llms:
+        if not llm.min_after_loss:
+            continue
+        active = placement.of(llm.name, "ACTIVE")
+        for domain in dict.fromkeys(domain_of.values()):
+            left = sum(domain_of[r.gpus[0].node] != domain for r in active)
+            if left < llm.min_after_loss:
+                yield (
+                    f"{llm.name!r}: {left} ACTIVE without {domain!r}, "
+                    f"min_after_loss is {llm.min_after_loss}"
+                )
 
 
 def c10_rules(fleet: Fleet, placement: Placement) -> Iterator[str]:
@@ -151,6 +260,27 @@ def c10_rules(fleet: Fleet, placement: Placement) -> Iterator[str]:
         for replica in replicas:
             if llm.nodes is not None and replica.gpus[0].node not in llm.nodes:
                 yield f"{replica.id} is not on one of {', '.join(llm.nodes)}"
+    rules = fleet.rules
+    for held in rules.held:
+        there = placement.by_id.get(ReplicaId(llm=held.llm, gpus=held.gpus))
+        if there is None or held.state not in (None, there.state):
+            state = held.state or "resident"
+            yield f"{held.llm!r} is to be {state} on {held.gpus[0]}x{len(held.gpus)}"
+    for gpu, replicas in placement.by_gpu.items():
+        if gpu in rules.closed:
+            yield f"GPU {gpu} is closed, but holds {replicas[0].llm!r}"
+        if (
+            rules.max_llms_per_gpu is not None
+            and len(replicas) > rules.max_llms_per_gpu
+        ):
+            yield (
+                f"GPU {gpu} holds {len(replicas)} LLMs, "
+                f"max_llms_per_gpu is {rules.max_llms_per_gpu}"
+            )
+        names = {replica.llm for replica in replicas}
+        for pair in rules.apart:
+            if names.issuperset(pair):
+                yield f"GPU {gpu} holds both {pair[0]!r} and {pair[1]!r}"
 
 
 STATIC_ROWS: Mapping[str, Callable[[Fleet, Placement], Iterator[str]]] = {
@@ -158,8 +288,19 @@ STATIC_ROWS: Mapping[str, Callable[[Fleet, Placement], Iterator[str]]] = {
     "C2": c2_nesting,
     "C3": c3_equal_groups,
     "C4": c4_one_copy,
+    "C6": c6_host_ram,
+    "C9": c9_failure_domains,
     "C10": c10_rules,
 }
+
+MOVING_ROWS: Mapping[
+    str, Callable[[Problem, int, Placement, Placement], Iterator[str]]
+] = {
+    "C5": c5_demand,
+    "C7": c7_load_bandwidth,
+    "C8": c8_reachability,
+}
+"""Rows that need an epoch's demand, or the placement before."""
 
 
 def cost(problem: Problem, schedule: Sequence[Placement]) -> Cost:
@@ -192,85 +333,77 @@ def o2_cold_starts(
     """Expected cold-start loss over the scenarios, after the best activation of each.
 
     In large placements, after one that is good: the loss is never understated."""
-    spare, value, needs = _bursts(problem, epoch, placement)
-    covered = covered_value(spare, value, needs)
-    total = 0.0
-    for probability, need, saved in zip(
-        problem.scenario_probability, needs, covered, strict=True
-    ):
-        exposed = sum(value[name] * count for name, count in need.items())
-        total += probability * (exposed - saved)
-    return total
+    found = losses(problem, epoch, placement)
+    return sum(
+        probability * loss.seconds
+        for probability, loss in zip(problem.scenario_probability, found, strict=True)
+    )
 
 
 def overstated(problem: Problem, schedule: Sequence[Placement]) -> float:
     """The most by which (O2) of ``schedule`` is too high: 0 where activations are best."""
     total = 0.0
     for epoch, placement in enumerate(schedule):
-        bursts = _bursts(problem, epoch, placement)
-        pairs = zip(covered_at_most(*bursts), covered_value(*bursts), strict=True)
+        found = losses(problem, epoch, placement)
         total += sum(
-            probability * (most - covered)
-            for probability, (most, covered) in zip(
-                problem.scenario_probability, pairs, strict=True
+            probability * (loss.seconds - loss.least_s)
+            for probability, loss in zip(
+                problem.scenario_probability, found, strict=True
             )
         )
     return total
 
 
-def _bursts(
-    problem: Problem, epoch: int, placement: Placement
-) -> tuple[list[Spare], dict[str, float], list[dict[str, int]]]:
-    """WARM replicas that may be activated, what an instance of each LLM is worth, and the
-    instances that each scenario asks for beyond the ACTIVE ones."""
-    fleet = problem.fleet
-    active_gpus = {g for r in placement.replicas if r.state == "ACTIVE" for g in r.gpus}
-    ready = dict.fromkeys(fleet.llm_by_name, 0)
-    spare: list[Spare] = []
-    for replica in placement.replicas:
-        unit = fleet.llm_by_name[replica.llm].instance_concurrency
-        units = fleet.option_of(replica.llm, replica.gpus).instances(unit)
-        if replica.state == "ACTIVE":
-            ready[replica.llm] += units
-        elif active_gpus.isdisjoint(replica.gpus):
-            spare.append((replica.llm, replica.gpus, units))
-    value = {llm.name: llm.weight * llm.cold_loss_s for llm in fleet.llms}
-    needs = [
-        {
-            llm.name: max(0, problem.need(scenario, index, epoch) - ready[llm.name])
-            for index, llm in enumerate(fleet.llms)
-        }
-        for scenario in range(len(problem.scenario_probability))
-    ]
-    return spare, value, needs
-
-
 def o3_slowdown(
     problem: Problem, epoch: int, before: Placement, placement: Placement
 ) -> float:
-    """Delay of served requests beyond the LLM's fastest option (e_mk - e_m), priced."""
-    total = 0.0
-    for index, llm in enumerate(problem.fleet.llms):
-        requests = problem.demand_rps[index][epoch] * problem.epoch_s
-        for replica in placement.of(llm.name, "ACTIVE"):
-            option = problem.fleet.option_of(replica.llm, replica.gpus)
-            delay_s = problem.slower_s(option)
-            total += llm.weight * requests * replica.traffic_share * delay_s
+    """Delay of served requests beyond the LLM's fastest option alone, priced: e_mk - e_m,
+    and with `Sharing` e_mk / (1 - level) - e_m at the level of the group's load."""
+    fleet, total = problem.fleet, 0.0
+    number = {llm.name: index for index, llm in enumerate(fleet.llms)}
+    for gpus, members in placement.groups.items():
+        slowdown = 1.0
+        if fleet.sharing is not None:
+            load = booked(problem, epoch, members) * fleet.sharing.booked_load
+            slowdown = fleet.sharing.slowdown(load)
+        for replica in members:
+            index = number[replica.llm]
+            requests = problem.demand_rps[index][epoch] * problem.epoch_s
+            delay_s = problem.slower_s(fleet.option_of(replica.llm, gpus), slowdown)
+            weight = fleet.llms[index].weight
+            total += weight * requests * replica.traffic_share * delay_s
     return total
+
+
+def booked(problem: Problem, epoch: int, members: Sequence[Replica]) -> float:
+    """Parts of their rates that the members of a group are booked for, summed."""
+    fleet = problem.fleet
+    number = {llm.name: index for index, llm in enumerate(fleet.llms)}
+    return sum(
+        problem.demand_rps[number[r.llm]][epoch]
+        * r.traffic_share
+        / fleet.option_of(r.llm, r.gpus).rate_rps
+        for r in members
+    )
 
 
 def o4_switching(
     problem: Problem, epoch: int, before: Placement, placement: Placement
 ) -> float:
-    """Seconds of loading and stopped replicas on the way from ``before``."""
-    prices, total = problem.prices, 0.0
-    for action in diff(before, placement):
+    """Seconds of loading and stopped replicas on the way from ``before``; and the change
+    itself, if there is any."""
+    prices, fleet, total = problem.prices, problem.fleet, 0.0
+    hosted = {(copy.node, copy.llm) for copy in before.hosted}
+    actions = diff(before, placement)
+    for action in actions:
         if action.kind == "load":
-            option = problem.fleet.option_of(action.llm, action.gpus)
+            option, node = fleet.option_of(action.llm, action.gpus), action.gpus[0].node
             total += prices.load_s * option.load_s
+            if (node, action.llm) not in hosted:
+                total += prices.load_s * fleet.storage_s(option, node)
         elif action.kind == "demote":
             total += prices.demote_s
-    return total
+    return total + (prices.replan_s if actions else 0.0)
 
 
 def o5_gpu_hours(

@@ -105,7 +105,7 @@ class Node(Record):
     """Host memory to all GPUs together, where they share a switch; None: no limit beside
     each GPU's own link."""
     domain: str = "default"
-    """Failure domain."""
+    """Failure domain: what fails together; "default": each node by itself."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
@@ -165,6 +165,14 @@ class ClusterSpec(Record):
     @cached_property
     def gpus(self) -> tuple[GpuId, ...]:
         return tuple(g for node in self.nodes for g in node.gpu_ids())
+
+    @cached_property
+    def domain_of(self) -> Mapping[str, str]:
+        """What is lost together with each node: its failure domain, or itself where it
+        has none of its own."""
+        return {
+            n.name: n.name if n.domain == "default" else n.domain for n in self.nodes
+        }
 
     def type_of(self, gpu: GpuId) -> GpuType:
         return self.type_by_name[self.node_by_name[gpu.node].gpu]

@@ -7,12 +7,13 @@ problems each, by LLMs x GPUs x scenarios:
     12 x 8 x 8: CP-SAT 0.10, HiGHS 0.15     16 x 32 x 20: gap after 10 s 0.60, 0.37
 
 The sizes are about 800, 1,100, 4,300 and 18,000 binary choices. Beyond that neither gets
-near its bound, and `scale` does (docs/solving_at_scale.md).
+near its bound, and `scale` does (docs/solving_at_scale.md). Rows that have to be asked for
+(`models.problem.OPTIONAL`) are MILP's.
 """
 
 from __future__ import annotations
 
-from foreserve.models.problem import Problem
+from foreserve.models.problem import Problem, asks_for
 from foreserve.solvers import cpsat, milp, scale
 from foreserve.solvers.base import Solver
 from foreserve.solvers.index import candidate_count, index
@@ -29,7 +30,9 @@ def solve(
 ) -> Solved:
     """As the chosen solver, whose name the report carries."""
     solver: Solver = scale.solve
-    if candidate_count(problem.fleet) <= SCALE_CHOICES:
+    if asks_for(problem):
+        solver = milp.solve
+    elif candidate_count(problem.fleet) <= SCALE_CHOICES:
         count = choices(problem)
         if count <= CPSAT_CHOICES:
             solver = cpsat.solve

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version as installed
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -23,7 +24,7 @@ import foreserve
 from foreserve.models.codec import did_you_mean
 from foreserve.models.errors import InvalidInput
 from foreserve.models.plan import Status
-from foreserve.models.problem import Problem
+from foreserve.models.problem import OPTIONAL, Problem, asks_for
 from foreserve.solvers.index import compiles
 from foreserve.solvers.judge import refereed
 from foreserve.solvers.result import (
@@ -68,6 +69,18 @@ LIBRARIES = {
     "cpsat": ("ortools",),
     "scale": ("highspy", "numba"),
 }
+
+EVERYTHING = frozenset(OPTIONAL)
+CARRIES: Mapping[str, frozenset[str]] = {
+    "auto": EVERYTHING,
+    "milp": EVERYTHING,
+    "highs": frozenset(),
+    "cpsat": frozenset(),
+    "scale": frozenset(),
+    "greedy": frozenset(),
+}
+"""Which of the rows that a problem may ask for on top (`models.problem.OPTIONAL`) each
+solver knows. One of your own is trusted to know all: the referee looks at its answers."""
 
 DEFAULTS = SolveOptions()
 START_S = 120.0
@@ -115,8 +128,10 @@ def solve(
     """Solve one problem and referee the answer; see `SolverPool` for many in a row.
 
     ``start`` is any schedule, such as the one before: it is used as far as it suits.
+    Raises `InvalidInput` if the problem asks for rows that the solver does not know.
     """
     if options.in_process:
+        refuse_unknown(problem, name)
         from foreserve.solvers.child import work
 
         found: list[Schedule | None] = []
@@ -162,6 +177,7 @@ class SolverPool:
         """As `solve`, in this pool's child."""
         if self.options.in_process:
             return solve(problem, self.name, self.options, start)
+        refuse_unknown(problem, self.name)
         fallback, began_s = start, perf_counter()
         try:
             grace_s = GRACE_S
@@ -243,6 +259,17 @@ class _NoAnswer(Exception):
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
+
+
+def refuse_unknown(problem: Problem, name: str) -> None:
+    """`InvalidInput` if ``problem`` asks for rows that solver ``name`` does not carry."""
+    missing = sorted(asks_for(problem) - CARRIES.get(name, EVERYTHING))
+    if missing:
+        others = [key for key, carried in CARRIES.items() if carried >= set(missing)]
+        raise InvalidInput(
+            f"solver {name!r} does not know {'; '.join(OPTIONAL[key] for key in missing)}",
+            hint="use --solver " + " or ".join(others),
+        )
 
 
 def _check(name: str) -> None:

@@ -99,11 +99,11 @@ def best_of(problem: Problem, schedules: Sequence[Schedule | None]) -> Schedule 
 
 def in_space(problem: Problem, schedule: Schedule) -> bool:
     """Whether a schedule uses only what the exact solvers choose from: aligned blocks,
-    and one ACTIVE replica per GPU."""
+    and one ACTIVE replica per GPU unless `Sharing` allows more."""
     for placement in schedule:
         if not all(problem.fleet.is_candidate(r.id) for r in placement.replicas):
             return False
-        for replicas in placement.by_gpu.values():
-            if sum(r.state == "ACTIVE" for r in replicas) > 1:
-                return False
+        groups = placement.groups.values()
+        if problem.fleet.sharing is None and any(len(group) > 1 for group in groups):
+            return False
     return True

@@ -7,17 +7,22 @@ from dataclasses import replace
 from foreserve.models import referee
 from foreserve.models.placement import Placement, Replica
 from foreserve.models.problem import Problem
+from foreserve.models.specs import GpuId
 from foreserve.solvers.result import Schedule
 
 
 def with_shares(problem: Problem, epoch: int, placement: Placement) -> Placement:
     """``placement`` with the best split of mean demand over its ACTIVE replicas.
 
-    Each ACTIVE replica has its GPUs to itself, so the fastest ones (`exec_s`) are filled
-    first; a replica so slow that refusing costs less (O3 against O1) gets nothing.
+    Where each ACTIVE replica has its GPUs to itself, the fastest ones (`exec_s`) are
+    filled first; a replica so slow that refusing costs less (O3 against O1) gets nothing.
+    Where groups share GPUs this is a good split, not the best: LLM by LLM in the fleet's
+    order, each into the room that those before leave.
     """
-    fleet = problem.fleet
+    fleet, sharing = problem.fleet, problem.fleet.sharing
     shares: dict[Replica, float] = {}
+    most = 1.0 if sharing is None else sharing.most_booked
+    booked: dict[tuple[GpuId, ...], float] = {}
     for index, llm in enumerate(fleet.llms):
         demand_rps = left_rps = problem.demand_rps[index][epoch]
         options = [
@@ -28,14 +33,22 @@ def with_shares(problem: Problem, epoch: int, placement: Placement) -> Placement
         for option, replica in sorted(options, key=lambda pair: pair[0].exec_s):
             if left_rps <= 0 or problem.slower_s(option) > llm.unserved_s:
                 break
-            served_rps = min(left_rps, option.rate_rps)
+            room = most - booked.get(replica.gpus, 0.0)
+            served_rps = min(left_rps, option.rate_rps * room)
+            if sharing is not None:
+                slowest = sharing.slowdown(1.0)
+                held = option.held_tokens(1.0, slowest)
+                served_rps = min(served_rps, option.reserved_tokens / held)
+                part = served_rps / option.rate_rps
+                booked[replica.gpus] = booked.get(replica.gpus, 0.0) + part
             # Exactly all that is left, not all but a rounding error.
             left_rps = 0.0 if served_rps == left_rps else left_rps - served_rps
             shares[replica] = min(1.0, served_rps / demand_rps)
     return Placement(
         replicas=tuple(
             replace(r, traffic_share=shares.get(r, 0.0)) for r in placement.replicas
-        )
+        ),
+        hosted=placement.hosted,
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from foreserve.models.placement import Placement, Replica, State
+from foreserve.models.placement import HostCopy, Placement, Replica, State
 from foreserve.models.problem import Fleet, Prices, Problem, ServedLlm, round_rate
+from foreserve.models.rules import Held, Sharing
 from foreserve.models.specs import ClusterSpec, GpuId, GpuType, Node
 from tests.build import option
 
@@ -213,3 +215,96 @@ def tiny(rng: np.random.Generator, epochs: int = 1) -> Problem:
         initial=Placement(replicas=tuple(before)),
         prices=Prices(usd_s=float(rng.choice([1.0, 20.0])), slower_s=0.5),
     )
+
+
+ASKED = (
+    "sharing",
+    "host",
+    "window",
+    "keep_serving",
+    "min_after_loss",
+    "rules",
+    "replan",
+)
+"""What `asking` can turn on: the keys of `models.problem.OPTIONAL`."""
+
+
+def asking(
+    rng: np.random.Generator,
+    *keys: str,
+    epochs: int = 1,
+    problem: Problem | None = None,
+) -> Problem:
+    """A `tiny` problem that asks for these rows on top, tightly enough to matter."""
+    problem = problem or tiny(rng, epochs)
+    fleet, rules = problem.fleet, problem.fleet.rules
+    nodes = fleet.cluster.nodes
+    llms, options = list(fleet.llms), list(fleet.options)
+    prices, initial = problem.prices, problem.initial
+    loading, sharing = fleet.loading, fleet.sharing
+    if "sharing" in keys:
+        sharing = Sharing(
+            most=int(rng.integers(2, 4)),
+            booked_load=0.8,
+            levels=[(0.4, 0.8), (0.3, 0.6)][rng.integers(2)],
+            idle_lends=bool(rng.integers(2)),
+        )
+        llms = [replace(llm, max_replicas=1, min_active=0) for llm in llms]
+        options = [
+            replace(
+                option,
+                resident_bytes=int(option.resident_bytes * 0.7),
+                input_tokens=float(rng.uniform(1, 5)),
+                output_tokens=float(rng.uniform(1, 5)),
+            )
+            for option in options
+        ]
+    if "host" in keys:
+        loading = replace(loading, host_cache="planned")
+        llms = [
+            replace(llm, storage_loss_s=float(rng.choice([0.0, 50.0]))) for llm in llms
+        ]
+        options = [
+            replace(o, weight_bytes=60 + 10 * (len(o.llm) + o.tp)) for o in options
+        ]
+        nodes = tuple(
+            replace(node, host_ram_bytes=100, storage_bytes_per_s=10.0)
+            for node in nodes
+        )
+        initial = replace(initial, hosted=(HostCopy(node="n0", llm="a"),))
+    if "window" in keys:
+        rules = replace(rules, load_window_s=float(rng.uniform(2, 12)))
+        nodes = tuple(
+            replace(node, host_link_bytes_per_s=float(rng.choice([15.0, 60.0])))
+            for node in nodes
+        )
+    if "keep_serving" in keys:
+        rules = replace(rules, keep_serving=True)
+    if "min_after_loss" in keys and "sharing" not in keys:
+        llms[0] = replace(llms[0], min_after_loss=1, max_replicas=None, nodes=None)
+        if rng.random() < 0.3:
+            nodes = tuple(replace(node, domain="rack") for node in nodes)
+    if "rules" in keys:
+        rules = replace(rules, max_llms_per_gpu=int(rng.integers(1, 3)))
+        if len(llms) > 1 and rng.random() < 0.5:
+            rules = replace(rules, apart=((llms[0].name, llms[1].name),))
+        if rng.random() < 0.5:
+            rules = replace(rules, closed=(GpuId(node="n0", index=0),))
+        choices = list(fleet.candidates())
+        option_of, block = choices[rng.integers(len(choices))]
+        state: State | None = [None, "ACTIVE", "WARM"][rng.integers(3)]
+        if rng.random() < 0.7:
+            held = Held(llm=option_of.llm, gpus=block, state=state)
+            rules = replace(rules, held=(held,))
+    if "replan" in keys:
+        prices = replace(prices, replan_s=float(rng.uniform(5, 60)))
+    fleet = replace(
+        fleet,
+        cluster=replace(fleet.cluster, nodes=nodes),
+        llms=tuple(llms),
+        options=tuple(options),
+        rules=rules,
+        sharing=sharing,
+        loading=loading,
+    )
+    return replace(problem, fleet=fleet, prices=prices, initial=initial)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from foreserve.models.loading import HostCache
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.models.specs import ClusterSpec, GpuId, GpuType, Node
 from foreserve.runtime.simulated.hostram import HostRam
 from foreserve.runtime.simulated.links import Link, Links, ProcessPool, transfer
+
+CACHED: tuple[HostCache, ...] = ("lru", "planned")
+"""Host memory is a cache. A plan's choice of what it keeps is not enforced here: what was
+loaded last stays, as far as there is room."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +63,7 @@ class Loads:
         """Ask for a load, its times multiplied by ``noise``; whether it reads storage."""
         own, cache = self.by_node[key.gpus[0].node], self.rules.host_cache
         pinned = cache == "all"
-        if cache == "lru":
+        if cache in CACHED:
             pinned = own.ram.open(key.llm, option.stored_bytes)
         moved = transfer(
             option,
@@ -117,6 +122,6 @@ class Loads:
     def _end(self, key: ReplicaId, *, done: bool) -> NodeLoads:
         del self.under_way[key]
         own = self.by_node[key.gpus[0].node]
-        if self.rules.host_cache == "lru":
+        if self.rules.host_cache in CACHED:
             own.ram.close(key.llm, done=done)
         return own
