@@ -15,6 +15,7 @@ from foreserve.models.errors import InvalidInput
 from foreserve.models.placement import Placement
 from foreserve.models.problem import Fleet
 from foreserve.models.record import Record
+from foreserve.models.transitions import Transition
 
 SCHEMA_VERSION = 1
 
@@ -100,6 +101,8 @@ class Epoch(Record):
     placement: Placement
     demand: tuple[LlmDemand, ...] = ()
     certificate: Certificate | None = None
+    transition: Transition | None = None
+    """In which order to come here from the placement before; None where nobody said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

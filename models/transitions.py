@@ -9,9 +9,13 @@ What an order is judged by, in this sequence:
 
 1. *Outages*: how often an LLM with traffic, which serves before and after, loses its last
    ACTIVE replica.
-2. *Delayed requests*: sum of omega_m times the rate that is missing, times how long.
+2. *Exposures*: how often such an LLM with a floor (`min_after_loss`, which it keeps before
+   and after) comes to a state in which the loss of one failure domain would leave it fewer
+   ACTIVE replicas than that. With 0 the order is N-1 safe: at no step is any floor in
+   danger. Where no LLM has a floor there are none.
+3. *Delayed requests*: sum of omega_m times the rate that is missing, times how long.
    What is missing is counted against the demand or what the goal can serve, the lesser.
-3. *Waiting*: seconds that all loads and activations wait for their end, summed.
+4. *Waiting*: seconds that all loads and activations wait for their end, summed.
 
 Steps that share neither GPUs nor an LLM with each other, directly or by others, go on at
 the same time: each such part has its own clock and is ordered by itself. A part is
@@ -25,6 +29,7 @@ GPUs is, unless both are wanted ACTIVE on the same set (C3).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -38,7 +43,8 @@ from foreserve.models.placement import (
     ReplicaId,
     diff,
 )
-from foreserve.models.problem import Fleet, ReplicaOption, held_bytes
+from foreserve.models.problem import Fleet, Problem, ReplicaOption, held_bytes
+from foreserve.models.record import Record
 
 MOST_STEPS = 30
 MOST_STATES = 3_000
@@ -46,7 +52,7 @@ MOST_STATES = 3_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(Record):
     """One action, and when it happens, in seconds since the transition began."""
 
     action: Action
@@ -54,14 +60,18 @@ class Step:
     end_s: float
     outage: bool = False
     """From its start on, no ACTIVE replica of an LLM with traffic is left for a while."""
+    exposed: bool = False
+    """From its start on, the loss of one failure domain would break the LLM's floor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Transition:
+class Transition(Record):
     """Steps in order of their start, and what they cost."""
 
     steps: tuple[Step, ...]
     outages: int
+    exposures: int = 0
+    """0: N-1 safe at every step, as far as LLMs ask for it."""
     delayed_requests: float
     """Weighted requests that found less serving than they will."""
     exact: bool
@@ -87,13 +97,9 @@ def transition(
     no option there, are gone already. ``demand_rps`` is by LLM; without it an LLM is asked
     for as much as it can serve.
     """
-    here = Placement(
-        replicas=tuple(
-            r for r in before.replicas if fleet.option_on(r.llm, r.gpus) is not None
-        )
-    )
+    here = _known(fleet, before)
     steps: list[Step] = []
-    outages, delayed, exact = 0, 0.0, True
+    outages, exposures, delayed, exact = 0, 0, 0.0, True
     for actions in parts(here, after):
         part = _Part(fleet, here, after, actions, demand_rps)
         order = part.search(most_states)
@@ -101,10 +107,54 @@ def transition(
         found = part.follow(part.by_rule() if order is None else order)
         steps += found.steps
         outages += found.outages
+        exposures += found.exposures
         delayed += found.delayed_requests
     steps.sort(key=lambda step: step.start_s)  # stable: within a part the order holds
     return Transition(
-        steps=tuple(steps), outages=outages, delayed_requests=delayed, exact=exact
+        steps=tuple(steps),
+        outages=outages,
+        exposures=exposures,
+        delayed_requests=delayed,
+        exact=exact,
+    )
+
+
+def transition_to(problem: Problem, placement: Placement) -> Transition:
+    """From what is there to a placement for the problem's first epoch."""
+    rows = zip(problem.fleet.llms, problem.demand_rps, strict=True)
+    demand_rps = {llm.name: row[0] for llm, row in rows}
+    return transition(problem.fleet, problem.initial, placement, demand_rps)
+
+
+def leads(fleet: Fleet, before: Placement, after: Placement, by: Transition) -> bool:
+    """Whether the steps are those from ``before`` to ``after``, in an order in which each
+    is safe."""
+    here = _known(fleet, before)
+    left = {(step.action.kind, step.action.replica): step for step in by.steps}
+    actions = diff(here, after)
+    if len(left) < len(by.steps) or left.keys() != {
+        (a.kind, a.replica) for a in actions
+    }:
+        return False
+    for own in parts(here, after):
+        part, done = _Part(fleet, here, after, own, None), 0
+        number = {(a.kind, a.replica): i for i, a in enumerate(own)}
+        for step in by.steps:
+            i = number.get((step.action.kind, step.action.replica))
+            if i is None:
+                continue
+            if not part.safe(i, done):
+                return False
+            done |= 1 << i
+    return True
+
+
+def _known(fleet: Fleet, placement: Placement) -> Placement:
+    """Without replicas on GPUs that the fleet does not have, or of no option there."""
+    return Placement(
+        replicas=tuple(
+            r for r in placement.replicas if fleet.option_on(r.llm, r.gpus) is not None
+        )
     )
 
 
@@ -128,8 +178,10 @@ def parts(before: Placement, after: Placement) -> Iterator[tuple[Action, ...]]:
         yield tuple(group)
 
 
-Cost = tuple[int, float, float]
-"""Outages, delayed requests, waiting: compared in this sequence, added one by one."""
+Cost = tuple[int, int, float, float]
+"""Outages, exposures, delayed requests, waiting: compared in this sequence, added one by
+one."""
+NOTHING: Cost = (0, 0, 0.0, 0.0)
 
 
 class _Part:
@@ -189,6 +241,12 @@ class _Part:
         self.kept = [
             llm for llm in sorted(llms) if self.goal[llm] > 0 and llm in serves
         ]
+        self.floor = {
+            llm: floor
+            for llm in self.kept
+            if (floor := fleet.llm_by_name[llm].min_after_loss)
+            and min(self._left(llm, 0), self._left(llm, self.all)) >= floor
+        }
 
     def _needs(
         self, action: Action, number: Mapping[tuple[Kind, ReplicaId], int]
@@ -217,6 +275,17 @@ class _Part:
             if life.key.llm == llm and life.is_active(done)
         )
 
+    def _left(self, llm: str, done: int) -> int:
+        """ACTIVE replicas of the LLM once ``done`` is and the failure domain that has most
+        of them is lost."""
+        domain_of = self.fleet.cluster.domain_of
+        there = Counter(
+            domain_of[life.key.gpus[0].node]
+            for life in self.replicas
+            if life.key.llm == llm and life.is_active(done)
+        )
+        return there.total() - max(there.values(), default=0)
+
     def safe(self, i: int, done: int) -> bool:
         """Whether step ``i`` may begin once ``done`` is done."""
         action = self.actions[i]
@@ -241,16 +310,21 @@ class _Part:
         """Of step ``i`` after ``done``: what is missing while it lasts."""
         action = self.actions[i]
         during = done | 1 << i if action.kind == "demote" else done
-        outages = 0
+        outages = exposures = 0
         if action.kind == "demote" and action.llm in self.kept:
             now, then = self._rate(action.llm, done), self._rate(action.llm, during)
             outages = int(now > 0 and then <= 0)
+        if action.kind == "demote" and action.llm in self.floor:
+            floor = self.floor[action.llm]
+            exposures = int(
+                self._left(action.llm, done) >= floor > self._left(action.llm, during)
+            )
         coming = sum(
             other.kind in ("load", "activate") and not done >> j & 1
             for j, other in enumerate(self.actions)
         )
         seconds = self.seconds[i]
-        return outages, self.missing(during) * seconds, coming * seconds
+        return outages, exposures, self.missing(during) * seconds, coming * seconds
 
     def missing(self, done: int) -> float:
         """Weighted rate that is missing after ``done``, in requests per second."""
@@ -266,10 +340,10 @@ class _Part:
         """The best order of all; None if it takes a look at too many states."""
         if len(self.actions) > MOST_STEPS:
             return None
-        known: dict[int, tuple[Cost, int]] = {0: ((0, 0.0, 0.0), -1)}
+        known: dict[int, tuple[Cost, int]] = {0: (NOTHING, -1)}
         settled: set[int] = set()
         turn = count()  # of equals, the first found: deterministic
-        queue: list[tuple[Cost, int, int]] = [((0, 0.0, 0.0), next(turn), 0)]
+        queue: list[tuple[Cost, int, int]] = [(NOTHING, next(turn), 0)]
         while queue:
             cost, _, done = heappop(queue)
             if done in settled:
@@ -284,7 +358,12 @@ class _Part:
                 if then in settled:
                     continue
                 more = self.price(i, done)
-                total = (cost[0] + more[0], cost[1] + more[1], cost[2] + more[2])
+                total = (
+                    cost[0] + more[0],
+                    cost[1] + more[1],
+                    cost[2] + more[2],
+                    cost[3] + more[3],
+                )
                 if then not in known or total < known[then][0]:
                     known[then] = (total, i)
                     heappush(queue, (total, next(turn), then))
@@ -343,9 +422,9 @@ class _Part:
                 option.rate_rps, self.goal[action.llm]
             )
             return (3, 0, -weight / max(option.load_s, 1e-9), i)
-        outages, _, _ = self.price(i, done)
+        outages, exposures, _, _ = self.price(i, done)
         more = self.missing(done | 1 << i) - self.missing(done)
-        if more <= 0 and not outages:
+        if more <= 0 and not outages and not exposures:
             return (2, 0, 0, i)
         in_the_way = any(
             other.kind in ("load", "activate")
@@ -354,14 +433,14 @@ class _Part:
             and not set(other.gpus).isdisjoint(action.gpus)
             for j, other in enumerate(self.actions)
         )
-        return (4 if in_the_way else 5, outages, more, i)
+        return (4 if in_the_way else 5, outages, exposures, more, i)
 
     def follow(self, order: Sequence[int]) -> Transition:
         """The clock and the costs of an order."""
         steps, now_s, done = [], 0.0, 0
-        outages, delayed = 0, 0.0
+        outages, exposures, delayed = 0, 0, 0.0
         for i in order:
-            lost, requests, _ = self.price(i, done)
+            lost, risked, requests, _ = self.price(i, done)
             end_s = now_s + self.seconds[i]
             steps.append(
                 Step(
@@ -369,13 +448,19 @@ class _Part:
                     start_s=now_s,
                     end_s=end_s,
                     outage=bool(lost),
+                    exposed=bool(risked),
                 )
             )
             outages += lost
+            exposures += risked
             delayed += requests
             now_s, done = end_s, done | 1 << i
         return Transition(
-            steps=tuple(steps), outages=outages, delayed_requests=delayed, exact=True
+            steps=tuple(steps),
+            outages=outages,
+            exposures=exposures,
+            delayed_requests=delayed,
+            exact=True,
         )
 
 

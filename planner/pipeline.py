@@ -22,6 +22,7 @@ from foreserve.models.errors import InvalidInput
 from foreserve.models.placement import Placement
 from foreserve.models.plan import Certificate, Epoch, LlmDemand, Plan, SolverInfo
 from foreserve.models.problem import Fleet, Problem, round_rate
+from foreserve.models.transitions import transition_to
 from foreserve.planner.fleet import align, build_fleet, busy_s, request_lengths
 from foreserve.planner.rolling import Rolling
 from foreserve.planner.scenario import Scenario
@@ -220,6 +221,7 @@ def plan_trace(
             step = rolling.step(window, before)
             if step.schedule is None:
                 raise NoPlan(index, step.report, problem)
+            change = transition_to(problem, step.schedule[0])
             before = step.schedule[0]
             start_s = index * scenario.epoch
             epochs.append(
@@ -229,6 +231,7 @@ def plan_trace(
                     placement=before,
                     demand=demand_rows(problem, problems.forecast(index)),
                     certificate=certify(problem, (before,), step.report),
+                    transition=change,
                 )
             )
             solves.append(step.report)

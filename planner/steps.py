@@ -14,7 +14,8 @@ WORDS = {"demote": "drain", "drop": "drop", "load": "load", "activate": "activat
 
 
 def steps_part(found: Transition, title: str = "steps, in order") -> Part:
-    """One row per step; what it leaves out of service is marked."""
+    """One row per step; what it leaves out of service, or without its floor after the
+    loss of a failure domain (no spare), is marked."""
     rows = [
         (
             WORDS[step.action.kind],
@@ -22,12 +23,14 @@ def steps_part(found: Transition, title: str = "steps, in order") -> Part:
             block(step.action.gpus),
             f"{step.start_s:.2f}",
             f"{step.end_s:.2f}",
-            "out of service" if step.outage else "",
+            "out of service" if step.outage else "no spare" if step.exposed else "",
         )
         for step in found.steps
     ]
     how = "no order is better" if found.exact else "ordered by rule, too many to search"
     note = f"{how}; {found.delayed_requests:.1f} weighted requests delayed"
+    if found.exposures:
+        note += f"; not N-1 safe: {found.exposures} steps without a spare"
     return Part(title, ["step", "LLM", "GPUs", "from s", "to s", ""], rows, note)
 
 
@@ -35,6 +38,7 @@ def transition_facts(found: Transition) -> Mapping[str, Any]:
     """As plain data, for ``--json``."""
     return {
         "outages": found.outages,
+        "exposures": found.exposures,
         "delayed_requests": found.delayed_requests,
         "exact": found.exact,
         "seconds": found.seconds,
@@ -46,6 +50,7 @@ def transition_facts(found: Transition) -> Mapping[str, Any]:
                 "start_s": step.start_s,
                 "end_s": step.end_s,
                 "outage": step.outage,
+                "exposed": step.exposed,
             }
             for step in found.steps
         ],

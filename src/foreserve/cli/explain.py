@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from foreserve.models.placement import Placement, ReplicaId
     from foreserve.models.plan import Plan
     from foreserve.models.problem import Fleet, Problem
+    from foreserve.models.transitions import Transition
     from foreserve.planner.conflict import Conflict
     from foreserve.planner.explain import Obstacle
     from foreserve.planner.tables import Part
@@ -51,6 +52,8 @@ class Subject:
     """Share of a replica's rate that is booked; 1 where nobody says."""
     bound: float = -math.inf
     """Of a solve of ``problem``."""
+    transition: Transition | None = None
+    """As the plan has it; None where it has none."""
 
 
 @click.command(
@@ -227,6 +230,7 @@ def _of_plan(
         schedule=(chosen.placement,),
         max_load=max_load,
         bound=chosen.certificate.bound if chosen.certificate else -math.inf,
+        transition=chosen.transition,
     )
 
 
@@ -288,7 +292,9 @@ def _explained(
         )
         llm_rows = tuple(row for row in llm_rows if row.llm == llm)
         by_llm = {name: terms for name, terms in by_llm.items() if name == llm}
-    move = transition(fleet, subject.before, placement, subject.demand_rps)
+    move = subject.transition or transition(
+        fleet, subject.before, placement, subject.demand_rps
+    )
     document: dict[str, Any] = {
         "gpus": [
             asdict(row) | {"free_bytes": row.free_bytes, "binds": row.binds}

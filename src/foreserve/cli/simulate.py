@@ -305,10 +305,14 @@ def outcomes(runs: Sequence[Run]) -> list[object]:
 
 
 def check_plan(plan: Plan, file: str) -> None:
-    """Every placement must pass the referee's rows that need no demand."""
+    """Every placement must pass the referee's rows that need no demand, and stored steps
+    must lead there."""
     from foreserve.models.errors import InvalidInput
+    from foreserve.models.placement import Placement
     from foreserve.models.referee import fleet_violations
+    from foreserve.models.transitions import leads
 
+    before = Placement()
     for index, epoch in enumerate(plan.epochs):
         found = list(fleet_violations(plan.fleet, epoch.placement))
         if found:
@@ -319,3 +323,12 @@ def check_plan(plan: Plan, file: str) -> None:
                 field=f"epochs.{index}.placement",
                 hint=f"{len(found)} rows are broken in this epoch; solve again",
             )
+        change, there = epoch.transition, epoch.placement
+        if change is not None and not leads(plan.fleet, before, there, change):
+            raise InvalidInput(
+                "the steps do not lead from the placement before to this one",
+                file=file,
+                field=f"epochs.{index}.transition",
+                hint="solve again, or leave transition out",
+            )
+        before = there
