@@ -75,7 +75,7 @@ CARRIES: Mapping[str, frozenset[str]] = {
     "auto": EVERYTHING,
     "milp": EVERYTHING,
     "highs": frozenset(),
-    "cpsat": frozenset(),
+    "cpsat": EVERYTHING - {"sharing"},
     "scale": frozenset(),
     "greedy": frozenset(),
 }

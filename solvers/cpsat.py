@@ -8,6 +8,10 @@ of a refusal as the last, over[m,j,t] is the rate that the first j of them canno
     over[m,j,t] >= lambda - sum over replicas of these options of min(mu, lambda) a,
     (O1) + (O3) = sum of D omega (c_{j+1} - c_j) over[m,j,t] + D omega c_1 lambda.
 
+Groups that share GPUs are not in it: the best split over them is no longer LLM by LLM, and
+rates by replica and level as integers are what CP-SAT is worst at. Rows (C6) to (C9) are
+in `foreserve.solvers.cpsat_rules`.
+
 Rates are whole millionths per second; costs are rounded down to multiples of 1 / K, with
 K so large that this stays far below the tolerance, and the bound stays a bound.
 """
@@ -22,6 +26,14 @@ from ortools.sat.python import cp_model
 
 from foreserve.models.plan import Status
 from foreserve.models.problem import Problem
+from foreserve.solvers.cpsat_rules import (
+    MICRO,
+    Terms,
+    c6_host_ram,
+    c7_load_bandwidth,
+    c8_reachability,
+    c9_failure_domains,
+)
 from foreserve.solvers.index import Index, Key, decode, encode, index
 from foreserve.solvers.result import (
     Progress,
@@ -31,12 +43,8 @@ from foreserve.solvers.result import (
     SolveReport,
 )
 
-Terms = list[tuple[float, Any]]
-"""A linear sum of costs: (seconds of delay per unit, variable)."""
-
 LARGEST_COST = 2**58
 """CP-SAT wants every sum of costs inside 64 bits."""
-MICRO = 10**6
 
 STATUS = {
     cp_model.OPTIMAL: Status.OPTIMAL,
@@ -56,9 +64,9 @@ def solve(
     m = Model(p)
     for row in (c1_gpu_memory, c2_nesting, c3_equal_groups, c4_one_copy, c5_demand):
         row(m, p)
-    c10_rules(m, p)
-    terms: Terms = []
-    constant = 0.0
+    terms, constant = c6_host_ram(m, p)
+    for row in (c7_load_bandwidth, c8_reachability, c9_failure_domains, c10_rules):
+        row(m, p)
     for term in (o1_unserved, o2_cold_starts, o3_slowdown, o4_switching, o5_gpu_hours):
         added, offset = term(m, p)
         terms += added
@@ -85,7 +93,8 @@ def solve(
     if status.has_plan:
         active = {key for key, a in m.a.items() if solver.boolean_value(a)}
         warm = {key for key, y in m.y.items() if solver.boolean_value(y)}
-        schedule = decode(p, active, warm)
+        hosted = {key for key, h in m.h.items() if solver.boolean_value(h)}
+        schedule = decode(p, active, warm, hosted=hosted)
     firsts = (point.elapsed_s for point in seen.points if point.objective is not None)
     report = SolveReport(
         status=status,
@@ -194,7 +203,10 @@ class Model(cp_model.CpModel):
             (s, k, t): self.new_int_var(0, p.need[t][s][1][k], f"miss{s, k, t}")
             for s, k, t in exposed
         }
+        later = [key for key in every if key[1] > 0]
+        self.came = {key: self.new_bool_var(f"came{key}") for key in later}
         self.over: dict[tuple[int, int, int], Any] = {}
+        self.h: dict[tuple[str, int, int], Any] = {}
 
 
 def c1_gpu_memory(m: Model, p: Index) -> None:
@@ -239,12 +251,32 @@ def c5_demand(m: Model, p: Index) -> None:
 
 
 def c10_rules(m: Model, p: Index) -> None:
-    """(C10) sum over R_m of a >= min_active, of a + y <= max_replicas   for all m, t"""
+    """(C10) sum over R_m of a >= min_active, of a + y <= max_replicas   for all m, t;
+    sum over R_g of a + y <= max_llms_per_gpu, <= 1 for LLMs apart; pins are there"""
     for k, llm in enumerate(p.problem.fleet.llms):
         for t in p.T:
             m.add(sum(m.a[r, t] for r in p.of[k]) >= llm.min_active)
             if llm.max_replicas is not None:
                 m.add(sum(x for r in p.of[k] for x in m.x[r, t]) <= llm.max_replicas)
+    rules = p.problem.fleet.rules
+    for t in p.T:
+        for g in p.G:
+            if rules.max_llms_per_gpu is not None:
+                there = [x for r in p.on[g] for x in m.x[r, t]]
+                m.add(sum(there) <= rules.max_llms_per_gpu)
+            for pair in rules.apart:
+                mine = [r for r in p.on[g] if p.replicas[r][0].llm in pair]
+                m.add_at_most_one([x for r in mine for x in m.x[r, t]])
+        for pin in rules.held:
+            m.add_bool_or(
+                [
+                    chosen[r, t]
+                    for r in p.R
+                    for state, chosen in (("ACTIVE", m.a), ("WARM", m.y))
+                    if (p.replicas[r][0].llm, p.replicas[r][1]) == (pin.llm, pin.gpus)
+                    and pin.state in (None, state)
+                ]
+            )
 
 
 def o1_unserved(m: Model, p: Index) -> tuple[Terms, float]:
@@ -302,13 +334,13 @@ def o3_slowdown(m: Model, p: Index) -> tuple[Terms, float]:
 def o4_switching(m: Model, p: Index) -> tuple[Terms, float]:
     """(O4) price of what loads and of what stops being ACTIVE, with x = a + y:
     x where not resident before and 1 - a where ACTIVE before, in the first epoch;
-    came >= x - x' and left >= a' - a after it
+    came >= x - x' and left >= a' - a after it; and that of any change
     """
-    terms: Terms = []
+    terms = _replans(m, p)
     constant = p.stopped * p.demote_cost
     for (r, t), held in m.x.items():
         if t > 0:
-            came, left = m.new_bool_var(f"came{r, t}"), m.new_bool_var(f"left{r, t}")
+            came, left = m.came[r, t], m.new_bool_var(f"left{r, t}")
             m.add_bool_or([came, *m.x[r, t - 1], ~m.a[r, t]])
             if (r, t) in m.y:
                 m.add_bool_or([came, *m.x[r, t - 1], ~m.y[r, t]])
@@ -321,6 +353,23 @@ def o4_switching(m: Model, p: Index) -> tuple[Terms, float]:
             terms.append((-p.demote_cost, m.a[r, t]))
             constant += p.demote_cost
     return terms, constant
+
+
+def _replans(m: Model, p: Index) -> Terms:
+    """change where x or a differs from the epoch before, if that as such has a price"""
+    price, terms = p.problem.prices.replan_s, Terms()
+    for t in p.T if price > 0 else ():
+        change = m.new_bool_var(f"change{t}")
+        terms.append((price, change))
+        if t == 0 and p.gone:
+            m.add(change == 1)
+        for r in p.R:
+            now, a = sum(m.x[r, t]), m.a[r, t]
+            was = int(p.resident_before[r]) if t == 0 else sum(m.x[r, t - 1])
+            served = int(p.active_before[r]) if t == 0 else m.a[r, t - 1]
+            for difference in (now - was, was - now, a - served, served - a):
+                m.add(difference <= change)
+    return terms
 
 
 def o5_gpu_hours(m: Model, p: Index) -> tuple[Terms, float]:

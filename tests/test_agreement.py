@@ -50,7 +50,7 @@ def test_every_label_is_in_docs_referee_and_solvers():
     assert len(expected) == 15
     for place in ("docs/formulation.md", "models/referee.py"):
         assert labels_in(root / place) == expected
-    for solver in (milp,):
+    for solver in (milp, cpsat):
         names = {n.partition("_")[0].upper() for n in dir(solver) if n[:1] in "oc"}
         assert {n for n in names if n[1:].isdigit()} == expected
 
