@@ -29,7 +29,12 @@ class Model(Matrix):
         self.lengths = np.array(lengths)
         self.run_of = np.repeat(np.arange(len(lengths)), lengths)
         self.last = len(lengths) - 1
-        self.classes = classes(p)
+        fleet = p.problem.fleet
+        self.keeps = fleet.loading.host_cache == "planned"
+        self.classes = classes(p, nodes=not self.keeps)
+        # A change that has a price, or a pin, may keep a WARM replica of no other use.
+        idle = p.problem.prices.replan_s > 0 or bool(fleet.rules.held)
+        self.loose = len(lengths) if idle else self.last
         self._data()
         self._scenarios()
         runs_and_replicas = (len(lengths), len(p.R))
@@ -57,6 +62,36 @@ class Model(Matrix):
         self.z = self.columns(len(z), upper=1, whole=True)
         later = (len(lengths) - 1, len(p.R))
         self.came, self.left = self.columns(later), self.columns(later)
+        self.always = self.num_columns
+        self._asked()
+
+    def _asked(self) -> None:
+        """Columns of what is asked for on top, see `foreserve.solvers.direct_rules`."""
+        p, fleet = self.p, self.p.problem.fleet
+        nodes = {node.name: n for n, node in enumerate(fleet.cluster.nodes)}
+        self.node: Numbers = np.array([nodes[name] for name in p.node], int)
+        place = np.zeros((len(nodes), len(p.M)), dtype=bool)
+        place[self.node, self.llm] = True
+        shape = (self.last + 1, *place.shape)
+        self.kept_before = np.zeros(place.shape, dtype=bool)
+        for name, k in p.kept_before:
+            self.kept_before[nodes[name], k] = True
+        self.h = self.columns(shape, upper=1, whole=True, where=place & self.keeps)
+        costs = np.array(p.cold_cost)[self.e_llm] > 0
+        self.cold = self.columns(len(self.miss), where=costs & self.keeps)
+        later = (self.last, len(p.R))
+        slower = np.array(p.storage_cost) > 0
+        self.stored = self.columns(later, where=slower & self.keeps)
+        window = fleet.rules.load_window_s is not None
+        self.reads = window and fleet.loading.host_cache not in ("all", "lru")
+        self.read = self.columns(shape, upper=1, where=place & self.reads)
+        start = np.searchsorted(self.run_of, np.arange(1, self.last + 1))
+        asked = self.demand[self.llm][:, start].T > 0
+        moves = asked & fleet.rules.keep_serving
+        self.bridge = self.columns(later, upper=1, where=moves)
+        priced = np.full(self.last + 1, p.problem.prices.replan_s > 0)
+        priced[0] &= not p.gone  # then there is a change whatever is planned
+        self.change = self.columns(self.last + 1, upper=1, where=priced)
 
     def _data(self) -> None:
         p, fleet = self.p, self.p.problem.fleet
@@ -94,10 +129,12 @@ class Model(Matrix):
         np.minimum.at(room, self.pair_r, self.usable[self.pair_g])
         self.fits = self.resident + self.kv <= room
         self.fits_warm = self.resident <= room
+        self.absent = ~np.array(p.resident_before, dtype=bool)
 
     def _scenarios(self) -> None:
         """Distinct needs of each run, and e: the (scenario, LLM) with a need."""
-        worth = [cost > 0 for cost in self.p.miss_cost]
+        cold = self.p.cold_cost if self.keeps else [0.0] * len(self.p.M)
+        worth = [a + b > 0 for a, b in zip(self.p.miss_cost, cold, strict=True)]
         merged: dict[tuple[int, tuple[int, ...]], float] = {}
         for t, run in enumerate(self.run_of.tolist()):
             for probability, need in self.p.need[t]:
@@ -105,21 +142,29 @@ class Model(Matrix):
                 merged[key] = merged.get(key, 0.0) + probability
         self.s_run = np.array([run for run, _ in merged], dtype=np.int64)
         found = [
-            (s, k, n, weight * self.p.miss_cost[k])
+            (s, k, n, weight)
             for s, ((_, need), weight) in enumerate(merged.items())
             for k, n in enumerate(need)
             if n > 0
         ]
         columns = np.array(found, dtype=np.float64).reshape(-1, 4).T
         self.e_scenario, self.e_llm, self.e_need = columns[:3].astype(np.int64)
-        self.e_cost = columns[3]
+        self.e_weight = columns[3]
 
     def _worth_warm(self) -> NDArray[np.bool_]:
         """[u, r]: where WARM may be worth something, see `Index.prewarmable`."""
-        worth = np.ones((len(self.lengths), len(self.p.M)), dtype=bool)
+        p, rules = self.p, self.p.problem.fleet.rules
+        worth = np.ones((len(self.lengths), len(p.M)), dtype=bool)
         worth[self.last] = False
         worth[self.s_run[self.e_scenario], self.e_llm] = True
-        return worth[:, self.llm] & self.fits_warm
+        found = worth[:, self.llm]
+        if p.problem.prices.replan_s > 0:
+            found[self.last] |= np.array(p.resident_before, dtype=bool) | (
+                self.last > 0
+            )
+        pins = {(held.llm, held.gpus) for held in rules.held}
+        found |= np.array([(o.llm, gpus) in pins for o, gpus in p.replicas], dtype=bool)
+        return found & self.fits_warm
 
     def on_gpus(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """[u, g]: GPUs that the replicas ``held`` [u, r] are on."""
@@ -145,3 +190,13 @@ class Model(Matrix):
                 }
             )
         return found[0], found[1]
+
+    def hosted(self, values: Floats) -> set[tuple[str, int, int]]:
+        """(node, m, t) kept in host memory."""
+        names = [node.name for node in self.p.problem.fleet.cluster.nodes]
+        kept = (self.h >= 0) & (values[self.h] > 0.5)
+        return {
+            (names[n], k, t)
+            for t, run in enumerate(self.run_of.tolist())
+            for n, k in np.argwhere(kept[run]).tolist()
+        }

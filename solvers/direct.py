@@ -25,6 +25,13 @@ import numpy as np
 
 from foreserve.models.problem import Problem
 from foreserve.solvers.columns import Model
+from foreserve.solvers.direct_rules import (
+    c6_host_ram,
+    c7_load_bandwidth,
+    c8_reachability,
+    c9_failure_domains,
+    price_changes,
+)
 from foreserve.solvers.first_values import first_values
 from foreserve.solvers.index import Index, decode, index
 from foreserve.solvers.result import Schedule, Solved, SolveOptions, SolveReport
@@ -58,7 +65,8 @@ def solve_runs(
     found = search(load(m.programme()), options, hints, began_s)
     schedule = None
     if found.values is not None:
-        schedule = decode(p, *m.chosen(found.values))
+        active, warm = m.chosen(found.values)
+        schedule = decode(p, active, warm, hosted=m.hosted(found.values))
     report = SolveReport(
         status=found.status,
         solver="highs",
@@ -75,6 +83,8 @@ def build(p: Index, runs: Sequence[int] | None = None) -> Model:
     """The matrix: every label in turn."""
     m = Model(p, runs)
     for row in (c1_gpu_memory, c2_nesting, c3_equal_groups, c4_one_copy, c5_demand):
+        row(m)
+    for row in (c6_host_ram, c7_load_bandwidth, c8_reachability, c9_failure_domains):
         row(m)
     c10_rules(m)
     for term in (o1_unserved, o2_cold_starts, o3_slowdown, o4_switching, o5_gpu_hours):
@@ -105,14 +115,14 @@ def c1_gpu_memory(m: Model) -> None:
     over = rows[:, m.pair_g]
     m.put(over, m.y[:, m.pair_r], (m.resident / scale)[m.pair_r])
     left = m.usable[m.pair_g] - (m.resident + m.kv)[m.pair_r]
-    m.put(over[: m.last], m.a[: m.last, m.pair_r], -left / scale)
+    m.put(over[: m.loose], m.a[: m.loose, m.pair_r], -left / scale)
 
     # In whole (k + 1)ths of a GPU rounded down, at most k of them fit.
     for k in (1, 2, 3):
-        rows = m.rows(len(m.p.G), upper=0)
-        m.put(rows, m.free[m.last], -k)
+        rows = m.rows(m.free[m.loose :].shape, upper=0)
+        m.put(rows, m.free[m.loose :], -k)
         parts = m.resident[m.pair_r] * (k + 1) // (m.usable[m.pair_g] + 1)
-        m.put(rows[m.pair_g], m.y[m.last, m.pair_r], parts)
+        m.put(rows[:, m.pair_g], m.y[m.loose :, m.pair_r], parts)
 
 
 def c2_nesting(m: Model) -> None:
@@ -136,7 +146,7 @@ def c4_one_copy(m: Model) -> None:
     for k in m.p.M:
         others = m.pair_r[m.llm[m.pair_r] != k]
         gpus = m.pair_g[m.llm[m.pair_r] != k]
-        m.put(rows[: m.last, gpus, k], m.a[: m.last, others], -1)
+        m.put(rows[: m.loose, gpus, k], m.a[: m.loose, others], -1)
 
 
 def c5_demand(m: Model) -> None:
@@ -157,9 +167,10 @@ def c5_demand(m: Model) -> None:
 
 
 def c10_rules(m: Model) -> None:
-    """(C10) sum over R_m of a >= min_active, of a + y <= max_replicas   for all u, m
+    """(C10) sum over R_m of a >= min_active, of a + y <= max_replicas   for all u, m;
+    sum over R_g of a + y <= max_llms_per_gpu, <= 1 for LLMs apart; pins are there
 
-    The nodes an LLM may use are in the candidates already.
+    The nodes an LLM may use, and closed GPUs, are in the candidates already.
     """
     llms = m.p.problem.fleet.llms
     least = np.array([llm.min_active for llm in llms])
@@ -170,6 +181,26 @@ def c10_rules(m: Model) -> None:
     rows = np.where(np.isfinite(most), m.rows(shape, upper=np.array(most)), -1)
     m.put(rows[:, m.owner], m.number, 1)
     m.put(rows[:, m.llm], m.y, 1)
+    rules = m.p.problem.fleet.rules
+    if rules.max_llms_per_gpu is not None:
+        rows = m.rows(m.free.shape, upper=rules.max_llms_per_gpu)
+        for x in (m.a, m.y):
+            m.put(rows[:, m.pair_g], x[:, m.pair_r], 1)
+    names = [llm.name for llm in llms]
+    for pair in rules.apart:
+        own = np.isin(m.llm[m.pair_r], [names.index(n) for n in pair if n in names])
+        rows = m.rows(m.free.shape, upper=1)
+        for x in (m.a, m.y):
+            m.put(rows[:, m.pair_g[own]], x[:, m.pair_r[own]], 1)
+    for pin in rules.held:
+        rows = m.rows((len(m.lengths), 1), lower=1)
+        there = np.array(
+            [(o.llm, gpus) == (pin.llm, pin.gpus) for o, gpus in m.p.replicas],
+            dtype=bool,
+        )
+        for state, x in (("ACTIVE", m.a), ("WARM", m.y)):
+            if pin.state in (None, state):
+                m.put(rows, x[:, there], 1)
 
 
 def o1_unserved(m: Model) -> None:
@@ -201,7 +232,7 @@ def o2_cold_starts(m: Model) -> None:
     e, k = np.nonzero(m.e_llm[:, None] == m.owner)
     number = m.number[m.s_run[m.e_scenario[e]], k]
     m.put(rows[e], number, np.minimum(m.units[k], m.e_need[e]))
-    m.price(m.miss, m.e_cost)
+    m.price(m.miss, m.e_weight * np.array(m.p.miss_cost)[m.e_llm])
 
 
 def o3_slowdown(m: Model) -> None:
@@ -212,13 +243,13 @@ def o3_slowdown(m: Model) -> None:
 def o4_switching(m: Model) -> None:
     """(O4) price of what loads and of what stops being ACTIVE, with x = a + y:
     x where not resident before and 1 - a where ACTIVE before, in the first run;
-    came >= x - x' and left >= a' - a after it
+    came >= x - x' and left >= a' - a after it; and that of any change
     """
     p = m.p
+    price_changes(m)
     load = np.array(p.load_cost)
-    absent = load * ~np.array(p.resident_before, dtype=bool)
-    m.price(m.a[0], absent)
-    m.price(m.y[0], absent)
+    m.price(m.a[0], load * m.absent)
+    m.price(m.y[0], load * m.absent)
     active = np.array(p.active_before, dtype=bool)
     m.price(m.a[0], -p.demote_cost * active)
     m.offset += p.demote_cost * (p.stopped + int(active.sum()))

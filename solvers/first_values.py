@@ -14,8 +14,9 @@ from foreserve.solvers.symmetry import in_order
 
 
 def first_values(m: Model, start: Schedule) -> dict[int, float]:
-    """A value for every column from the placements of ``start``; nothing where one of
-    its replicas is no candidate. WARM replicas that are worth nothing are left out."""
+    """A value for every column that is always there, and for host memory, from the
+    placements of ``start``; nothing where one of its replicas is no candidate. WARM
+    replicas that are worth nothing are left out."""
     chosen = encode(m.p, start)
     if chosen is None:
         return {}
@@ -28,8 +29,8 @@ def first_values(m: Model, start: Schedule) -> dict[int, float]:
     serving = m.on_gpus(a)
     a &= m.a >= 0
     y &= m.y >= 0
-    blocked = serving[m.last, m.pair_g]
-    y[m.last, m.pair_r[blocked]] = False
+    for u in range(m.loose, m.last + 1):
+        y[u, m.pair_r[serving[u, m.pair_g]]] = False
     values = np.zeros(m.num_columns)
     values[m.a[a]] = 1
     values[m.y[y]] = 1
@@ -42,7 +43,18 @@ def first_values(m: Model, start: Schedule) -> dict[int, float]:
     x = a | y
     values[m.came] = x[1:] & ~x[:-1]
     values[m.left] = a[:-1] & ~a[1:]
-    return dict(enumerate(values.tolist()))
+    # What is asked for on top follows from these, and HiGHS finds it.
+    known = dict(enumerate(values[: m.always].tolist()))
+    if m.keeps:
+        llms = {llm.name: k for k, llm in enumerate(m.p.problem.fleet.llms)}
+        nodes = {node.name: n for n, node in enumerate(m.p.problem.fleet.cluster.nodes)}
+        kept = np.zeros(m.h.shape)
+        for u, t in enumerate(first):
+            for copy in start[t].hosted:
+                kept[u, nodes[copy.node], llms[copy.llm]] = 1
+        there = m.h >= 0
+        known |= dict(zip(m.h[there].tolist(), kept[there].tolist(), strict=True))
+    return known
 
 
 def _split(m: Model, values: Floats, number: Floats) -> None:

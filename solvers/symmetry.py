@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from foreserve.models.problem import Fleet
+from foreserve.models.specs import Node
 from foreserve.solvers.index import Index
 from foreserve.solvers.matrix import Floats, Numbers
 
@@ -22,9 +24,11 @@ Class = NDArray[np.int64]
 """[block, place]: candidates of interchangeable blocks, those of one place alike."""
 
 
-def classes(p: Index) -> list[Class]:
-    """Classes of two or more blocks each, small blocks before those that hold them."""
+def classes(p: Index, *, nodes: bool = True) -> list[Class]:
+    """Classes of two or more blocks each, small blocks before those that hold them;
+    ``nodes``: whether nodes may be swapped as well."""
     fleet = p.problem.fleet
+    pins = {(held.llm, held.gpus) for held in fleet.rules.held}
     options = {id(option): k for k, option in enumerate(fleet.options)}
     numbers = {gpu: g for g, gpu in enumerate(fleet.cluster.gpus)}
     inside: dict[tuple[int, int], list[int]] = {}
@@ -51,6 +55,8 @@ def classes(p: Index) -> list[Class]:
                 options[id(p.replicas[r][0])],
                 p.resident_before[r],
                 p.active_before[r],
+                p.bridges[r],
+                (p.replicas[r][0].llm, p.replicas[r][1]) in pins,
             )
             for r in held
         )
@@ -70,12 +76,14 @@ def classes(p: Index) -> list[Class]:
         return ((start, tp) for start in range(first, first + size - tp + 1, tp))
 
     tps = sorted({option.tp for option, _ in p.replicas})
-    nodes, first = [], 0
+    level, first = [], 0
     for node in fleet.cluster.nodes:
-        nodes.append((first, node.gpus))
+        level.append((first, node.gpus))
         first += node.gpus
-    level = nodes
-    levels = [nodes]
+    whole: dict[object, list[tuple[int, int]]] = {}
+    for part, node in zip(level, fleet.cluster.nodes, strict=True):
+        whole.setdefault(_kind(fleet, node), []).append(part)
+    levels = []
     # Each level: the blocks of the next smaller TP size inside each block of this one.
     while level:
         below = []
@@ -87,7 +95,19 @@ def classes(p: Index) -> list[Class]:
         level = below
     for blocks in reversed(levels):
         order(blocks, tps)
+    if nodes:
+        for blocks in whole.values():
+            order(blocks, tps)
     return found
+
+
+def _kind(fleet: Fleet, node: Node) -> object:
+    """What nodes have to have in common beside their GPUs: links, and how much is lost
+    with each."""
+    domain_of = fleet.cluster.domain_of
+    domain = domain_of[node.name]
+    alone = list(domain_of.values()).count(domain) == 1
+    return node.storage_bytes_per_s, node.host_link_bytes_per_s, alone or domain
 
 
 def in_order(found: Sequence[Class], measure: Floats, *held: Numbers) -> None:
