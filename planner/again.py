@@ -17,12 +17,18 @@ OTHER = "the plan was made from another trace or scenario"
 
 
 def problems_again(
-    plan: Plan, scenario: Scenario, trace: Trace, history: Demand | None
+    plan: Plan,
+    scenario: Scenario,
+    trace: Trace,
+    history: Demand | None,
+    horizon: int = 1,
 ) -> Problems:
     """As `plan_trace` had them; `InvalidInput` where the fleet is another one's."""
     forecast = replace(scenario.forecast, method=plan.forecaster)
     scenario = replace(scenario, forecast=forecast)
-    problems = Problems(scenario, trace, history=history, seed=plan.solver.seed)
+    problems = Problems(
+        scenario, trace, history=history, seed=plan.solver.seed, horizon=horizon
+    )
     if problems.fleet != plan.fleet:
         raise InvalidInput(f"{OTHER}: the fleets differ")
     if problems.count != len(plan.epochs):

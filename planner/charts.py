@@ -283,6 +283,33 @@ def terms_and_gap(
         return _svg(figure, "Objective terms, bound and gap over the epochs")
 
 
+def changes(edges_s: Floats, shares: Floats, lengths: Sequence[int]) -> str:
+    """Share of the replicas that each epoch's start changes; how long intervals are."""
+    with _figure(12, 2.4, "changes") as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+        left.bar(
+            edges_s[:-1],
+            shares,
+            width=np.diff(edges_s),
+            align="edge",
+            color=MUTED,
+            lw=0,
+        )
+        left.set_ylim(0, max(0.01, 1.05 * shares.max()))
+        left.yaxis.set_major_formatter(_percents)
+        left.locator_params(axis="y", nbins=4)
+        left.set_title("Replicas that change at the start of an epoch")
+        _time_axis(left, edges_s, 9)
+        counts = np.bincount(lengths)
+        right.bar(np.arange(len(counts)), counts, width=0.9, color=MUTED, lw=0)
+        right.set_xlim(0, len(counts))
+        for axis in (right.xaxis, right.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        right.set_xlabel("epochs from one change to the next")
+        right.set_title("Replacement intervals")
+        return _svg(figure, "Changes of the placement and replacement intervals")
+
+
 def solver(
     found: tuple[Floats, Floats],
     proven: tuple[Floats, Floats],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from foreserve.models.outcome import Latency, Outcome, Run, Service
 from foreserve.models.plan import Plan
@@ -77,6 +78,18 @@ def lead(plan: Plan, facts: PlanFacts, runs: Sequence[Run]) -> list[str]:
             )
         said.append("In simulation, " + "; ".join(parts) + ".")
     return said
+
+
+def interval_line(plan: Plan, facts: PlanFacts) -> str:
+    """How long the placement stays as it is, in words."""
+    lengths = sorted(facts.intervals)
+    epoch_s = plan.epochs[0].end_s - plan.start_s
+    middle = median(lengths)
+    told = span(lengths[0], lengths[-1])
+    return (
+        f"{plural(len(lengths), 'interval')} of {told} epochs without a change, "
+        f"median {number(middle)} ({seconds(middle * epoch_s)})"
+    )
 
 
 def comparison(plan: Plan, runs: Sequence[Run]) -> Table:

@@ -17,6 +17,7 @@ from foreserve.models.plan import Epoch, Plan, Status, gap_at_stake, relative_ga
 from foreserve.models.problem import ReplicaOption
 from foreserve.models.quantiles import grouped_quantiles
 from foreserve.planner.fleet import gpu_hours, perfect_system_gpus
+from foreserve.planner.intervals import intervals
 
 
 class Point(Protocol):
@@ -64,6 +65,9 @@ class PlanFacts:
     warm: tuple[int, int]
     changes: int
     """Epochs that ask for another set of replicas or states than the one before."""
+    intervals: tuple[int, ...]
+    """Epochs from one change to the next, from the first epoch to the end: the
+    replacement intervals that the plan chose."""
     steps: dict[Kind, int]
     """Loads, activations, demotions and drops between epochs (not into the first)."""
     perfect_gpus: float
@@ -81,10 +85,10 @@ def plan_facts(plan: Plan) -> PlanFacts:
             terms[label] = terms.get(label, 0.0) + value
     placements = [epoch.placement for epoch in plan.epochs]
     steps: dict[Kind, int] = {"load": 0, "activate": 0, "demote": 0, "drop": 0}
-    changes = 0
-    for before, after in pairwise(placements):
+    changed = []
+    for epoch, (before, after) in enumerate(pairwise(placements), start=1):
         actions = diff(before, after)
-        changes += bool(actions)
+        changed += [epoch] if actions else []
         for action in actions:
             steps[action.kind] += 1
     hours, usd = gpu_hours(plan)
@@ -104,7 +108,8 @@ def plan_facts(plan: Plan) -> PlanFacts:
         used=_least_most(len(p.by_gpu) for p in placements),
         active=_least_most(_count(p, "ACTIVE") for p in placements),
         warm=_least_most(_count(p, "WARM") for p in placements),
-        changes=changes,
+        changes=len(changed),
+        intervals=intervals(changed, len(placements)),
         steps=steps,
         perfect_gpus=perfect_system_gpus(plan)[0],
     )

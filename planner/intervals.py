@@ -7,6 +7,7 @@ as the beginning of an interval, not as a change.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,3 +70,29 @@ def intervals(changed: Sequence[int], epochs: int) -> tuple[int, ...]:
 def histogram(lengths: Sequence[int]) -> Mapping[int, int]:
     """How many intervals there are of each length."""
     return dict(sorted(Counter(lengths).items()))
+
+
+def cheapest_runs(
+    costs: Mapping[tuple[int, int], float], epochs: int
+) -> tuple[float, tuple[int, ...]]:
+    """Least sum of ``costs[a, b]`` over ways to cut epochs 0 to ``epochs`` into runs from
+    ``a`` to before ``b``, and where runs after the first begin: a shortest path over the
+    boundaries. Pairs that are missing cannot be used; infinite where none is left.
+
+    If each cost is a bound on what any schedule pays in those epochs while it does not
+    change, the sum is a bound on any schedule at all: it, too, is cut into such runs.
+    """
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for end in range(1, epochs + 1):
+        best.append(
+            min(
+                (
+                    (best[begin][0] + cost, (*best[begin][1], begin))
+                    for begin in range(end)
+                    if (cost := costs.get((begin, end))) is not None
+                ),
+                default=(math.inf, ()),
+            )
+        )
+    total, begins = best[epochs]
+    return total, begins[1:]

@@ -21,6 +21,7 @@ from foreserve.planner import charts
 from foreserve.planner.contents import (
     comparison,
     drivers,
+    interval_line,
     lead,
     llm_table,
     load_errors,
@@ -53,6 +54,7 @@ from foreserve.planner.facts import (
     load_fits,
     plan_facts,
 )
+from foreserve.planner.intervals import changes
 from foreserve.planner.picture import Picture, colours, ledger_bars
 from foreserve.planner.residency import planned_residency, residency_map
 
@@ -112,6 +114,7 @@ def write_report(
         drivers=drivers(facts) if facts.certified else None,
         terms=[(term_name(k), TERMS.get(k, ("", "#888888"))[1]) for k in facts.terms],
         terms_chart=_terms_chart(plan, facts),
+        changes=_changes(plan, facts),
         solver=_solver(solves),
         ledger=_ledger(plan),
         fleet=llm_table(plan),
@@ -256,6 +259,17 @@ def _terms_chart(plan: Plan, facts: PlanFacts) -> Markup | None:
             _edges_s(plan), terms, series("objective"), series("bound"), series("gap")
         )
     )
+
+
+def _changes(plan: Plan, facts: PlanFacts) -> dict[str, object] | None:
+    """When the placement changes, and how long it stays, of plans of several epochs."""
+    if len(plan.epochs) < 2:
+        return None
+    shares = np.zeros(len(plan.epochs))
+    for change in changes(plan):
+        shares[change.epoch] = change.share
+    chart = charts.changes(_edges_s(plan), shares, facts.intervals)
+    return {"chart": Markup(chart), "line": interval_line(plan, facts)}
 
 
 def _solver(solves: Sequence[Solve]) -> dict[str, object] | None:

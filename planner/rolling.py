@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import Self
 
 from foreserve.models import referee
-from foreserve.models.placement import Placement, ReplicaId
+from foreserve.models.placement import HostCopy, Placement, ReplicaId
 from foreserve.models.plan import CLOSED, Status, relative_gap
-from foreserve.models.problem import Prices, Problem
-from foreserve.solvers.base import SolverPool, with_shares
+from foreserve.models.problem import Prices, Problem, asks_for
+from foreserve.solvers.base import CARRIES, SolverPool, with_shares
 from foreserve.solvers.index import candidate_count
 from foreserve.solvers.result import Schedule, SolveOptions, SolveReport
 
@@ -50,7 +50,9 @@ class Rolling:
     """Plans epoch after epoch; holds the child processes and what was found so far."""
 
     def __init__(self, solver: str, options: SolveOptions, horizon: int = 1) -> None:
-        self._gap, self._exact = options.gap, solver in EXACT
+        self._gap = options.gap
+        self._exact = solver in EXACT
+        self._knows_replan = "replan" in CARRIES.get(solver, ())
         if horizon > 1:
             options = replace(options, time_limit_s=options.time_limit_s / 2)
         self._near, self._far = (SolverPool(solver, options) for _ in range(2))
@@ -79,18 +81,26 @@ class Rolling:
 
     def step(self, window: Sequence[Problem], before: Placement) -> Step:
         """Plan ``window``, whose first problem has ``before`` as its ``initial``."""
-        first = window[0]
+        first, small = window[0], self._exact and _is_small(window)
+        alone, whole = first, side_by_side(window)
+        if first.prices.replan_s and not (small and self._knows_replan):
+            # Left to the path; a bound without it holds all the more.
+            alone, whole = (
+                replace(p, prices=spread(p.prices, 1)) for p in (alone, whole)
+            )
         hint = self.rest[0] if self.rest else before
-        near = self._near.solve(first, start=(hint,))
-        if len(window) == 1:
+        near = self._near.solve(alone, start=(hint,))
+        if len(window) == 1 and alone is first:
             report, found = near.report, near.schedule
             cost = math.inf if report.objective is None else report.objective
             return Step(schedule=found, report=report, window_cost=cost)
-        if self._exact and _is_small(window):
-            rest = (*self.rest, *self.rest[-1:])[: len(window)]
-            start = rest if len(rest) == len(window) else (before,) * len(window)
-            far = self._far.solve(side_by_side(window), start=start)
-        else:
+        far = near
+        if small and len(window) > 1:
+            last = self.rest[-1:] * len(window)
+            rest = (*self.rest, *last)[: len(window)]
+            start = rest if self.rest else (before,) * len(window)
+            far = self._far.solve(whole, start=start)
+        elif len(window) > 1:
             patient = replace(first, prices=spread(first.prices, len(window)))
             far = self._far.solve(patient, start=near.schedule)
         pool = [*(near.schedule or ()), *(far.schedule or ())]
@@ -112,15 +122,22 @@ class Rolling:
 
 
 def spread(prices: Prices, epochs: int) -> Prices:
-    """Prices of switching as if it paid off over so many epochs."""
+    """Prices of steps as if they paid off over so many epochs, and none of a change."""
     return replace(
-        prices, load_s=prices.load_s / epochs, demote_s=prices.demote_s / epochs
+        prices,
+        load_s=prices.load_s / epochs,
+        demote_s=prices.demote_s / epochs,
+        replan_s=0.0,
     )
 
 
-def states(placement: Placement) -> frozenset[tuple[ReplicaId, str]]:
-    """Who is where in which state: what a switch changes; traffic shares do not count."""
-    return frozenset((r.id, r.state) for r in placement.replicas)
+States = tuple[frozenset[tuple[ReplicaId, str]], tuple[HostCopy, ...]]
+
+
+def states(placement: Placement) -> States:
+    """Who is where in which state, and what host memory keeps: what a switch changes.
+    Traffic shares do not count."""
+    return frozenset((r.id, r.state) for r in placement.replicas), placement.hosted
 
 
 def cheapest_path(
@@ -129,8 +146,8 @@ def cheapest_path(
     """The cheapest sequence of placements out of ``pool``, one per epoch, after ``before``.
 
     Each serves its epoch's demand in the best split. A label of this shortest path is a
-    placement in an epoch, so a switch is priced as what it is. None where the fleet can
-    hold none of them. O(epochs x pool) costs by the referee, O(pool^2) switches.
+    placement in an epoch, so a switch is priced as what it is. None where none of
+    them can be held, or reached. O(epochs x pool) costs by the referee, O(pool^2) switches.
     """
     fleet = window[0].fleet
     distinct = [
@@ -139,7 +156,7 @@ def cheapest_path(
         if not any(referee.fleet_violations(fleet, placement))
     ]
     prices = [
-        {states(q): referee.o4_switching(window[0], 0, p, q) for q in distinct}
+        {states(q): _switch(window[0], p, q) for q in distinct}
         for p in (*distinct, before)
     ]
     # Label -> its cost, and the schedule that reaches it.
@@ -155,10 +172,19 @@ def cheapest_path(
             )
             reached[k] = cost + alone, (*labels[last][1], split)
         labels = reached
-    if not labels:
-        return None, math.inf
-    cost, schedule = min(labels.values(), key=lambda label: label[0])
-    return schedule, cost
+    least = (math.inf, ())
+    cost, schedule = min(labels.values(), key=lambda label: label[0], default=least)
+    return (schedule, cost) if cost < math.inf else (None, cost)
+
+
+def _switch(problem: Problem, before: Placement, after: Placement) -> float:
+    """(O4) of one switch; infinite where (C7) or (C8) does not allow it."""
+    if asks_for(problem) & {"window", "keep_serving"}:
+        here = replace(problem, initial=before)
+        broken = referee.violations(here, (with_shares(here, 0, after),))
+        if any(violation.label in ("C7", "C8") for violation in broken):
+            return math.inf
+    return referee.o4_switching(problem, 0, before, after)
 
 
 def side_by_side(window: Sequence[Problem]) -> Problem:

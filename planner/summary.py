@@ -22,6 +22,7 @@ from foreserve.planner.contents import (
     Table,
     comparison,
     drivers,
+    interval_line,
     lead,
     service_brief,
 )
@@ -90,6 +91,8 @@ def _certificate(
         rows = [("status", "no certificate")]
     used = f"{number(facts.gpu_hours)} GPU-hours, {usd(facts.cost_usd)}"
     ideal = f"{number(facts.perfect_gpus)} of {facts.gpus} GPUs if they could be split"
+    if len(plan.epochs) > 1:
+        rows.append(("stays", interval_line(plan, facts)))
     rows += [
         ("takes", used),
         ("at least", f"{ideal} at will, in the busiest epoch"),

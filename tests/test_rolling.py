@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 
 from foreserve.models import referee
+from foreserve.models.observed import Observed, ObservedReplica
 from foreserve.models.placement import Placement
 from foreserve.models.problem import Prices, Problem
-from foreserve.planner.intervals import histogram, intervals, share_changed
-from foreserve.planner.pipeline import Problems
+from foreserve.models.specs import GpuId
+from foreserve.planner.intervals import (
+    cheapest_runs,
+    histogram,
+    intervals,
+    share_changed,
+)
+from foreserve.planner.pipeline import Problems, plan_trace
+from foreserve.planner.policies.rolling import Online
+from foreserve.planner.replan import in_system, replan_now
 from foreserve.planner.rolling import (
     Rolling,
     apart,
@@ -24,7 +33,7 @@ from foreserve.planner.scenario import parse_scenario
 from foreserve.solvers.base import solve, with_shares
 from foreserve.solvers.result import SolveOptions
 from foreserve.traces.trace import Trace
-from tests.build import cluster, fleet, option
+from tests.build import cluster, fleet, gpu, option, small_plan
 from tests.problems import placement, problem, tiny
 
 HERE = SolveOptions(in_process=True, time_limit_s=1.0)
@@ -140,7 +149,7 @@ SCENARIO = """\
 cluster: {nodes: [{name: n0, gpu: h100, gpus: 2, host_ram: 1TiB}]}
 models: [{name: qwen2.5-7b}, {name: qwen3-8b}]
 epoch: 60s
-forecast: {method: last-or-yesterday, scenarios: 4}
+forecast: {method: last-or-yesterday, scenarios: 4, occasional_load: 0.05}
 """
 
 
@@ -187,3 +196,92 @@ def test_intervals_are_counted_from_change_to_change():
     assert share_changed(both, one) == 0.5
     assert share_changed(both, both) == 0.0
     assert share_changed(Placement(), Placement()) == 0.0
+
+
+def test_cheapest_runs_are_the_best_of_all_cuts():
+    """Over random costs of six epochs: as the best of the 32 ways to cut them. Without
+    the pairs that end at 3, no run may end there."""
+    rng = np.random.default_rng(0)
+    costs = {(a, b): float(rng.random()) for b in range(1, 7) for a in range(b)}
+    totals = []
+    for cuts in product((False, True), repeat=5):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 6]
+        totals.append(sum(costs[pair] for pair in pairwise(edges)))
+    total, begins = cheapest_runs(costs, 6)
+    assert total == pytest.approx(min(totals))
+    edges = [0, *begins, 6]
+    found = sum(costs[pair] for pair in pairwise(edges))
+    assert found == pytest.approx(total)
+    left = {pair: cost for pair, cost in costs.items() if pair[1] != 3}
+    assert 3 not in cheapest_runs(left, 6)[1]
+    assert cheapest_runs({}, 1)[0] == float("inf")
+
+
+def test_only_what_the_plan_cannot_take_is_a_reason():
+    """a holds 8 at once on n0/0 and was expected below 5: 6 at once are above the bound,
+    but there is room; 9 are a reason, 9/5 of the bound. b, WARM on n0/1, likewise."""
+    plan = small_plan()
+    f, epoch = plan.fleet, plan.epochs[1]
+    assert replan_now(f, epoch, {"a": 6}) == ()
+    (reason,) = replan_now(f, epoch, {"a": 9})
+    assert (reason.llm, reason.factor) == ("a", 1.8)
+    assert reason.text == (
+        "9 requests of a at once: 95 % of the peaks were expected below 5, its "
+        "replicas hold 8"
+    )
+    # A plan that says nothing of b's demand has nothing to be wrong about.
+    assert replan_now(f, epoch, {"b": 99}) == ()
+
+
+def test_lost_gpus_are_a_reason_while_the_plan_uses_them():
+    """n0/1 holds b in the second epoch and nothing in the first."""
+    plan, lost = small_plan(), frozenset({gpu(1)})
+    assert replan_now(plan.fleet, plan.epochs[0], {}, lost) == ()
+    (reason,) = replan_now(plan.fleet, plan.epochs[1], {}, lost)
+    assert reason.lost_gpus == (gpu(1),)
+    assert reason.text == "1 GPUs of n0 are lost, planned for b"
+
+
+def test_requests_in_the_system_wait_or_are_worked_on():
+    """Two wait and three are worked on: five."""
+    seen = ObservedReplica(llm="a", gpus=(gpu(0),), phase="ACTIVE", in_flight=3)
+    observed = Observed(now_s=0.0, replicas=(seen,), waiting={"a": 2, "b": 0})
+    assert in_system(observed) == {"a": 5}
+
+
+def _asked(at_s: float, waiting: int, lost: frozenset[GpuId]) -> Observed:
+    queue = {"qwen2.5-7b": waiting}
+    return Observed(now_s=at_s, waiting=queue, lost_gpus=lost)
+
+
+def test_the_policy_plans_again_on_triggers_alone():
+    """It plans each epoch once; then on a burst that no replica can take, at most every
+    30 s; and on a lost GPU, without which it plans then. Asked again in the same instant
+    it answers the same."""
+    text = SCENARIO.replace(
+        "}]\nepoch", ", input_tokens: 100, output_tokens: 20}]\nepoch"
+    )
+    text = text.replace("7b}", "7b, input_tokens: 100, output_tokens: 20}")
+    scenario = parse_scenario(text)
+    trace = _trace(1)
+    planned = plan_trace(scenario, trace, solver="greedy", options=HERE).plan
+    online = Online(problems=Problems(scenario, trace), solver="greedy", options=HERE)
+    with online.policy(planned, 30.0) as policy:
+        none: frozenset[GpuId] = frozenset()
+        first = policy.decide(60.0, _asked(60.0, 0, none))
+        assert policy.decide(60.0, _asked(60.0, 0, none)) == first
+        assert [s.epoch for s in online.solves] == [1]
+        policy.decide(80.0, _asked(80.0, 9000, none))
+        assert len(online.solves) == 1
+        policy.decide(90.0, _asked(90.0, 9000, none))
+        policy.decide(90.0, _asked(90.0, 9000, none))
+        assert [s.at_s for s in online.solves] == [60.0, 90.0]
+        assert [r.llm for r in online.solves[1].reasons] == ["qwen2.5-7b"]
+        policy.decide(120.0, _asked(120.0, 0, none))
+        planned_now = policy.plan.epochs[2].placement
+        used = planned_now.of("qwen2.5-7b", "ACTIVE")[0].gpus[0]
+        lost = frozenset({used})
+        wanted = policy.decide(150.0, _asked(150.0, 0, lost))
+        assert used in online.solves[-1].reasons[0].lost_gpus
+        assert lost.isdisjoint(wanted.by_gpu)
+        assert wanted.of("qwen2.5-7b", "ACTIVE")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from foreserve.cli.common import (
     print_parts,
     progress_bar,
     quiet_option,
+    read_history,
     read_scenario,
     read_traces,
 )
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from foreserve.models.outcome import Outcome, Run
     from foreserve.models.placement import Placement
     from foreserve.models.plan import Plan
+    from foreserve.planner.policies.rolling import Online
+    from foreserve.planner.scenario import Scenario
     from foreserve.planner.studies import Interval
     from foreserve.traces.trace import Trace
 
@@ -47,7 +51,8 @@ KEEP_ALIVE_S = 30.0
     multiple=True,
     default=("planned",),
     show_default=True,
-    help="planned, reactive or reactive-keep; repeat to compare on equal GPUs.",
+    help="planned, reactive, reactive-keep, or rolling, which plans while it runs; repeat "
+    "to compare on equal GPUs.",
 )
 @click.option(
     "--scenario",
@@ -161,6 +166,10 @@ def simulate(
         raise click.UsageError("--workers is for processes here, not for --ray")
     plan = load_plan(plan_file)
     check_plan(plan, plan_file)
+    trace = read_traces(traces, {})
+    online = None
+    if "rolling" in policies and scenario and not seeds:
+        online = what_to_plan_with(plan, read_scenario(scenario), trace)
     if scenario:
         wanted = read_scenario(scenario)
         check_same_cluster(plan, wanted, plan_file)
@@ -171,7 +180,6 @@ def simulate(
         )
         plan = replace(plan, fleet=own)
     faults = load_faults(fault_file, plan.fleet) if fault_file else ()
-    trace = read_traces(traces, {})
     numbers = range(seed, seed + (seeds or 1))
     silent = quiet or as_json
     if seeds:
@@ -180,7 +188,7 @@ def simulate(
         )
     else:
         runs = run_policies(
-            plan, trace, policies, seed, keep_alive, silent, journal, faults
+            plan, trace, policies, seed, keep_alive, silent, journal, faults, online
         )
         by_seed = []
     if series:
@@ -195,6 +203,8 @@ def simulate(
             command=command_line(),
         )
     stated = {"seed": seed, "outcomes": outcomes(runs), "report": report}
+    if online:
+        stated["solves"] = [asdict(solve) for solve in online.solves]
     out, _ = consoles(quiet)
     if seeds:
         studies = [intervals(own) for own in zip(*by_seed, strict=True)]
@@ -207,6 +217,32 @@ def simulate(
     else:
         for part in run_summary(plan, runs):
             out.print(part)
+        for line in replanned(online):
+            out.print(line, markup=False)
+
+
+def what_to_plan_with(plan: Plan, scenario: Scenario, trace: Trace) -> Online:
+    """The plan's problems and the scenario's solver, for a policy that plans online."""
+    from foreserve.planner.again import problems_again
+    from foreserve.planner.pipeline import solve_options
+    from foreserve.planner.policies.rolling import Online
+
+    history, part = read_history(scenario, {}), scenario.solver
+    problems = problems_again(plan, scenario, trace, history, part.horizon)
+    return Online(problems=problems, solver=part.name, options=solve_options(scenario))
+
+
+def replanned(online: Online | None) -> Iterator[str]:
+    """When and why epochs were planned again before they were over."""
+    from foreserve.planner.display import clock, plural
+
+    if online is None:
+        return
+    early = [solve for solve in online.solves if solve.reasons]
+    yield f"rolling planned {plural(len(online.solves) - len(early), 'epoch')}"
+    for solve in early:
+        why = "; ".join(reason.text for reason in solve.reasons)
+        yield f"{clock(solve.at_s)}, within epoch {solve.epoch}: {why}"
 
 
 def study(
@@ -239,30 +275,43 @@ def run_policies(
     quiet: bool,
     journal: str | None = None,
     faults: Sequence[Fault] = (),
+    online: Online | None = None,
 ) -> tuple[Run, ...]:
     """One simulated run per policy, on the plan's fleet and over the plan's span."""
-    trace = check_policies(plan, trace, policies, keep_alive_s)
+    trace = check_policies(plan, trace, policies, keep_alive_s, online)
     compile_simulator(quiet)
     runs = []
     for name in policies:
         with progress_bar(f"simulating {name}", quiet) as update:
             runs.append(
                 run_policy(
-                    plan, trace, name, seed, keep_alive_s, journal, faults, update
+                    plan,
+                    trace,
+                    name,
+                    seed,
+                    keep_alive_s,
+                    journal,
+                    faults,
+                    update,
+                    online=online,
                 )
             )
     return tuple(runs)
 
 
 def check_policies(
-    plan: Plan, trace: Trace, policies: Sequence[str], keep_alive_s: float
+    plan: Plan,
+    trace: Trace,
+    policies: Sequence[str],
+    keep_alive_s: float,
+    online: Online | None = None,
 ) -> Trace:
     """The trace with the plan's LLMs; what would fail a run later is an error now."""
     from foreserve.planner.fleet import align
     from foreserve.planner.policies import get_policy
 
     for name in policies:
-        get_policy(name, plan, keep_alive_s)
+        get_policy(name, plan, keep_alive_s, online)
     return align(trace, tuple(llm.name for llm in plan.fleet.llms))
 
 
@@ -276,25 +325,30 @@ def run_policy(
     faults: Sequence[Fault] = (),
     progress: Callable[[float], None] | None = None,
     initial: Placement | None = None,
+    online: Online | None = None,
 ) -> Run:
     """One simulated run, of an empty cluster or of one with ``initial`` in place; ``trace``
     has the plan's LLMs in their order."""
     from foreserve.planner.policies import get_policy
     from foreserve.runtime.simulated import simulate as run
 
-    return run(
-        plan.fleet,
-        trace,
-        get_policy(name, plan, keep_alive_s),
-        start_s=plan.start_s,
-        end_s=plan.end_s,
-        seed=seed,
-        load_bin_s=plan.epochs[0].end_s - plan.epochs[0].start_s,
-        journal=journal,
-        faults=faults,
-        progress=progress,
-        initial=initial,
-    )
+    policy = get_policy(name, plan, keep_alive_s, online)
+    with ExitStack() as stack:
+        if isinstance(policy, AbstractContextManager):
+            stack.enter_context(policy)
+        return run(
+            plan.fleet,
+            trace,
+            policy,
+            start_s=plan.start_s,
+            end_s=plan.end_s,
+            seed=seed,
+            load_bin_s=plan.epochs[0].end_s - plan.epochs[0].start_s,
+            journal=journal,
+            faults=faults,
+            progress=progress,
+            initial=initial,
+        )
 
 
 def outcomes(runs: Sequence[Run]) -> list[object]:

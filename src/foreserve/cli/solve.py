@@ -220,6 +220,7 @@ def facts(planned: Planned) -> Mapping[str, Any]:
 
     from foreserve.models.codec import digest
     from foreserve.planner.facts import plan_facts
+    from foreserve.planner.intervals import changes
 
     plan, solves = planned.plan, planned.solves
     firsts = [s.time_to_first_s for s in solves if s.time_to_first_s is not None]
@@ -230,6 +231,7 @@ def facts(planned: Planned) -> Mapping[str, Any]:
         "gap_asked": plan.solver.gap,
         "solver": plan.solver.name,
         "epochs": len(plan.epochs),
+        "changes_at": [asdict(change) for change in changes(plan)],
         "plan_sha256": digest(plan),
         "wall_s": round(sum(s.wall_s for s in solves), 3),
         "slowest_epoch_s": round(max(s.wall_s for s in solves), 3),
