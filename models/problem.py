@@ -224,6 +224,11 @@ class Fleet(Record):
         rate = min(rate, known.readers_bytes_per_s(option.tp))
         return max(0.0, option.stored_bytes / rate - option.moving_s)
 
+    def least_storage_s(self, option: ReplicaOption) -> float:
+        """`storage_s` on the node of its type with the fastest storage."""
+        own = [n.name for n in self.cluster.nodes if n.gpu == option.gpu_type]
+        return min((self.storage_s(option, node) for node in own), default=0.0)
+
     def read_s(self, llm: str, node: str) -> float:
         """The storage of ``node`` is busy so long with the weights of ``llm``."""
         rate = self.cluster.node_by_name[node].storage_bytes_per_s

@@ -126,14 +126,18 @@ def build_fleet(
                 min_active=llm.min_active,
                 max_replicas=llm.max_replicas,
                 nodes=llm.nodes,
+                min_after_loss=llm.min_after_loss,
             )
         )
+    part = scenario.sharing
     return Fleet(
         cluster=cluster,
         llms=tuple(served),
         options=tuple(options),
         loading=scenario.runtime.loading(),
         serving=scenario.runtime.serving(),
+        sharing=None if part is None else part.sharing(scenario.runtime.max_load),
+        rules=scenario.rules.rules(),
     )
 
 

@@ -97,12 +97,22 @@ def price_bursts(
         shown = max(1, int(np.count_nonzero(peaks[:, index, 0]))) / len(peaks)
         own = [option for option in fleet.options if option.llm == llm.name]
         burst = max(2.0, float(forecast.peak_load[index, 0]))
-        loss_s = cold_loss_s(
-            min(float(llm.instance_concurrency), burst),
-            min(option.load_s + option.activate_s for option in own),
-            min(option.exec_s for option in own),
+        together = min(float(llm.instance_concurrency), burst)
+        exec_s = min(option.exec_s for option in own)
+        hosted_s = min(option.load_s + option.activate_s for option in own)
+        stored_s = min(
+            option.load_s + option.activate_s + fleet.least_storage_s(option)
+            for option in own
         )
-        llms.append(replace(llm, cold_loss_s=float(bursts / shown * loss_s)))
+        loss_s = cold_loss_s(together, hosted_s, exec_s)
+        storage_s = cold_loss_s(together, stored_s, exec_s)
+        llms.append(
+            replace(
+                llm,
+                cold_loss_s=float(bursts / shown * loss_s),
+                storage_loss_s=float(bursts / shown * (storage_s - loss_s)),
+            )
+        )
     return replace(fleet, llms=tuple(llms))
 
 

@@ -8,20 +8,21 @@ units (``80GiB``, ``500ms``, ``5m``); everything is SI once it is a `Scenario`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from foreserve.models import catalog
-from foreserve.models.codec import read_text, read_yaml, structure
+from foreserve.models.codec import did_you_mean, read_text, read_yaml, structure
 from foreserve.models.errors import InvalidInput
 from foreserve.models.llm import ModelSpec
 from foreserve.models.loading import HostCache, LoadRules
 from foreserve.models.problem import Prices
 from foreserve.models.quantities import Bytes, BytesPerSecond, Seconds
 from foreserve.models.record import Record
+from foreserve.models.rules import Held, Rules, Sharing
 from foreserve.models.serving import Scheduler, ServingRules
-from foreserve.models.specs import ClusterSpec, GpuType, Node, Slo
+from foreserve.models.specs import ClusterSpec, GpuId, GpuType, Node, Slo
 
 API_VERSION = "foreserve/v1alpha1"
 MAX_BYTES = 1_000_000
@@ -112,6 +113,8 @@ class LlmPart(Record):
     min_active: int = 0
     max_replicas: int | None = None
     nodes: tuple[str, ...] | None = None
+    min_after_loss: int = 0
+    """ACTIVE replicas that are left whichever failure domain is lost."""
     input_tokens: float | None = None
     output_tokens: float | None = None
     """Mean lengths to plan with; taken from the history or the trace otherwise."""
@@ -225,13 +228,57 @@ class ObjectivePart(Record):
     demote_s: float = 1.0
     slower_s: float = 0.05
     unserved: Seconds = 60.0
+    replan_s: float = 0.0
+    """Of every epoch in which anything changes place or state."""
 
     def prices(self) -> Prices:
         return Prices(
+            replan_s=self.replan_s,
             usd_s=self.usd_s,
             load_s=self.load_s,
             demote_s=self.demote_s,
             slower_s=self.slower_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharingPart(Record):
+    """LLMs may be ACTIVE on the same GPUs; see `foreserve.models.rules.Sharing`."""
+
+    most: int = 4
+    levels: tuple[float, ...] | None = None
+    """None: 0.2, 0.4, 0.55, 0.7 as far as they are below ``max_load``, and that."""
+    idle_lends: bool = True
+
+    def sharing(self, max_load: float) -> Sharing:
+        below = tuple(v for v in (0.2, 0.4, 0.55, 0.7) if v < max_load)
+        return Sharing(
+            most=self.most,
+            booked_load=max_load,
+            levels=self.levels or (*below, max_load),
+            idle_lends=self.idle_lends,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RulesPart(Record):
+    """Rules for the whole cluster; see `foreserve.models.rules.Rules`."""
+
+    max_llms_per_gpu: int | None = None
+    apart: tuple[tuple[str, str], ...] = ()
+    closed: tuple[GpuId, ...] = ()
+    held: tuple[Held, ...] = ()
+    load_window: Seconds | None = None
+    keep_serving: bool = False
+
+    def rules(self) -> Rules:
+        return Rules(
+            max_llms_per_gpu=self.max_llms_per_gpu,
+            apart=self.apart,
+            closed=self.closed,
+            held=self.held,
+            load_window_s=self.load_window,
+            keep_serving=self.keep_serving,
         )
 
 
@@ -247,6 +294,9 @@ class Scenario(Record):
     solver: SolverPart = field(default_factory=SolverPart)
     runtime: RuntimePart = field(default_factory=RuntimePart)
     objective: ObjectivePart = field(default_factory=ObjectivePart)
+    sharing: SharingPart | None = None
+    """None: every ACTIVE replica has its GPUs to itself."""
+    rules: RulesPart = field(default_factory=RulesPart)
 
     def __post_init__(self) -> None:
         names = [llm.name for llm in self.models]
@@ -257,14 +307,39 @@ class Scenario(Record):
         if self.epoch <= 0:
             raise InvalidInput("epoch: must be positive")
         # Build all now, so that an unknown GPU or LLM is reported with its file.
-        try:
-            self.runtime.loading()
-            self.runtime.serving()
-        except InvalidInput as error:
-            raise error.at(field="runtime") from None
+        parts: dict[str, Callable[[], object]] = {
+            "runtime": lambda: (self.runtime.loading(), self.runtime.serving()),
+            "sharing": lambda: (
+                self.sharing and self.sharing.sharing(self.runtime.max_load)
+            ),
+            "rules": self.rules.rules,
+        }
+        for name, build in parts.items():
+            try:
+                build()
+            except InvalidInput as error:
+                raise error.at(field=name) from None
         cluster = self.cluster.cluster()
+        self._check_rules(cluster)
         for index, llm in enumerate(self.models):
             self._check_tp(index, llm, cluster)
+
+    def _check_rules(self, cluster: ClusterSpec) -> None:
+        known = {llm.name for llm in self.models}
+        rules = self.rules
+        for field_, name in (
+            *(("apart", name) for pair in rules.apart for name in pair),
+            *(("held", held.llm) for held in rules.held),
+        ):
+            if name not in known:
+                hint = did_you_mean(name, sorted(known))
+                raise InvalidInput(
+                    f"unknown LLM {name!r}", field=f"rules.{field_}", hint=hint
+                )
+        gpus = [*rules.closed, *(gpu for held in rules.held for gpu in held.gpus)]
+        for gpu in gpus:
+            if not cluster.has(gpu):
+                raise InvalidInput(f"the cluster has no GPU {gpu}", field="rules")
 
     def _check_tp(self, index: int, llm: LlmPart, cluster: ClusterSpec) -> None:
         try:
