@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from foreserve.models import referee
+from foreserve.models.bursts import instance_loss_s, losses
 from foreserve.models.errors import InvalidInput
 from foreserve.models.placement import Placement, Replica, ReplicaId, State, diff
 from foreserve.models.problem import Fleet, Problem
-from foreserve.models.recourse import covered_instances
 from foreserve.models.specs import ClusterSpec, GpuId
 
 GIB = 2**30
@@ -134,31 +134,43 @@ def terms_by_llm(
 ) -> Mapping[str, Mapping[str, float]]:
     """The referee's terms of an epoch, by LLM: sums over LLMs are the referee's numbers.
 
-    (O2) by one best activation in each scenario; the rent of a GPU (O5) by the bytes that
-    its replicas hold.
+    (O2) by one best activation in each scenario; the price of a change as such (O4) in
+    equal parts by its steps; the rent of a GPU (O5) by the bytes that its replicas hold.
     """
-    fleet = problem.fleet
+    fleet, prices = problem.fleet, problem.prices
     found = {llm.name: dict.fromkeys(referee.TERMS, 0.0) for llm in fleet.llms}
-    for label in ("O1", "O3"):
-        for index, llm in enumerate(fleet.llms):
-            # Of a problem in which nobody else asks for anything.
-            rows = tuple(
-                row if i == index else (0.0,) * len(row)
-                for i, row in enumerate(problem.demand_rps)
-            )
-            alone = replace(problem, demand_rps=rows)
-            term = referee.TERMS[label]
-            found[llm.name][label] = term(alone, epoch, before, placement)
-    for name, missed in _missed(problem, epoch, placement).items():
-        llm = fleet.llm_by_name[name]
-        found[name]["O2"] = llm.weight * llm.cold_loss_s * missed
-    for action in diff(before, placement):
+    for index, llm in enumerate(fleet.llms):
+        # Of a problem in which nobody else asks for anything.
+        rows = tuple(
+            row if i == index else (0.0,) * len(row)
+            for i, row in enumerate(problem.demand_rps)
+        )
+        alone = replace(problem, demand_rps=rows)
+        found[llm.name]["O1"] = referee.o1_unserved(alone, epoch, before, placement)
+    for name, delay_s in _slowdown(problem, epoch, placement):
+        found[name]["O3"] += delay_s
+    value = instance_loss_s(problem, placement)
+    for probability, loss in zip(
+        problem.scenario_probability,
+        losses(problem, epoch, placement, by_llm=True),
+        strict=True,
+    ):
+        for name, missing in loss.missing.items():
+            found[name]["O2"] += probability * value[name] * missing
+    hosted = {(copy.node, copy.llm) for copy in before.hosted}
+    actions = diff(before, placement)
+    # An LLM that is served no more is still stopped, at nobody's expense here.
+    ours = [action for action in actions if action.llm in found]
+    for action in ours:
+        own = found[action.llm]
+        own["O4"] += prices.replan_s / len(ours)
         if action.kind == "load":
-            load_s = fleet.option_of(action.llm, action.gpus).load_s
-            found[action.llm]["O4"] += problem.prices.load_s * load_s
-        # An LLM that is served no more is still stopped, at nobody's expense here.
-        elif action.kind == "demote" and action.llm in found:
-            found[action.llm]["O4"] += problem.prices.demote_s
+            option, node = fleet.option_of(action.llm, action.gpus), action.gpus[0].node
+            own["O4"] += prices.load_s * option.load_s
+            if (node, action.llm) not in hosted:
+                own["O4"] += prices.load_s * fleet.storage_s(option, node)
+        elif action.kind == "demote":
+            own["O4"] += prices.demote_s
     for gpu, replicas in placement.by_gpu.items():
         usd_per_h = fleet.cluster.type_of(gpu).price_usd_per_h
         rent = usd_per_h * problem.epoch_s / 3600 * problem.prices.usd_s
@@ -168,37 +180,25 @@ def terms_by_llm(
     return found
 
 
-def _missed(problem: Problem, epoch: int, placement: Placement) -> Mapping[str, float]:
-    """Expected number of instances of each LLM that are missing in a burst."""
-    fleet = problem.fleet
-    serving = {g for r in placement.replicas if r.state == "ACTIVE" for g in r.gpus}
-    ready = dict.fromkeys(fleet.llm_by_name, 0)
-    spare = []
-    for replica in placement.replicas:
-        unit = fleet.llm_by_name[replica.llm].instance_concurrency
-        units = fleet.option_of(replica.llm, replica.gpus).instances(unit)
-        if replica.state == "ACTIVE":
-            ready[replica.llm] += units
-        elif serving.isdisjoint(replica.gpus):
-            spare.append((replica.llm, replica.gpus, units))
-    needs = [
-        {
-            llm.name: max(0, problem.need(scenario, index, epoch) - ready[llm.name])
-            for index, llm in enumerate(fleet.llms)
-        }
-        for scenario in range(len(problem.scenario_probability))
-    ]
-    value = {llm.name: llm.weight * llm.cold_loss_s for llm in fleet.llms}
-    missed = dict.fromkeys(fleet.llm_by_name, 0.0)
-    for probability, need, covered in zip(
-        problem.scenario_probability,
-        needs,
-        covered_instances(spare, value, needs),
-        strict=True,
-    ):
-        for name, count in need.items():
-            missed[name] += probability * (count - covered.get(name, 0))
-    return missed
+def _slowdown(
+    problem: Problem, epoch: int, placement: Placement
+) -> Iterator[tuple[str, float]]:
+    """LLM and (O3) of each ACTIVE replica, at the load of its whole group."""
+    fleet, sharing = problem.fleet, problem.fleet.sharing
+    asked_rps = {
+        llm.name: row[epoch]
+        for llm, row in zip(fleet.llms, problem.demand_rps, strict=True)
+    }
+    for gpus, members in placement.groups.items():
+        slowdown = 1.0
+        if sharing is not None:
+            load = referee.booked(problem, epoch, members) * sharing.booked_load
+            slowdown = sharing.slowdown(load)
+        for replica in members:
+            delay_s = problem.slower_s(fleet.option_of(replica.llm, gpus), slowdown)
+            requests = asked_rps[replica.llm] * problem.epoch_s * replica.traffic_share
+            weight = fleet.llm_by_name[replica.llm].weight
+            yield replica.llm, weight * requests * delay_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +239,7 @@ def obstacles(
     found: list[Obstacle] = []
     for state in ("ACTIVE", "WARM"):
         limits = chain(
-            _never(fleet, key), _rules(fleet, placement, key),
+            _never(fleet, key), _rules(fleet, placement, key, state),
             _beside(fleet, placement, key, state),
         )  # fmt: skip
         found += [Obstacle(state=state, label=k, text=text) for k, text in limits]
@@ -260,8 +260,25 @@ def _never(fleet: Fleet, key: ReplicaId) -> Iterator[tuple[str, str]]:
 
 
 def _rules(
-    fleet: Fleet, placement: Placement, key: ReplicaId
+    fleet: Fleet, placement: Placement, key: ReplicaId, state: State
 ) -> Iterator[tuple[str, str]]:
+    rules, there = fleet.rules, {gpu: placement.by_gpu.get(gpu, ()) for gpu in key.gpus}
+    for held in rules.held:
+        if (held.llm, held.gpus) == (key.llm, key.gpus) and held.state not in (
+            None,
+            state,
+        ):
+            yield "C10", f"it is held {held.state} there"
+    for gpu, replicas in there.items():
+        names = {replica.llm for replica in replicas} | {key.llm}
+        if gpu in rules.closed:
+            yield "C10", f"GPU {gpu} is closed"
+        if rules.max_llms_per_gpu is not None and len(names) > rules.max_llms_per_gpu:
+            yield "C10", f"GPU {gpu} holds max_llms_per_gpu={rules.max_llms_per_gpu}"
+        for pair in rules.apart:
+            if key.llm in pair and names.issuperset(pair):
+                other = pair[1] if pair[0] == key.llm else pair[0]
+                yield "C10", f"it lies apart from {other!r}, which is on GPU {gpu}"
     llm, node = fleet.llm_by_name[key.llm], key.gpus[0].node
     if llm.nodes is not None and node not in llm.nodes:
         yield "C10", f"its rule allows {', '.join(llm.nodes)}, not {node}"
@@ -279,13 +296,19 @@ def _beside(
 ) -> Iterator[tuple[str, str]]:
     """Limits by what else is on these GPUs."""
     option = fleet.option_on(key.llm, key.gpus)
+    group = [r for r in placement.groups.get(key.gpus, ()) if r.id != key]
+    if state == "ACTIVE" and fleet.sharing and len(group) >= fleet.sharing.most:
+        yield "C3", f"{len(group)} LLMs share these GPUs, most={fleet.sharing.most}"
     for gpu in key.gpus:
         others = [r for r in placement.by_gpu.get(gpu, ()) if r.id != key]
         for other in others:
             if other.llm == key.llm:
                 yield "C4", f"{other.id} is {other.state} on GPU {gpu} already"
             elif state == other.state == "ACTIVE":
-                yield "C3", f"{other.id} serves on GPU {gpu}"
+                if fleet.sharing is None:
+                    yield "C3", f"{other.id} serves on GPU {gpu}"
+                elif other.gpus != key.gpus:
+                    yield "C3", f"{other.id} serves on another set with GPU {gpu}"
         if option is None:
             continue
         here = Replica(llm=key.llm, gpus=key.gpus, state=state)

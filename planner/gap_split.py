@@ -30,7 +30,7 @@ from foreserve.models import referee
 from foreserve.models.problem import Problem
 from foreserve.solvers.base import SolverPool
 from foreserve.solvers.result import Schedule, Solved, SolveOptions
-from foreserve.solvers.shares import perfect_bound, resplit
+from foreserve.solvers.shares import perfect_bound
 
 PARTS = (
     "headroom",
@@ -173,7 +173,7 @@ def _solved(
     pool: SolverPool, problem: Problem, schedule: Schedule
 ) -> tuple[float, float]:
     """Bound and objective, from the plan as the start."""
-    found: Solved = pool.solve(problem, resplit(problem, schedule) or schedule)
+    found: Solved = pool.solve(problem, schedule)
     if found.report.objective is None:
         raise NoStep(f"{found.report.status} {found.report.message}".strip())
     return found.report.bound, found.report.objective

@@ -60,7 +60,8 @@ def repriced(
     else stays but the traffic; None where that breaks a rule."""
     others = (r for r in schedule[epoch].replicas if r.id != key)
     new = Replica(llm=key.llm, gpus=key.gpus, state=state)
-    changed = with_shares(problem, epoch, Placement(replicas=(*others, new)))
+    larger = Placement(replicas=(*others, new), hosted=schedule[epoch].hosted)
+    changed = with_shares(problem, epoch, larger)
     then = (*schedule[:epoch], changed, *schedule[epoch + 1 :])
     if referee.violations(problem, then):
         return None

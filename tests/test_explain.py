@@ -27,7 +27,7 @@ from foreserve.solvers.base import SolveOptions, SolverPool, solve
 from foreserve.solvers.shares import with_shares
 from tests import oracle
 from tests.build import cluster, fleet, gpu, option
-from tests.problems import placement, problem, realistic, tiny
+from tests.problems import asking, placement, problem, realistic, tiny
 
 EXACT = SolveOptions(gap=0.0, in_process=True)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -71,13 +71,22 @@ def test_rules_and_demand_bind_with_their_numbers():
 @settings(max_examples=100, deadline=None)
 @given(seed=SEEDS)
 def test_terms_by_llm_add_up_to_the_referees(seed: int):
-    """Over random problems and plans of theirs, label by label."""
+    """Over random problems and plans of theirs, label by label; also with groups that
+    share GPUs, weights in host memory, and changes that have a price."""
     rng = np.random.default_rng(seed)
     p = realistic(rng, 6, [4], 4) if rng.random() < 0.2 else tiny(rng, epochs=2)
     solved = solve(p, "greedy", EXACT)
     assume(solved.schedule is not None)
+    schedule = solved.schedule or ()
+    if rng.random() < 0.5:
+        keys = rng.choice(["sharing", "host", "replan"], size=2)
+        p = asking(rng, *keys, problem=p)
+        if p.fleet.sharing is not None:
+            schedule = tuple(
+                with_shares(p, t, _shared(p, here)) for t, here in enumerate(schedule)
+            )
     before = p.initial
-    for epoch, here in enumerate(solved.schedule or ()):
+    for epoch, here in enumerate(schedule):
         found = terms_by_llm(p, epoch, before, here)
         known = {r.llm for r in before.replicas} <= found.keys()
         for label, term in referee.TERMS.items():
@@ -86,6 +95,18 @@ def test_terms_by_llm_add_up_to_the_referees(seed: int):
                 expected = term(p, epoch, before, here)
                 assert total == pytest.approx(expected, abs=1e-6)
         before = here
+
+
+def _shared(p: Problem, here: Placement) -> Placement:
+    """Every LLM ACTIVE on every set on which one is, memory aside."""
+    return Placement(
+        replicas=tuple(
+            Replica(llm=llm.name, gpus=gpus, state="ACTIVE")
+            for gpus in here.groups
+            for llm in p.fleet.llms
+            if p.fleet.option_on(llm.name, gpus) is not None
+        )
+    )
 
 
 def test_obstacles_name_the_first_limit():
@@ -126,12 +147,17 @@ def test_obstacles_name_the_first_limit():
 @given(seed=SEEDS)
 def test_no_obstacle_means_no_broken_rule(seed: int):
     """A further replica of any LLM on any block: obstacles exactly where the referee
-    finds a row broken that was not, or an ACTIVE replica would share its GPU."""
+    finds a row broken that was not, or an ACTIVE replica would share its GPU where none
+    may; under more rules, and with groups, too."""
     rng = np.random.default_rng(seed)
     p = tiny(rng)
     solved = solve(p, "greedy", EXACT)
     assume(solved.schedule is not None)
     (here,) = cast(tuple[Placement, ...], solved.schedule)
+    if rng.random() < 0.5:
+        p = asking(rng, rng.choice(["rules", "sharing"]), problem=p)
+        assume(not any(referee.fleet_violations(p.fleet, here)))
+    alone = p.fleet.sharing is None
     for llm in p.fleet.llms:
         for gpus in ((g,) for g in p.fleet.cluster.gpus):
             key = ReplicaId(llm=llm.name, gpus=gpus)
@@ -142,7 +168,7 @@ def test_no_obstacle_means_no_broken_rule(seed: int):
                 more = Replica(llm=llm.name, gpus=gpus, state=cast(State, state))
                 then = Placement(replicas=(*here.replicas, more))
                 broken = any(referee.fleet_violations(p.fleet, then)) or any(
-                    sum(r.state == "ACTIVE" for r in replicas) > 1
+                    alone and sum(r.state == "ACTIVE" for r in replicas) > 1
                     for replicas in then.by_gpu.values()
                 )
                 assert (state in barred) == broken
