@@ -11,7 +11,7 @@ import highspy
 import numpy as np
 
 from foreserve.models.plan import Status
-from foreserve.solvers.matrix import Floats, Programme
+from foreserve.solvers.matrix import Floats, Numbers, Programme
 from foreserve.solvers.result import Progress, SolveOptions
 
 STATUS = {
@@ -68,10 +68,9 @@ def search(
     options: SolveOptions,
     start: Mapping[int, float],
     began_s: float,
-    settings: Mapping[str, Any] | None = None,
 ) -> Run:
     """Minimise from ``start``, values of some or all columns; time counts from
-    ``began_s``. ``settings``: options of HiGHS's own."""
+    ``began_s``."""
     if start:
         solver.setSolution(
             len(start),
@@ -95,17 +94,17 @@ def search(
 
     solver.cbMipInterrupt.subscribe(note_both)
     solver.cbMipImprovingSolution.subscribe(note_answer)
-    chosen: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "mip_rel_gap": options.gap,
         "random_seed": options.seed % 2**31,
         "threads": options.threads,
         "time_limit": max(0.0, options.time_limit_s - (perf_counter() - began_s)),
     }
     if solver.getNumCol() > SIMPLEX_COLUMNS:
-        chosen["mip_lp_solver"] = "ipm"
+        settings["mip_lp_solver"] = "ipm"
     if options.work_limit is not None:
-        chosen["mip_max_nodes"] = int(options.work_limit)
-    for name, value in {**chosen, **(settings or {})}.items():
+        settings["mip_max_nodes"] = int(options.work_limit)
+    for name, value in settings.items():
         solver.setOptionValue(name, value)
     # HiGHS keeps one pool of threads per process, made for the first count asked for.
     solver.resetGlobalScheduler(True)
@@ -127,6 +126,12 @@ def search(
         time_to_first_s=next(firsts, None),
         message=f"HiGHS: {solver.modelStatusToString(ending).lower()}",
     )
+
+
+def bound(solver: highspy.Highs, columns: Numbers, low: Floats, high: Floats) -> None:
+    """Give columns other bounds, and forget what was found within the old ones."""
+    solver.changeColsBounds(len(columns), columns.astype(np.int32), low, high)
+    solver.clearSolver()
 
 
 def _finite(value: float) -> float | None:
