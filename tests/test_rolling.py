@@ -13,7 +13,9 @@ from foreserve.models.observed import Observed, ObservedReplica
 from foreserve.models.placement import Placement
 from foreserve.models.problem import Prices, Problem
 from foreserve.models.specs import GpuId
+from foreserve.planner.facts import plan_facts
 from foreserve.planner.intervals import (
+    changes,
     cheapest_runs,
     histogram,
     intervals,
@@ -188,9 +190,13 @@ def test_windows_know_what_was_known_when_they_began():
 
 def test_intervals_are_counted_from_change_to_change():
     """Changes at 2 and 5 of 9 epochs: intervals of 2, 3 and 4. One of two replicas
-    stops: half of them change."""
+    stops, or the second of two is loaded: half of them change."""
     assert intervals((2, 5), 9) == (2, 3, 4)
     assert histogram((2, 3, 2)) == {2: 2, 3: 1}
+    (change,) = changes(small_plan())
+    assert (change.epoch, change.start_s, change.share) == (1, 300.0, 0.5)
+    assert (change.loads, change.activations, change.drops) == (1, 0, 0)
+    assert plan_facts(small_plan()).intervals == (1, 1)
     both = placement(("a", "n0/0", "ACTIVE"), ("b", "n0/1", "ACTIVE"))
     one = placement(("a", "n0/0", "ACTIVE"), ("b", "n0/1", "WARM"))
     assert share_changed(both, one) == 0.5

@@ -30,12 +30,12 @@ MORE = {
 OBJECTIVE = ObjectivePart(usd_s=0.1, load_s=1.0, demote_s=1.0, slower_s=0.002)
 """Of both: a load costs what it takes, since plans look ahead to see it pay."""
 SMALL = (
-    "llama-3.1-8b",
+    "qwen2.5-7b",
     "qwen3-8b",
+    "mistral-7b-v0.3",
     "llama-2-13b",
     "qwen2.5-14b",
-    "deepseek-v2-lite",
-    "phi-4",
+    "qwen2.5-32b",
 )
 Day = tuple[Scenario, Trace, Demand]
 """What to plan, what comes, and what came in the week before."""
