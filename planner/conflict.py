@@ -1,21 +1,30 @@
 """Why there is no plan: the rules that cannot hold together, and what would help.
 
 Feasibility knows nothing of demand or bursts: unserved requests and cold starts have a
-price. What can fail are the operator's rules (C10) for LLMs with ``min_active``, on GPUs
-of which each holds one ACTIVE replica (C3) in its memory (C1). Each question is a solve
-without demand and scenarios. A question that its time limit leaves open counts as
-feasible, and the answer says that it may not be the smallest.
+price. What can fail are rules that ask for replicas, the *floors* (``min_active``,
+``min_after_loss``, replicas that are held, LLMs that must go on serving), on GPUs with room
+for so many ACTIVE ones (C1, C3), under rules that bar some places (C7, C10). Each question
+is a solve without demand and scenarios. A question that its time limit leaves open counts
+as feasible, and the answer says that it may not be the smallest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 from foreserve.models.placement import Placement
 from foreserve.models.plan import Status
-from foreserve.models.problem import Problem, ReplicaOption, ServedLlm, held_bytes
+from foreserve.models.problem import Problem, ReplicaOption
+from foreserve.planner.conflict_rules import (
+    FLOORS,
+    Rule,
+    rules_of,
+    with_llm,
+    with_rules,
+)
 from foreserve.planner.pipeline import Problems
 from foreserve.planner.scenario import Scenario
 from foreserve.planner.what_if import with_node
@@ -27,20 +36,6 @@ MOST_SMALLER = 100
 """Subsets of rules that are tried for a smaller conflict."""
 MOST_NODES = 8
 """Further nodes that are tried as a way out."""
-GIB = 2**30
-
-Change = Callable[[Problem], Problem]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """One rule of the operator's, and the problem without it."""
-
-    llm: str
-    kind: str
-    """min_active, max_replicas, nodes, tp or memory."""
-    text: str
-    without: Change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +73,8 @@ def conflict(
 
     ``other_tp``: options of LLMs whose TP size is fixed by rule, were it not fixed.
     """
-    with _Oracle(options) as feasible:
-        every = tuple(_rules(problem, other_tp or {}))
+    with _Oracle(options, "milp" if problem.fleet.sharing else "cpsat") as feasible:
+        every = tuple(rules_of(problem, other_tp or {}))
         if feasible(problem):
             return None
         core, smallest = _smallest(problem, every, feasible)
@@ -119,8 +114,8 @@ def unfixed_tp(
 class _Oracle:
     """Whether the rules of a problem can hold; remembers nothing but open questions."""
 
-    def __init__(self, options: SolveOptions) -> None:
-        self._pool = SolverPool("cpsat", options)
+    def __init__(self, options: SolveOptions, solver: str) -> None:
+        self._pool = SolverPool(solver, options)
         self.open = False
 
     def __enter__(self) -> _Oracle:
@@ -130,106 +125,17 @@ class _Oracle:
         self._pool.close()
 
     def __call__(self, problem: Problem) -> bool:
-        bare = replace(
-            problem,
-            demand_rps=((0.0,),) * len(problem.fleet.llms),
-            scenario_probability=(),
-            peak_load=(),
-            initial=Placement(),
-        )
+        bare = replace(problem, scenario_probability=(), peak_load=())
+        rules = problem.fleet.rules
+        if not rules.keep_serving:  # it is about LLMs that are asked for
+            none = ((0.0,) * problem.num_epochs,) * len(problem.fleet.llms)
+            bare = replace(bare, demand_rps=none)
+            if rules.load_window_s is None:
+                bare = replace(bare, initial=Placement())
         report = self._pool.solve(bare).report
         if report.status not in (Status.INFEASIBLE, Status.OPTIMAL, Status.FEASIBLE):
             self.open = True
         return report.status is not Status.INFEASIBLE
-
-
-def _rules(
-    problem: Problem, other_tp: Mapping[str, Sequence[ReplicaOption]]
-) -> Iterator[Rule]:
-    """Rules of LLMs with a floor: the others can go without any replica."""
-    fleet = problem.fleet
-    for llm in fleet.llms:
-        if not llm.min_active:
-            continue
-        own = [option for option in fleet.options if option.llm == llm.name]
-        name = repr(llm.name)
-        text = f"{name} keeps min_active={llm.min_active}"
-        yield Rule(
-            llm=llm.name, kind="min_active", text=text, without=_with(llm, min_active=0)
-        )
-        if llm.max_replicas is not None:
-            yield Rule(
-                llm=llm.name,
-                kind="max_replicas",
-                text=f"{name} has max_replicas={llm.max_replicas}",
-                without=_with(llm, max_replicas=None),
-            )
-        if llm.nodes is not None:
-            yield Rule(
-                llm=llm.name,
-                kind="nodes",
-                text=f"{name} may only be on {', '.join(llm.nodes)}",
-                without=_with(llm, nodes=None),
-            )
-        if others := other_tp.get(llm.name):
-            sizes = ", ".join(str(tp) for tp in sorted({o.tp for o in own}))
-            yield Rule(
-                llm=llm.name,
-                kind="tp",
-                text=f"{name} runs at TP {sizes} only",
-                without=_with_options(llm, others),
-            )
-        if large := _too_large(problem, own):
-            yield Rule(
-                llm=llm.name,
-                kind="memory",
-                text=f"{name} at TP {large[0]} takes {large[1] / GIB:.1f} GiB per GPU "
-                f"while ACTIVE, {large[2] / GIB:.1f} are usable",
-                without=_with_options(
-                    llm,
-                    [
-                        replace(o, resident_bytes=0, kv_bytes=0, activation_bytes=0)
-                        for o in own
-                    ],
-                ),
-            )
-
-
-def _with(llm: ServedLlm, **changes: object) -> Change:
-    """Replaces fields of one LLM."""
-
-    def change(problem: Problem) -> Problem:
-        llms = tuple(
-            replace(other, **changes) if other.name == llm.name else other  # type: ignore[arg-type]
-            for other in problem.fleet.llms
-        )
-        return replace(problem, fleet=replace(problem.fleet, llms=llms))
-
-    return change
-
-
-def _with_options(llm: ServedLlm, options: Sequence[ReplicaOption]) -> Change:
-    """Replaces what one LLM can run as."""
-
-    def change(problem: Problem) -> Problem:
-        rest = (o for o in problem.fleet.options if o.llm != llm.name)
-        fleet = replace(problem.fleet, options=(*rest, *options))
-        return replace(problem, fleet=fleet)
-
-    return change
-
-
-def _too_large(
-    problem: Problem, own: Sequence[ReplicaOption]
-) -> tuple[int, int, int] | None:
-    """(TP, bytes needed, bytes usable) of an option that can never be ACTIVE."""
-    cluster = problem.fleet.cluster
-    for option in own:
-        kind = cluster.type_by_name[option.gpu_type]
-        usable = int(kind.memory_bytes * cluster.usable_fraction)
-        if (needed := held_bytes(option, "ACTIVE")) > usable:
-            return option.tp, needed, usable
-    return None
 
 
 def _smallest(
@@ -249,7 +155,7 @@ def _smallest(
     for size in range(1, len(core)):
         for chosen in combinations(every, size):
             # Without a floor there is nothing that could fail.
-            if not any(rule.kind == "min_active" for rule in chosen):
+            if not any(rule.kind in FLOORS for rule in chosen):
                 continue
             tried += 1
             if tried > MOST_SMALLER:
@@ -271,21 +177,37 @@ def _ways_out(
     """Single changes of rules, then of the cluster, each as small as it can be."""
     llms = problem.fleet.llm_by_name
     for rule in core:
-        llm = llms[rule.llm]
         if not feasible(rule.without(problem)):
             continue
-        if rule.kind == "min_active":
-            for floor in reversed(range(llm.min_active)):
-                lower = _with(llm, min_active=floor)(problem)
+        if rule.way:
+            yield rule.way, rule.without(problem)
+        elif rule.kind == "max_llms_per_gpu":
+            for most in range(
+                (problem.fleet.rules.max_llms_per_gpu or 0) + 1, len(llms)
+            ):
+                more = with_rules(max_llms_per_gpu=partial(max, most))(problem)
+                if feasible(more):
+                    yield f"max_llms_per_gpu={most}", more
+                    break
+            else:
+                yield "no max_llms_per_gpu", rule.without(problem)
+        elif rule.kind in ("min_active", "min_after_loss"):
+            llm = llms[rule.llm]
+            for floor in reversed(range(getattr(llm, rule.kind))):
+                lower = with_llm(llm, **{rule.kind: floor})(problem)
                 if floor == 0 or feasible(lower):
-                    yield f"{llm.name!r}: min_active={floor}", lower
+                    yield f"{llm.name!r}: {rule.kind}={floor}", lower
                     break
         elif rule.kind == "max_replicas":
-            more = _with(llm, max_replicas=llm.min_active)(problem)
-            yield f"{llm.name!r}: max_replicas={llm.min_active}", more
-        elif rule.kind == "nodes":
-            yield f"{llm.name!r}: any node", rule.without(problem)
+            llm = llms[rule.llm]
+            # As many as its own floor asks for, or as there are places.
+            for most in (llm.min_active, len(problem.fleet.cluster.gpus)):
+                more = with_llm(llm, max_replicas=most)(problem)
+                if feasible(more):
+                    yield f"{llm.name!r}: max_replicas={most}", more
+                    break
         elif rule.kind == "tp":
+            llm = llms[rule.llm]
             freed = rule.without(problem)
             sizes = sorted({o.tp for o in freed.fleet.options if o.llm == llm.name})
             text = ", ".join(map(str, sizes))

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foreserve.models.problem import Fleet, Problem
+from foreserve.models.rules import Held, Rules
 from foreserve.planner.conflict import conflict
 from foreserve.solvers.base import SolveOptions
 from tests import oracle
-from tests.build import cluster, fleet, option
-from tests.problems import problem, tiny
+from tests.build import cluster, fleet, gpu, option
+from tests.problems import asking, placement, problem
 
 EXACT = SolveOptions(gap=0.0, in_process=True)
 
@@ -107,13 +108,71 @@ def test_two_conflicts_need_two_changes():
     ]
 
 
+def test_rules_of_the_fleet_conflict_too():
+    """a is held ACTIVE on n0/0, which is closed; b must survive the loss of any node, and
+    there is one. Each alone cannot hold; each is told with its way out."""
+    f = fleet(option("a"), option("b"))
+    here = Held(llm="a", gpus=(gpu(0),), state="ACTIVE")
+    f = replace(f, rules=Rules(held=(here,), closed=(gpu(0),), max_llms_per_gpu=2))
+    found = conflict(ruled(f), EXACT)
+    assert found is not None
+    assert found.rules == ("'a' is held ACTIVE on n0/0", "closed: n0/0")
+    assert found.smallest
+    assert {way.change for way in found.relaxations} == {
+        "'a': not held on n0/0",
+        "open n0/0",
+    }
+    f = fleet(option("a"), option("b"))
+    found = conflict(ruled(f, b={"min_after_loss": 1}), EXACT)
+    assert found is not None
+    assert found.rules == ("'b' keeps min_after_loss=1",)
+    assert {way.change for way in found.relaxations} == {
+        "'b': min_after_loss=0",
+        "1 more node like n0 (2 g)",
+    }
+
+
+def test_pins_of_llms_that_lie_apart():
+    """a and b held on the same GPU, apart, at most one on each: both rules bar it, so no
+    single one helps but giving up a pin."""
+    f = fleet(option("a"), option("b"))
+    pins = tuple(Held(llm=name, gpus=(gpu(0),)) for name in "ab")
+    f = replace(f, rules=Rules(held=pins, apart=(("a", "b"),), max_llms_per_gpu=1))
+    found = conflict(ruled(f), EXACT)
+    assert found is not None
+    assert {way.change for way in found.relaxations} == {
+        "'a': not held on n0/0",
+        "'b': not held on n0/0",
+    }
+    f = replace(f, rules=Rules(held=pins, max_llms_per_gpu=1))
+    found = conflict(ruled(f), EXACT)
+    assert found is not None
+    assert "no max_llms_per_gpu" in {way.change for way in found.relaxations}
+
+
+def test_a_move_that_takes_too_long():
+    """a must be ACTIVE and takes 2 s to load; loads have 1 s. It may, where it is there
+    already."""
+    f = replace(fleet(option("a")), rules=Rules(load_window_s=1.0))
+    p = ruled(f, a={"min_active": 1})
+    found = conflict(p, EXACT)
+    assert found is not None
+    assert found.rules == (
+        "'a' keeps min_active=1",
+        "loads are done within load_window=1 s",
+    )
+    assert "no load_window" in {way.change for way in found.relaxations}
+    there = replace(p, initial=placement(("a", "n0/0", "ACTIVE")))
+    assert conflict(there, EXACT) is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_conflict_exactly_where_brute_force_finds_no_placement(seed: int):
-    """Tiny problems with higher floors: None where a placement is feasible, else a
-    conflict with a way out."""
+    """Tiny problems with higher floors, half of them under rules for the fleet and floors
+    after a loss: None where a placement is feasible, else a conflict with a way out."""
     rng = np.random.default_rng(seed)
-    p = tiny(rng)
+    p = asking(rng, *(("rules", "min_after_loss") if rng.random() < 0.5 else ()))
     llms = tuple(
         replace(m, min_active=int(rng.choice([0, 1, 2, 3]))) for m in p.fleet.llms
     )

@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foreserve.models import referee
 from foreserve.models.codec import load_plan, to_json
 from foreserve.models.observed import Phase
 from foreserve.models.placement import Action, Placement, ReplicaId, diff
 from foreserve.models.problem import Fleet, ServedLlm, held_bytes
+from foreserve.models.rules import Rules
 from foreserve.models.transitions import Transition, leads, parts, transition
 from foreserve.runtime.ledger import Ledger, phase_bytes
 from foreserve.runtime.reconcile import reconcile
 from foreserve.runtime.states import check_action, check_move
 from tests.build import cluster, fleet, option
-from tests.problems import placement
+from tests.problems import placement, problem
 from tests.test_cli import SCENARIO, TRACE
 from tests.test_reconcile import NEXT, World, random_fleet, random_placement
 
@@ -380,6 +382,21 @@ def test_no_outage_where_the_controller_has_none(seed: int):
             break
         world.tick()
     assert broken
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=SEEDS)
+def test_moves_that_the_referee_allows_break_nothing(seed: int):
+    """Where no LLM that is asked for would have to stop for the move (C8), the order that
+    is found has no outage."""
+    rng = np.random.default_rng(seed)
+    f = replace(random_fleet(rng), rules=Rules(keep_serving=True))
+    before, after = _no_overlap(random_placement(f, rng)), random_placement(f, rng)
+    demand = {llm.name: float(rng.choice([0.0, 1.0])) for llm in f.llms}
+    p = problem(f, [[rate] for rate in demand.values()], initial=before)
+    found = transition(f, before, after, demand)
+    if found.exact and not any(referee.c8_reachability(p, 0, before, after)):
+        assert found.outages == 0
 
 
 @settings(max_examples=100, deadline=None)
