@@ -34,7 +34,8 @@ class Model(Matrix):
         self.classes = classes(p, nodes=not self.keeps)
         # A change that has a price, or a pin, may keep a WARM replica of no other use.
         idle = p.problem.prices.replan_s > 0 or bool(fleet.rules.held)
-        self.loose = len(lengths) if idle else self.last
+        self.shared = p.sharing is not None
+        self.loose = len(lengths) if idle or self.shared else self.last
         self._data()
         self._scenarios()
         runs_and_replicas = (len(lengths), len(p.R))
@@ -47,7 +48,7 @@ class Model(Matrix):
         pays = self.slow[:, None] <= self.lost_cost[self.owner][:, None]
         asked = self.demand > 0
         self.part = self.columns(
-            (len(self.tp), len(p.T)), where=pays & asked[self.owner]
+            (len(self.tp), len(p.T)), where=pays & asked[self.owner] & (not self.shared)
         )
         self.lost = self.columns(asked.shape, where=asked)
         self.miss = self.columns(len(self.e_llm), upper=self.e_need)
@@ -56,6 +57,7 @@ class Model(Matrix):
             for e, k in enumerate(self.e_llm)
         ]
         z = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
+        self.w_e, self.w_r = z.T
         z = z[self.y[self.s_run[self.e_scenario[z[:, 0]]], z[:, 1]] >= 0]
         self.z_e, self.z_r = z.T
         self.z_y = self.y[self.s_run[self.e_scenario[self.z_e]], self.z_r]
@@ -63,7 +65,28 @@ class Model(Matrix):
         later = (len(lengths) - 1, len(p.R))
         self.came, self.left = self.columns(later), self.columns(later)
         self.always = self.num_columns
+        if self.shared:
+            self._groups()
         self._asked()
+
+    def _groups(self) -> None:
+        """Columns of groups that share GPUs, see `foreserve.solvers.direct_groups`."""
+        p = self.p
+        assert p.sharing is not None
+        self.block: Numbers = np.array(p.block, int)
+        self.on_g = np.repeat(np.arange(len(p.G)), [len(on) for on in p.blocks_on])
+        self.on_c = np.array([c for on in p.blocks_on for c in on], dtype=np.int64)
+        levels, blocks = len(p.sharing.levels), len(p.blocks)
+        self.group = self.columns((self.last + 1, blocks), upper=1, whole=True)
+        self.level = self.columns((blocks, levels, len(p.T)), upper=1, whole=True)
+        # [r, l, t]: most of the LLM's requests that r may serve on a group at level l.
+        self.most = np.zeros((len(p.R), levels, len(p.T)))
+        for r, t in p.served():
+            for i, level in enumerate(p.sharing.levels):
+                self.most[r, i, t] = p.most_rps(r, t, level) / p.demand[p.llm[r]][t]
+        self.rate_at = self.columns(self.most.shape, where=self.most > 0)
+        self.turn = self.columns(len(self.w_e), upper=1, whole=True)
+        self.busy = self.columns((len(self.s_run), blocks), upper=1)
 
     def _asked(self) -> None:
         """Columns of what is asked for on top, see `foreserve.solvers.direct_rules`."""
@@ -135,15 +158,21 @@ class Model(Matrix):
         """Distinct needs of each run, and e: the (scenario, LLM) with a need."""
         cold = self.p.cold_cost if self.keeps else [0.0] * len(self.p.M)
         worth = [a + b > 0 for a, b in zip(self.p.miss_cost, cold, strict=True)]
-        merged: dict[tuple[int, tuple[int, ...]], float] = {}
+        Needs, Loads = tuple[int, ...], tuple[float, ...]
+        merged: dict[tuple[int, Needs, Loads], float] = {}
         for t, run in enumerate(self.run_of.tolist()):
-            for probability, need in self.p.need[t]:
-                key = run, tuple(n * w for n, w in zip(need, worth, strict=True))
+            for (probability, need), load in zip(
+                self.p.need[t], self.p.load[t], strict=True
+            ):
+                counts = tuple(n * w for n, w in zip(need, worth, strict=True))
+                key = run, counts, load if self.shared else ()
                 merged[key] = merged.get(key, 0.0) + probability
-        self.s_run = np.array([run for run, _ in merged], dtype=np.int64)
+        self.s_run = np.array([run for run, _, _ in merged], dtype=np.int64)
+        loads = np.array([load for _, _, load in merged], dtype=np.float64)
+        self.s_load = loads.reshape(len(merged), len(self.p.M) if self.shared else 0)
         found = [
             (s, k, n, weight)
-            for s, ((_, need), weight) in enumerate(merged.items())
+            for s, ((_, need, _), weight) in enumerate(merged.items())
             for k, n in enumerate(need)
             if n > 0
         ]

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from foreserve.models.problem import Problem
+from foreserve.solvers import direct_groups
 from foreserve.solvers.columns import Model
 from foreserve.solvers.direct_rules import (
     c6_host_ram,
@@ -84,7 +85,8 @@ def solve_runs(
     schedule = None
     if found.values is not None:
         active, warm = m.chosen(found.values)
-        schedule = decode(p, active, warm, hosted=m.hosted(found.values))
+        rates = direct_groups.served(m, found.values)
+        schedule = decode(p, active, warm, rates, m.hosted(found.values))
     report = SolveReport(
         status=found.status,
         solver="highs",
@@ -154,6 +156,9 @@ def c1_gpu_memory(m: Model) -> None:
     m.put(rows, m.free, -m.usable / scale)
     over = rows[:, m.pair_g]
     m.put(over, m.y[:, m.pair_r], (m.resident / scale)[m.pair_r])
+    if m.shared:
+        direct_groups.memory(m, rows, scale)
+        return
     left = m.usable[m.pair_g] - (m.resident + m.kv)[m.pair_r]
     m.put(over[: m.loose], m.a[: m.loose, m.pair_r], -left / scale)
 
@@ -173,6 +178,9 @@ def c3_equal_groups(m: Model) -> None:
     """(C3) sum over R_g of a + free <= 1   for all u, g: ACTIVE replicas share no GPU"""
     rows = m.rows(m.free.shape, upper=1)
     m.put(rows, m.free, 1)
+    if m.shared:
+        direct_groups.members(m, rows)
+        return
     m.put(rows[:, m.pair_g], m.a[:, m.pair_r], 1)
 
 
@@ -183,6 +191,9 @@ def c4_one_copy(m: Model) -> None:
     own = rows[:, m.pair_g, m.llm[m.pair_r]]
     m.put(own, m.y[:, m.pair_r], 1)
     m.put(rows, m.free[:, :, None], -1)
+    if m.shared:
+        direct_groups.copies(m, rows)
+        return
     for k in m.p.M:
         others = m.pair_r[m.llm[m.pair_r] != k]
         gpus = m.pair_g[m.llm[m.pair_r] != k]
@@ -194,6 +205,8 @@ def c5_demand(m: Model) -> None:
     part <= min(mu / lam, 1) number;   number = sum over R_k of a   for all u, k"""
     rows = m.rows(m.lost.shape, lower=m.demand > 0, upper=m.demand > 0)
     m.put(rows, m.lost, 1)
+    if m.shared:
+        direct_groups.rates(m, rows)
     m.put(rows[m.owner], m.part, 1)
     rows = m.rows(m.part.shape, upper=0)
     m.put(rows, m.part, 1)
@@ -266,18 +279,23 @@ def o2_cold_starts(m: Model) -> None:
     rows = m.rows(len(keys), upper=0)
     m.put(rows[row_of], m.z[each], 1)
     m.put(rows, m.free[m.s_run[keys // len(m.p.G)], keys % len(m.p.G)], -1)
-    rows = m.rows(len(m.miss), lower=m.e_need)
+    gpu_rows, rows = rows, m.rows(len(m.miss), lower=m.e_need)
     m.put(rows, m.miss, 1)
+    m.price(m.miss, m.e_weight * np.array(m.p.miss_cost)[m.e_llm])
     m.put(rows[m.z_e], m.z, np.minimum(m.units[m.option[m.z_r]], m.e_need[m.z_e]))
+    if m.shared:
+        direct_groups.turns(m, gpu_rows, keys, rows)
+        return
     e, k = np.nonzero(m.e_llm[:, None] == m.owner)
     number = m.number[m.s_run[m.e_scenario[e]], k]
     m.put(rows[e], number, np.minimum(m.units[k], m.e_need[e]))
-    m.price(m.miss, m.e_weight * np.array(m.p.miss_cost)[m.e_llm])
 
 
 def o3_slowdown(m: Model) -> None:
     """(O3) sum of part, each at omega D d lam"""
     m.price(m.part, m.slow[:, None] * m.demand[m.owner])
+    if m.shared:
+        direct_groups.slower(m)
 
 
 def o4_switching(m: Model) -> None:
@@ -310,4 +328,7 @@ def o5_gpu_hours(m: Model) -> None:
     """(O5) sum of rent (free + sum over R_g of a), for each epoch of a run"""
     rent = np.array(m.p.rent)
     m.price(m.free, m.lengths[:, None] * rent)
+    if m.shared:
+        m.price(m.group[:, m.on_c], m.lengths[:, None] * rent[m.on_g])
+        return
     m.price(m.a[:, m.pair_r], m.lengths[:, None] * rent[m.pair_g])

@@ -99,10 +99,14 @@ def c8_reachability(m: Model) -> None:
     # One row for each GPU of each replica, with all that may be ACTIVE there before.
     rows = m.rows((m.last, len(m.pair_r)), upper=1)
     m.put(rows, m.bridge[:, m.pair_r], 1)
+    if m.shared:
+        m.put(rows, m.a[:-1, m.pair_r], -1)
     for g in p.G:
         pairs, there = np.flatnonzero(m.pair_g == g), np.array(p.on[g], int)
         other = m.pair_r[pairs][:, None] != there
         before = np.where(other, m.a[:-1, there][:, None, :], -1)
+        if m.shared:
+            before = m.group[:-1, None, np.array(p.blocks_on[g], int)]
         where = (m.bridge[:, m.pair_r[pairs]] >= 0)[:, :, None]
         m.put(rows[:, pairs, None], np.where(where, before, -1), 1)
     for k in p.M:

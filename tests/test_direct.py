@@ -25,7 +25,6 @@ from tests.instances.make import instances
 from tests.problems import ASKED, asking, placement, problem, realistic, tiny
 
 OPTIONS = SolveOptions(time_limit_s=30.0, gap=0.0)
-KNOWN = [key for key in ASKED if key != "sharing"]
 
 
 def agrees(p: Problem, cost: float | None, runs: Sequence[int] | None = None) -> None:
@@ -56,7 +55,7 @@ def test_named_instances_are_solved_to_their_optimum(name: str) -> None:
     agrees(instance.problem, instance.optimum)
 
 
-@pytest.mark.parametrize("seed", range(100, 130))
+@pytest.mark.parametrize("seed", range(100, 124))
 def test_tiny_problems_agree_with_brute_force(seed: int) -> None:
     """The cheapest of all placements, also over two epochs; equal GPUs and nodes, and
     some that differ in what they held before, come up often."""
@@ -73,9 +72,9 @@ def test_rows_on_top_agree_with_brute_force(seed: int) -> None:
     """Each row that may be asked for by itself, then three at a time, in one epoch and
     in two; from greedy's plan, which knows nothing of them, as well as from none."""
     rng = np.random.default_rng(seed)
-    keys = [KNOWN[seed % len(KNOWN)]]
+    keys = [ASKED[seed % len(ASKED)]]
     if seed >= 218:
-        keys = list(rng.choice(KNOWN, size=3, replace=False))
+        keys = list(rng.choice(ASKED, size=3, replace=False))
     p = asking(rng, *keys, epochs=1 + seed // 2 % 2)
     try:
         found = oracle.best(p, most=60 if p.num_epochs > 1 else 500)
