@@ -158,8 +158,7 @@ class Model(Matrix):
         """Distinct needs of each run, and e: the (scenario, LLM) with a need."""
         cold = self.p.cold_cost if self.keeps else [0.0] * len(self.p.M)
         worth = [a + b > 0 for a, b in zip(self.p.miss_cost, cold, strict=True)]
-        Needs, Loads = tuple[int, ...], tuple[float, ...]
-        merged: dict[tuple[int, Needs, Loads], float] = {}
+        merged: dict[tuple[int, tuple[int, ...], tuple[float, ...]], float] = {}
         for t, run in enumerate(self.run_of.tolist()):
             for (probability, need), load in zip(
                 self.p.need[t], self.p.load[t], strict=True

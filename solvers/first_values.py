@@ -35,8 +35,8 @@ def first_values(m: Model, start: Schedule) -> dict[int, float]:
     values[m.a[a]] = 1
     values[m.y[y]] = 1
     if m.shared:  # loads and turns of groups are for HiGHS to find
-        known = np.concatenate([m.a[m.a >= 0], m.y[m.y >= 0]])
-        return {j: float(values[j]) for j in known.tolist()}
+        chosen_columns = np.concatenate([m.a[m.a >= 0], m.y[m.y >= 0]])
+        return {j: float(values[j]) for j in chosen_columns.tolist()}
     values[m.free] = m.on_gpus(y) & ~serving
     number = np.zeros(m.number.shape)
     np.add.at(number, (np.nonzero(a)[0], m.option[np.nonzero(a)[1]]), 1)
