@@ -3,7 +3,8 @@
 Pure: the plan's epoch, what was seen of it so far, and what is lost, in; reasons out. The
 bound on a peak is passed by chance in one epoch out of twenty for every LLM, so passing
 it is no reason by itself: the LLM must also have more requests in the system than all
-that the epoch holds of it, ACTIVE and WARM, can work on.
+that the epoch holds of it, ACTIVE and WARM, can work on, and that by at least half of an
+instance: the on-demand rule starts single replicas without a plan.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def replan_now(
         found.append(Reason(text=text, lost_gpus=own))
     for row in epoch.demand:
         seen, room = peaks.get(row.llm, 0.0), _room(fleet, epoch, row.llm)
-        if seen > max(row.peak_high, room):
+        half = fleet.llm_by_name[row.llm].instance_concurrency / 2
+        if seen >= max(row.peak_high, room) + half:
             text = (
                 f"{seen:g} requests of {row.llm} at once: 95 % of the peaks were "
                 f"expected below {row.peak_high:.3g}, its replicas hold {room}"

@@ -224,15 +224,16 @@ def test_cheapest_runs_are_the_best_of_all_cuts():
 
 
 def test_only_what_the_plan_cannot_take_is_a_reason():
-    """a holds 8 at once on n0/0 and was expected below 5: 6 at once are above the bound,
-    but there is room; 9 are a reason, 9/5 of the bound. b, WARM on n0/1, likewise."""
+    """a holds 8 at once on n0/0, its instance, and was expected below 5: 6 at once are
+    above the bound, but there is room; 11 are too few for a plan; 12 are a reason."""
     plan = small_plan()
     f, epoch = plan.fleet, plan.epochs[1]
     assert replan_now(f, epoch, {"a": 6}) == ()
-    (reason,) = replan_now(f, epoch, {"a": 9})
-    assert (reason.llm, reason.factor) == ("a", 1.8)
+    assert replan_now(f, epoch, {"a": 11}) == ()
+    (reason,) = replan_now(f, epoch, {"a": 12})
+    assert (reason.llm, reason.factor) == ("a", 2.4)
     assert reason.text == (
-        "9 requests of a at once: 95 % of the peaks were expected below 5, its "
+        "12 requests of a at once: 95 % of the peaks were expected below 5, its "
         "replicas hold 8"
     )
     # A plan that says nothing of b's demand has nothing to be wrong about.
@@ -287,7 +288,7 @@ def test_the_policy_plans_again_on_triggers_alone():
         planned_now = policy.plan.epochs[2].placement
         used = planned_now.of("qwen2.5-7b", "ACTIVE")[0].gpus[0]
         lost = frozenset({used})
-        wanted = policy.decide(150.0, _asked(150.0, 0, lost))
+        wanted = policy.decide(121.0, _asked(121.0, 0, lost))
         assert used in online.solves[-1].reasons[0].lost_gpus
         assert lost.isdisjoint(wanted.by_gpu)
         assert wanted.of("qwen2.5-7b", "ACTIVE")

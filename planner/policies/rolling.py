@@ -27,7 +27,7 @@ from foreserve.solvers.result import SolveOptions
 from foreserve.traces.forecast import Forecast
 
 REST_S = 30.0
-"""Least time between two solves within an epoch."""
+"""From a solve to the next one for a burst; a lost GPU does not wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,18 +90,19 @@ class RollingPolicy:
 
     def decide(self, now_s: float, observed: Observed) -> Placement:
         index = self.plan.epochs.index(self.plan.at(now_s))
+        self._lost = observed.lost_gpus
         if index != self._index:
             self._index, self._peaks = index, {}
             self._solve(now_s, ())
         for llm, count in in_system(observed).items():
             self._peaks[llm] = max(count, self._peaks.get(llm, 0.0))
-        self._lost = observed.lost_gpus
         epoch = self.plan.epochs[index]
-        if now_s >= self._solved_s + REST_S:
-            reasons = replan_now(self.plan.fleet, epoch, self._peaks, self._lost)
-            if reasons and now_s < epoch.end_s:
-                self._solve(now_s, reasons)
-                self._peaks = {}
+        reasons = replan_now(self.plan.fleet, epoch, self._peaks, self._lost)
+        # A loss happens once; a queue takes some time to go down.
+        due = now_s >= self._solved_s + REST_S or any(r.lost_gpus for r in reasons)
+        if reasons and due and now_s < epoch.end_s:
+            self._solve(now_s, reasons)
+            self._peaks = {}
         return self._rule.decide(now_s, observed)
 
     def _solve(self, now_s: float, reasons: tuple[Reason, ...]) -> None:
