@@ -4,7 +4,9 @@ For (O2) of large placements. What it finds can be carried out, so that a cost c
 from it is never too low; it may be too high. Each scenario starts from the replicas that
 are worth most per GPU; then replicas with unmet need take the GPUs of others for as long
 as that pays, when those find idle GPUs elsewhere, or push out a third one, or are worth
-less.
+less. Last come chains of any length over single GPUs, each taken over from the one before,
+to an idle GPU or to a replica worth less: where all replicas are on one GPU and count for
+one, no activation is better after that.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from collections.abc import Mapping, Sequence
 Group = tuple[str, tuple[int, ...], int]
 """(llm, numbers of its GPUs, instances it counts for) of one WARM replica."""
 NEARLY = 1e-12
+WIDE = 200
+"""GPUs that a chain looks at, with more than `DEEP` replicas."""
 DEEP = 1_000
 """Up to so many replicas, those that are pushed out push out others in turn."""
 
@@ -52,6 +56,10 @@ class Activation:
                 gained += self._want(r, depth)
             if gained <= NEARLY:
                 break
+        wide = len(self.on) if len(self._order) <= DEEP else WIDE
+        for llm in sorted(self.of, key=lambda name: -self.value[name]):
+            while self.unmet[llm] > 0 and self._chain(llm, wide):
+                pass
         return {llm: n - max(0, self.unmet[llm]) for llm, n in start.items()}
 
     def _switch(self, r: int, on: bool) -> float:
@@ -86,6 +94,49 @@ class Activation:
                         total += self._switch(r, True)
                         break
         return total
+
+    def _chain(self, llm: str, wide: int) -> bool:
+        """One more replica of an LLM by a chain over at most ``wide`` single GPUs; False
+        if that does not pay."""
+        came: dict[int, tuple[int, int]] = {}
+        """GPU -> (replica that would take it, GPU that one would leave, or -1)."""
+        queue, seen = [(llm, -1)], {llm}
+        last, least = -1, self.value[llm]
+        for name, left in queue:
+            for r in self.of[name]:
+                gpus = self.groups[r][1]
+                gpu = gpus[0]
+                if len(gpus) > 1 or gpu in came or self.running[gpu] == r:
+                    continue
+                q = self.running[gpu]
+                if q >= 0 and len(self.groups[q][1]) > 1:
+                    continue
+                came[gpu] = r, left
+                other = "" if q < 0 else self.groups[q][0]
+                lost = 0.0 if q < 0 or self.unmet[other] < 0 else self.value[other]
+                if lost < least - NEARLY:
+                    last, least = gpu, lost
+                if other and other not in seen:
+                    seen.add(other)
+                    queue.append((other, gpu))
+            if least <= 0 or len(came) > wide:
+                break
+        if last < 0:
+            return False
+        self._switched.clear()
+        total, gpu = 0.0, last
+        while gpu >= 0:
+            r, left = came[gpu]
+            if self.running[gpu] >= 0:
+                total += self._switch(self.running[gpu], False)
+            total += self._switch(r, True)
+            gpu = left
+        if total > NEARLY:
+            return True
+        for r, on in reversed(self._switched):
+            self._switch(r, not on)
+        self._switched.clear()
+        return False
 
     def _worth(self, r: int) -> float:
         llm, gpus, units = self.groups[r]

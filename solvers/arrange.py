@@ -26,6 +26,7 @@ again: that gives the cuts the counts were wrong about.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -44,13 +45,17 @@ Dual = tuple[Floats, Floats, Floats]
 """Prices of instances run, of WARM counts, and of spare GPUs by class."""
 INFINITE = highspy.kHighsInf
 FEASIBLE = highspy.SolutionStatus.kSolutionStatusFeasible
-SMOOTH = 0.7
+WIDTH = 0.1
+SMOOTH = 0.5
 """Part of the best prices so far in those that are asked about next."""
 KEPT = 8
-STEPS = 3_000
-"""Most steps of one search for the best pattern."""
+STEPS = 400_000
+"""Most steps of one search for the best pattern, times items."""
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Class, items, and which runs in each scenario."""
+TRIED = 150
+DIVE = 0.15
+"""Share of the amounts in parts that a step of `dive` makes whole."""
 FEW = 24
 """Most columns that one price vector adds per class."""
 
@@ -124,6 +129,7 @@ class PatternModel:
         self.bound, self.feasible = 0.0, self.ledger.feasible
         self.spares = [self._spares(c) for c in range(len(self.classes))]
         self.lp = self.ledger.hand_over()
+        self._box = [self._artificial(r) for r in range(len(self.needs))]
         self._first = self.lp.getNumCol()
         self._runs = [outer.new(0.0) for _ in self.needs]
         for row, variable in enumerate(self._runs):
@@ -174,6 +180,33 @@ class PatternModel:
             usable=usable,
         )
 
+    def _artificial(self, row: int) -> tuple[int, int]:
+        """Columns that keep the price of a row between limits: more, and less of it."""
+        first = self.lp.getNumCol()
+        for entry in (1.0, -1.0):
+            self.lp.addCol(
+                0.0, 0.0, 0.0, 1, np.array([row], np.int32), np.array([entry])
+            )
+        return first, first + 1
+
+    def _confine(self, centre: Floats, width: float) -> None:
+        """Prices of the LP within ``width`` (a share) of a centre; 0: wherever."""
+        columns = np.array(self._box, np.int32).ravel()
+        count = len(columns)
+        if count == 0:
+            return
+        least = 0.1 * float(centre.mean())
+        reach = width * np.maximum(centre, least)
+        costs = np.stack([centre + reach, -np.maximum(0.0, centre - reach)], axis=1)
+        most = np.full(count, INFINITE if width else 0.0)
+        self.lp.changeColsCost(count, columns, costs.ravel())
+        self.lp.changeColsBounds(count, columns, np.zeros(count), most)
+
+    def _confined(self) -> bool:
+        """Whether the limits on prices matter."""
+        values = self.lp.getSolution().col_value
+        return any(values[j] > 1e-9 for pair in self._box for j in pair)
+
     def relax(
         self, until_s: float, prices: Floats, gap: float, rounds: float | None
     ) -> Arranged | None:
@@ -184,24 +217,38 @@ class PatternModel:
         self._ask(prices, np.zeros(len(self.tied)), None)
         centre = self._centre()
         found: Arranged | None = None
-        smooth, done = SMOOTH, 0
+        smooth, width, done = SMOOTH, WIDTH, 0
+        best = self.bound
+        if centre is not None:
+            self._confine(centre[0], width)
         while centre is not None and (rounds is None or done < 100 * rounds):
             done += 1
             if not run(lp, until_s - perf_counter()):
                 break
             found = self._read()
             if found.value - self.bound <= gap * abs(found.value):
-                break
+                if not width or not self._confined():
+                    break
+                width = 2 * width
+                self._confine(centre[0], width)
+                continue
             dual = self._duals()
             added = self._ask(*_between(centre, dual, smooth), dual)
             if not added:
                 smooth = max(0.0, smooth - 0.1)
                 added = self._ask(dual[0], dual[1], dual)
-                if not added and smooth < SMOOTH:
-                    self._centre()
-                    break
+                if not added:
+                    centre = self._centre() or centre
+                    if not self._confined():
+                        break
+                    width = 2 * width
+                    self._confine(centre[0], width)
             centre = self._centre() or centre
-        return found
+            if self.bound > best + 1e-3 * abs(found.value - best):
+                best = self.bound
+                self._confine(centre[0], width)
+        self._confine(prices, 0.0)
+        return self._read() if run(lp, max(1.0, until_s - perf_counter())) else found
 
     def _duals(self) -> Dual:
         dual = np.array(self.lp.getSolution().row_dual)
@@ -234,10 +281,15 @@ class PatternModel:
             cost = spares.load + extra * spares.part
             value = spares.cover * prices[spares.row]
             shared = value, cost, spares.weight, spares.llm, spares.usable
-            limits[c], _, items = best_set(*shared, STEPS)
+            limits[c], _, items = best_set(*shared, 100 + STEPS // len(cost))
             sets = [np.sort(items)]
             if dual is not None:
-                sets += [np.flatnonzero(mask) for mask in good_sets(*shared)]
+                tried = np.flatnonzero(value.any(axis=1))
+                tried = tried[
+                    len(self._cuts) % (1 + len(tried) // TRIED) :: 1
+                    + len(tried) // TRIED
+                ]
+                sets += [np.flatnonzero(mask) for mask in good_sets(*shared, tried)]
                 added += self._add(c, sets, value, dual)
         self._cut(prices, held, limits)
         return added
@@ -355,17 +407,16 @@ class PatternModel:
         """Patterns for whole counts, and cuts for what the master had wrong."""
         for j, count in zip(self.ledger.active, counts, strict=True):
             self.lp.changeColBounds(j, count, count)
-        found, smooth, before = None, SMOOTH, len(self._cuts)
+        found: Arranged | None = None
+        before, smooth = len(self._cuts), 0.7
         centre: tuple[Floats, Floats] | None = None
         while run(self.lp, until_s - perf_counter()):
             found, dual = self._read(), self._duals()
-            centre = centre or (dual[0], dual[1])
-            mixed = _between(centre, dual, smooth)
-            if not self._ask(*mixed, dual):
+            centre = _between(centre or dual[:2], dual, smooth)
+            if not self._ask(*centre, dual):
                 smooth = max(0.0, smooth - 0.35)
                 if not self._ask(dual[0], dual[1], dual):
                     break
-            centre = mixed
         for j, most in zip(self.ledger.active, self.ledger.limits, strict=True):
             self.lp.changeColBounds(j, 0.0, most)
         # Only the last cuts are about the prices in the end.
@@ -374,6 +425,43 @@ class PatternModel:
             gone = np.arange(before, before + extra, dtype=np.int32)
             self.master.deleteRows(extra, gone + self._rows)
             del self._cuts[before : before + extra]
+        return found
+
+    def dive(self, counts: Arranged, until_s: float) -> Arranged:
+        """Whole patterns for whole ACTIVE counts: the LP again and again, each time with
+        more of its largest amounts made whole; ``counts`` itself where time runs out."""
+        lp, first = self.lp, self._first
+        for j, count in zip(self.ledger.active, counts.active, strict=True):
+            lp.changeColBounds(j, round(count), round(count))
+        found = counts
+        while run(lp, until_s - perf_counter()):
+            found = self._read()
+            amounts = np.array(lp.getSolution().col_value)[first:]
+            part = amounts - np.floor(amounts + 1e-6)
+            open_ = np.flatnonzero(part > 1e-6)
+            if not len(open_):
+                break
+            room = np.zeros(len(self.classes))
+            for c in range(len(self.classes)):
+                own = [i for i in open_ if self._generated[i][0] == c]
+                room[c] = math.floor(part[own].sum() + 1e-6)
+            low = np.floor(amounts + 1e-6)
+            chosen = 0
+            for i in open_[np.argsort(-part[open_])]:
+                c = self._generated[i][0]
+                if room[c] >= 1 and (chosen < 1 + len(open_) * DIVE or part[i] > 0.8):
+                    low[i] += 1
+                    room[c] -= 1
+                    chosen += 1
+            for i in np.flatnonzero(amounts > 1e-6):
+                most = INFINITE if chosen else low[i]
+                lp.changeColBounds(first + int(i), low[i], most)
+            dual = self._duals()
+            self._ask(dual[0], dual[1], dual)
+        for i in range(len(self._generated)):
+            lp.changeColBounds(first + i, 0.0, INFINITE)
+        for j, most in zip(self.ledger.active, self.ledger.limits, strict=True):
+            lp.changeColBounds(j, 0.0, most)
         return found
 
 

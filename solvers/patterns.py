@@ -203,17 +203,17 @@ def best_set(
 
 @compiled
 def good_sets(
-    value: Floats, cost: Floats, weight: Ints, llm: Ints, room: int
+    value: Floats, cost: Floats, weight: Ints, llm: Ints, room: int, firsts: Ints
 ) -> NDArray[np.int8]:
-    """[item, item]: for each item a pattern with it, filled up by density."""
+    """[first, item]: for each of ``firsts`` a pattern with it, filled up by density."""
     count, scenarios = value.shape
-    sets = np.zeros((count, count), np.int8)
+    sets = np.zeros((len(firsts), count), np.int8)
     cover = np.zeros(scenarios)
-    for first in range(count):
-        if weight[first] > room:
+    for first in range(len(firsts)):
+        if weight[firsts[first]] > room:
             continue
         cover[:] = 0.0
-        left, i = room, first
+        left, i = room, firsts[first]
         while i >= 0:
             sets[first, i] = 1
             left -= weight[i]

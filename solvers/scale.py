@@ -35,8 +35,10 @@ from foreserve.solvers.result import (
 )
 from foreserve.solvers.shares import perfect_bound
 
-RELAX, BRANCH = 0.2, 0.2
-"""Shares of an epoch's time for the relaxation with its cuts, and for branching."""
+RELAX, BRANCH = 0.2, 0.35
+"""Shares of an epoch's time for patterns in parts, and for whole counts."""
+DIVE = 0.1
+"""Most of its time for whole patterns."""
 BRANCH_COLUMNS = 600
 """With more counts than this, branching leaves the bound where it was."""
 LARGE = 2_000
@@ -257,7 +259,10 @@ class _Run:
         if patterns.feasible and len(model.columns) <= BRANCH_COLUMNS:
             until_s = forever if work else began_s + (RELAX + BRANCH) * span_s
             whole = patterns.whole(until_s, options.gap, options.seed, work)
-            found = whole or found
+            if whole is not None:
+                until_s = forever if work else perf_counter() + DIVE * span_s
+                found = patterns.dive(whole, until_s)
+                self.message += f"whole {found.value:.6g} at {self._now_s():.2f} s, "
             self.message += f"bound {patterns.bound:.6g} at {self._now_s():.2f} s, "
         self.feasible = self.feasible and patterns.feasible
         return found, max(first.bound, patterns.bound)

@@ -85,7 +85,7 @@ def test_no_pattern_is_worth_more_than_the_limit(seed: int) -> None:
     assert worth <= best + 1e-9 <= limit + 2e-9 <= best * (1 + 2 * NEAR) + 1e-6
     for steps in (1, 2, 5):
         assert best_set(value, cost, weight, llm, room, steps)[0] >= best - 1e-9
-    for items in good_sets(value, cost, weight, llm, room):
+    for items in good_sets(value, cost, weight, llm, room, np.arange(count)):
         chosen = np.flatnonzero(items)
         assert weight[chosen].sum() <= room
         assert len(set(llm[chosen].tolist())) == len(chosen)
