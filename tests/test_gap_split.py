@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from foreserve.models import referee
 from foreserve.models.codec import to_json
+from foreserve.models.problem import Prices
+from foreserve.models.rules import Sharing
 from foreserve.planner.gap_split import (
     PARTS,
     distinct_scenarios,
@@ -68,6 +70,20 @@ def test_what_is_not_known_is_an_interval():
     assert switching.least == 0.0
     assert switching.most >= 2.0 >= switching.least  # it takes one load
     assert referee.cost(p, here).total == found.steps[-1].most
+
+
+def test_where_groups_are_shared_integrality_is_packing():
+    """a and b fill 0.4 of a GPU each and may share one: 0.8, then 1.0; whole replicas each
+    by itself would say 2.0, which is no bound here. With two loads 5.0, of the plan that
+    shares nothing 6.0."""
+    f = replace(fleet(option("a"), option("b")), sharing=Sharing(booked_load=0.8))
+    p = problem(f, [[0.4], [0.4]], prices=Prices(slower_s=0.0))
+    bare = placement(("a", "n0/0", "ACTIVE"), ("b", "n0/1", "ACTIVE"))
+    found = gap_split(p, (with_shares(p, 0, bare),), EXACT, solver="milp")
+    assert found.steps[2].least == pytest.approx(0.8)
+    assert [step.most for step in found.steps] == pytest.approx(
+        [0.8, 0.8, 1.0, 1.0, 5.0, 5.0, 5.0, 6.0]
+    )
 
 
 @settings(max_examples=25, deadline=None)
