@@ -69,31 +69,28 @@ def instance_loss_s(problem: Problem, placement: Placement) -> Mapping[str, floa
 
 
 def losses(
-    problem: Problem, epoch: int, placement: Placement, *, by_llm: bool = False
+    problem: Problem,
+    epoch: int,
+    placement: Placement,
+    *,
+    by_llm: bool = False,
+    least: bool = False,
 ) -> list[Loss]:
-    """The loss of each scenario; ``missing`` is filled in only if ``by_llm``."""
+    """The loss of each scenario; ``missing`` is filled in only if ``by_llm``, ``least_s``
+    (else 0) only if ``least``."""
     value = instance_loss_s(problem, placement)
-    ways = [
-        _ways(problem, epoch, placement, s, value)
-        for s in range(len(problem.scenario_probability))
-    ]
+    ways = _Serving(problem, placement).ways(epoch, value)
     found: dict[int, Loss] = {}
     for busy in dict.fromkeys(way.busy for way in ways):
         spare = _spare(problem, placement, busy)
         mine = [s for s, way in enumerate(ways) if way.busy == busy]
         flat = [need for s in mine for need in ways[s].needs]
-        saved = covered_value(spare, value, flat)
-        most = covered_at_most(spare, value, [ways[s].least for s in mine])
-        at = 0
-        for s, at_most in zip(mine, most, strict=True):
+        saved = iter(covered_value(spare, value, flat))
+        if least:
+            most = covered_at_most(spare, value, [ways[s].least for s in mine])
+        for i, s in enumerate(mine):
             needs = ways[s].needs
-            left = [
-                _worth(value, need) - covered
-                for need, covered in zip(
-                    needs, saved[at : at + len(needs)], strict=True
-                )
-            ]
-            at += len(needs)
+            left = [_worth(value, need) - next(saved) for need in needs]
             best = min(range(len(left)), key=left.__getitem__)
             missing: dict[str, int] = {}
             if by_llm:
@@ -102,9 +99,11 @@ def losses(
                     llm: count - covered.get(llm, 0)
                     for llm, count in needs[best].items()
                 }
-            least_s = max(0.0, _worth(value, ways[s].least) - at_most)
+            least_s = _worth(value, ways[s].least) - most[i] if least else 0.0
             found[s] = Loss(
-                seconds=left[best], least_s=min(left[best], least_s), missing=missing
+                seconds=left[best],
+                least_s=max(0.0, min(left[best], least_s)),
+                missing=missing,
             )
     return [found[s] for s in range(len(ways))]
 
@@ -129,50 +128,68 @@ def _units(problem: Problem, replica: Replica) -> int:
     return problem.fleet.option_of(replica.llm, replica.gpus).instances(unit)
 
 
-def _ways(
-    problem: Problem,
-    epoch: int,
-    placement: Placement,
-    scenario: int,
-    value: Mapping[str, float],
-) -> _Ways:
-    fleet = problem.fleet
-    peak = {
-        llm.name: problem.peak_load[scenario][i][epoch]
-        for i, llm in enumerate(fleet.llms)
-    }
-    need = {
-        llm.name: problem.need(scenario, i, epoch) for i, llm in enumerate(fleet.llms)
-    }
-    lends = fleet.sharing is not None and fleet.sharing.idle_lends
-    busy: set[GpuId] = set()
-    contested: list[list[tuple[tuple[str, int], ...]]] = []
-    least = dict(need)
-    for gpus, members in placement.groups.items():
-        asked = [member for member in members if peak[member.llm] > 0]
-        if asked or not lends:
-            busy.update(gpus)
-        units = [(member.llm, _units(problem, member)) for member in asked]
-        for llm, count in units:
-            least[llm] = max(0, least[llm] - count)
-        part = [
-            min(1.0, peak[llm] / (count * fleet.llm_by_name[llm].instance_concurrency))
-            for llm, count in units
+class _Serving:
+    """The ACTIVE replicas of a placement: how much of each scenario they take."""
+
+    def __init__(self, problem: Problem, placement: Placement) -> None:
+        self.problem = problem
+        sharing = problem.fleet.sharing
+        self.lends = sharing is not None and sharing.idle_lends
+        self.groups = [
+            (gpus, [(member.llm, _units(problem, member)) for member in members])
+            for gpus, members in placement.groups.items()
         ]
-        ways = _largest(units, part)
-        if len(ways) == 1:
-            for llm, count in ways[0]:
-                need[llm] = max(0, need[llm] - count)
-        else:
-            contested.append(ways)
-    if math.prod(map(len, contested)) > WAYS:
-        for ways in contested:
-            best = max(ways, key=lambda way: _covers(need, way, value))
-            need = _less(need, best)
-        contested = []
-    needs = [_less(need, sum(chosen, ())) for chosen in product(*contested)]
-    distinct = {tuple(sorted(n.items())): n for n in needs}
-    return _Ways(tuple(distinct.values()), least, frozenset(busy))
+        self.alone: dict[str, int] = {}
+        """Instances that are always there, where nothing is shared or lent."""
+        if not self.lends:
+            for _, units in self.groups:
+                if len(units) == 1:
+                    llm, count = units[0]
+                    self.alone[llm] = self.alone.get(llm, 0) + count
+            self.groups = [group for group in self.groups if len(group[1]) > 1]
+        self.busy = frozenset(g for gpus in placement.groups for g in gpus)
+
+    def ways(self, epoch: int, value: Mapping[str, float]) -> list[_Ways]:
+        """Of each scenario."""
+        return [
+            self._scenario(need, peak, value)
+            for need, peak in self.problem.moments(epoch)
+        ]
+
+    def _scenario(
+        self, needed: Need, peak: Mapping[str, float], value: Mapping[str, float]
+    ) -> _Ways:
+        need = dict(needed)
+        for llm, count in self.alone.items():
+            need[llm] = max(0, need[llm] - count)
+        if not self.groups:
+            return _Ways((need,), need, self.busy)
+        least, idle = dict(need), set[GpuId]()
+        contested: list[list[tuple[tuple[str, int], ...]]] = []
+        for gpus, members in self.groups:
+            units = [(llm, count) for llm, count in members if peak[llm] > 0]
+            if not units and self.lends:
+                idle.update(gpus)
+            for llm, count in units:
+                least[llm] = max(0, least[llm] - count)
+            ways = _largest(units, [self._part(peak, *unit) for unit in units])
+            if len(ways) == 1:
+                need = _less(need, ways[0])
+            else:
+                contested.append(ways)
+        if math.prod(map(len, contested)) > WAYS:
+            for ways in contested:
+                best = max(ways, key=lambda way: _covers(need, way, value))
+                need = _less(need, best)
+            contested = []
+        needs = [_less(need, sum(chosen, ())) for chosen in product(*contested)]
+        distinct = {tuple(sorted(n.items())): n for n in needs}
+        return _Ways(tuple(distinct.values()), least, self.busy - idle)
+
+    def _part(self, peak: Mapping[str, float], llm: str, count: int) -> float:
+        """phi of a member."""
+        unit = self.problem.fleet.llm_by_name[llm].instance_concurrency
+        return min(1.0, peak[llm] / (count * unit))
 
 
 def _largest(

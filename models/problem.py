@@ -8,7 +8,7 @@ and the prices of the objective. Symbols in the docs are those of docs/formulati
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -319,6 +319,27 @@ class Problem(Record):
         """Instances in all that the peak of ``scenario`` asks for (before ACTIVE ones)."""
         unit = self.fleet.llms[llm].instance_concurrency
         return math.ceil(self.peak_load[scenario][llm][epoch] / unit - 1e-9)
+
+    def moments(
+        self, epoch: int
+    ) -> Sequence[tuple[Mapping[str, int], Mapping[str, float]]]:
+        """Of each scenario by LLM: instances needed in all, and requests in flight."""
+        if epoch not in self._moments:
+            names = [llm.name for llm in self.fleet.llms]
+            self._moments[epoch] = [
+                (
+                    {name: self.need(s, m, epoch) for m, name in enumerate(names)},
+                    {name: loads[m][epoch] for m, name in enumerate(names)},
+                )
+                for s, loads in enumerate(self.peak_load)
+            ]
+        return self._moments[epoch]
+
+    @cached_property
+    def _moments(
+        self,
+    ) -> dict[int, Sequence[tuple[Mapping[str, int], Mapping[str, float]]]]:
+        return {}
 
 
 def round_rate(rate_rps: float) -> float:

@@ -344,7 +344,7 @@ def overstated(problem: Problem, schedule: Sequence[Placement]) -> float:
     """The most by which (O2) of ``schedule`` is too high: 0 where activations are best."""
     total = 0.0
     for epoch, placement in enumerate(schedule):
-        found = losses(problem, epoch, placement)
+        found = losses(problem, epoch, placement, least=True)
         total += sum(
             probability * (loss.seconds - loss.least_s)
             for probability, loss in zip(

@@ -77,10 +77,11 @@ CARRIES: Mapping[str, frozenset[str]] = {
     "highs": frozenset(),
     "cpsat": EVERYTHING - {"sharing"},
     "scale": frozenset(),
-    "greedy": frozenset(),
+    "greedy": EVERYTHING,
 }
 """Which of the rows that a problem may ask for on top (`models.problem.OPTIONAL`) each
-solver knows. One of your own is trusted to know all: the referee looks at its answers."""
+solver knows; greedy obeys them all, but may find no placement that does. One of your own
+is trusted to know all: the referee looks at its answers."""
 
 DEFAULTS = SolveOptions()
 START_S = 120.0

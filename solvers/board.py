@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from math import inf
 
 from foreserve.models import referee
@@ -21,7 +22,8 @@ class Board:
     """One epoch's placement that only ever holds what the rows allow.
 
     Rows (C1)-(C4), one ACTIVE replica per GPU, and the upper limits of (C10) hold at all
-    times; min_active holds after `floors` succeeded. Mutable; `copy` is cheap.
+    times; min_active, min_after_loss and pins hold after `floors` succeeded. Mutable;
+    `copy` is cheap.
     """
 
     def __init__(self, problem: Problem, epoch: int, before: Placement) -> None:
@@ -50,6 +52,13 @@ class Board:
         self.on: dict[GpuId, list[Replica]] = {gpu: [] for gpu in self.free}
         self.of: dict[str, list[Replica]] = {llm.name: [] for llm in fleet.llms}
         self.serving: set[GpuId] = set()
+        self.joining = False
+        """Whether ACTIVE replicas may come where others are, if `Sharing` allows it."""
+        self.pinned = {(held.llm, held.gpus) for held in fleet.rules.held}
+        self.apart: dict[str, set[str]] = {}
+        for one, other in fleet.rules.apart:
+            self.apart.setdefault(one, set()).add(other)
+            self.apart.setdefault(other, set()).add(one)
 
     def copy(self) -> Board:
         other = object.__new__(Board)
@@ -78,15 +87,33 @@ class Board:
         if llm.max_replicas is not None and len(self.of[llm.name]) >= llm.max_replicas:
             return False
         needed = held_bytes(option, state)
+        most = self.problem.fleet.rules.max_llms_per_gpu
+        apart = self.apart.get(option.llm, ())
         for gpu in block:
-            if self.free[gpu] < needed or (state == "ACTIVE" and gpu in self.serving):
+            if self.free[gpu] < needed:
+                return False
+            if (
+                state == "ACTIVE"
+                and gpu in self.serving
+                and not self._joins(gpu, block)
+            ):
+                return False
+            if most is not None and len(self.on[gpu]) >= most:
                 return False
             for other in self.on[gpu]:
-                if other.llm == option.llm:
+                if other.llm == option.llm or other.llm in apart:
                     return False
                 if not (set(block) <= set(other.gpus) or set(other.gpus) <= set(block)):
                     return False
         return True
+
+    def _joins(self, gpu: GpuId, block: Block) -> bool:
+        """Whether one more replica may be ACTIVE with those that are on ``gpu``."""
+        sharing = self.problem.fleet.sharing
+        if sharing is None or not self.joining:
+            return False
+        group = [r for r in self.on[gpu] if r.state == "ACTIVE"]
+        return len(group) < sharing.most and all(r.gpus == block for r in group)
 
     def add(self, option: ReplicaOption, block: Block, state: State) -> None:
         replica = Replica(llm=option.llm, gpus=block, state=state)
@@ -100,11 +127,11 @@ class Board:
     def remove(self, replica: Replica) -> None:
         num_bytes = self.problem.fleet.bytes_on_gpu(replica)
         self.of[replica.llm].remove(replica)
-        if replica.state == "ACTIVE":
-            self.serving.difference_update(replica.gpus)
         for gpu in replica.gpus:
             self.on[gpu].remove(replica)
             self.free[gpu] += num_bytes
+            if not any(r.state == "ACTIVE" for r in self.on[gpu]):
+                self.serving.discard(gpu)
 
     def active(self, llm: str) -> list[Replica]:
         return [r for r in self.of[llm] if r.state == "ACTIVE"]
@@ -122,6 +149,8 @@ class Board:
                 now_s = self._delay_s(index, map(self._option, replicas))
                 worst, most_s = None, self.problem.prices.demote_s
                 for replica in replicas:
+                    if not self._may_stop(llm, replica):
+                        continue
                     rest = [self._option(r) for r in replicas if r is not replica]
                     delay_s = self._delay_s(index, rest) - now_s
                     saved_s = sum(self.rent_s[g] for g in replica.gpus) - delay_s
@@ -131,17 +160,62 @@ class Board:
                     break
                 self.remove(worst)
 
+    def _may_stop(self, llm: ServedLlm, replica: Replica) -> bool:
+        """Whether pins and failure domains (C9) allow it; min_active apart."""
+        if (replica.llm, replica.gpus) in self.pinned:
+            return False
+        if not llm.min_after_loss:
+            return True
+        return self._left([r for r in self.active(llm.name) if r is not replica]) >= (
+            llm.min_after_loss
+        )
+
+    def _left(self, replicas: Sequence[Replica]) -> int:
+        """Replicas left after the worst loss of a failure domain."""
+        domain_of = self.problem.fleet.cluster.domain_of
+        lost = Counter(domain_of[r.gpus[0].node] for r in replicas)
+        return len(replicas) - max(lost.values(), default=0)
+
+    def pins(self) -> bool:
+        """Place what is held; False where it does not fit."""
+        demand = {
+            llm.name: self.problem.demand_rps[index][self.epoch]
+            for index, llm in enumerate(self.problem.fleet.llms)
+        }
+        for held in self.problem.fleet.rules.held:
+            option = self.problem.fleet.option_on(held.llm, held.gpus)
+            state = held.state or ("ACTIVE" if demand[held.llm] > 0 else "WARM")
+            if option is None or (option, held.gpus) not in self.choices[held.llm]:
+                return False
+            if not self.fits(option, held.gpus, state):
+                return False
+            self.add(option, held.gpus, state)
+        return True
+
     def floors(self) -> bool:
         """Add ACTIVE replicas up to min_active, first of LLMs that need most GPUs, then
-        of those with least choice; False where one does not fit."""
+        of those with least choice, and up to min_after_loss; False where one does not
+        fit."""
 
         def rank(llm: ServedLlm) -> tuple[int, int]:
             return -self.least_tp[llm.name], len(self.choices[llm.name])
 
+        domain_of = self.problem.fleet.cluster.domain_of
         for llm in sorted(self.problem.fleet.llms, key=rank):
-            while len(self.active(llm.name)) < llm.min_active:
+            while (
+                len(active := self.active(llm.name)) < llm.min_active
+                or self._left(active) < llm.min_after_loss
+            ):
+                here = Counter(domain_of[r.gpus[0].node] for r in active)
+                spread = llm.min_after_loss > 0
                 fitting = [
-                    (option.tp, self._load_s(option, block), self._idle(block), i)
+                    (
+                        here[domain_of[block[0].node]] if spread else 0,
+                        option.tp,
+                        self._load_s(option, block),
+                        self._idle(block),
+                        i,
+                    )
                     for i, (option, block) in enumerate(self.choices[llm.name])
                     if self.fits(option, block, "ACTIVE")
                 ]
@@ -211,6 +285,8 @@ class Board:
         for gpu in self.free:
             if not self.on[gpu] or gpu in self.serving:
                 continue
+            if any((r.llm, r.gpus) in self.pinned for r in self.on[gpu]):
+                continue
             without = self.copy()
             for replica in list(self.on[gpu]):
                 without.remove(replica)
@@ -228,6 +304,8 @@ class Board:
             moved = False
             warm = [r for held in self.of.values() for r in held if r.state == "WARM"]
             for replica in warm:
+                if (replica.llm, replica.gpus) in self.pinned:
+                    continue
                 for option, block in self.choices[replica.llm]:
                     if block == replica.gpus or not self.serving.isdisjoint(block):
                         continue
@@ -244,15 +322,53 @@ class Board:
                         self.__dict__, total_s, moved = other.__dict__, cost_s, True
                         break
 
+    def regroup(self, trials: int) -> None:
+        """Move ACTIVE replicas, one at a time, to GPUs on which others serve, where the
+        referee likes that better; WARM ones make room. At most ``trials`` moves."""
+        self.joining = True
+        total_s, moved = self.cost(), True
+        while moved:
+            moved = False
+            for replica in [r for held in self.of.values() for r in held]:
+                llm = self.problem.fleet.llm_by_name[replica.llm]
+                if replica.state == "WARM" or not self._may_stop(llm, replica):
+                    continue
+                for option, block in self.choices[replica.llm]:
+                    if block == replica.gpus or self.serving.isdisjoint(block):
+                        continue
+                    other = self._moved(replica, option, block)
+                    if other is None:
+                        continue
+                    if trials == 0:
+                        return
+                    trials -= 1
+                    if (cost_s := other.cost()) < total_s:
+                        self.__dict__, total_s, moved = other.__dict__, cost_s, True
+                        break
+
+    def _moved(
+        self, replica: Replica, option: ReplicaOption, block: Block
+    ) -> Board | None:
+        """A copy in which ``replica`` serves on ``block``; None where that cannot be."""
+        other = self.copy()
+        other.remove(replica)
+        warm = {r for gpu in block for r in other.on[gpu] if r.state == "WARM"}
+        for beside in sorted(warm, key=lambda r: (r.llm != replica.llm, r.id)):
+            if other.fits(option, block, "ACTIVE"):
+                break
+            if (beside.llm, beside.gpus) not in self.pinned:
+                other.remove(beside)
+        if not other.fits(option, block, "ACTIVE"):
+            return None
+        other.add(option, block, "ACTIVE")
+        return other
+
     def _take(self, replica: Replica, state: State) -> bool:
         """Hold a replica of the placement before; False if it may not be held."""
-        fleet = self.problem.fleet
-        llm = fleet.llm_by_name.get(replica.llm)
-        if llm is None or not all(map(fleet.cluster.has, replica.gpus)):
+        if not self.problem.fleet.is_candidate(replica.id):
             return False
-        allowed = llm.nodes is None or replica.gpus[0].node in llm.nodes
-        option = fleet.option_on(replica.llm, replica.gpus)
-        if not allowed or option is None or not self.fits(option, replica.gpus, state):
+        option = self._option(replica)
+        if not self.fits(option, replica.gpus, state):
             return False
         self.add(option, replica.gpus, state)
         return True

@@ -7,15 +7,20 @@ the expected loss it covers. Several variants are made and the referee picks the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from foreserve.models import referee
-from foreserve.models.placement import Placement
+from foreserve.models.bursts import losses
+from foreserve.models.placement import HostCopy, Placement
 from foreserve.models.plan import Status
-from foreserve.models.problem import Fleet, Problem
+from foreserve.models.problem import Fleet, Problem, asks_for
 from foreserve.solvers.board import Board
+from foreserve.solvers.index import stay
 from foreserve.solvers.result import Schedule, Solved, SolveOptions, SolveReport
 from foreserve.solvers.shares import perfect_bound
 
 POLISH_TRIALS = 100
+REGROUP_TRIALS = 200
 
 
 def solve(
@@ -73,10 +78,16 @@ def _impossible(fleet: Fleet) -> str:
 def _epoch(problem: Problem, epoch: int, before: Placement) -> Placement | None:
     """The cheapest of the variants, given the placement before; None if none fits."""
     fresh = Board(problem, epoch, before)
+    if not fresh.pins():
+        return None
     kept = fresh.copy()
     kept.keep_active()
-    kept.trim()
     covered = []
+    if asks_for(problem) & {"keep_serving", "window", "replan"}:
+        # Those may leave nothing but to stay.
+        still = kept.copy()
+        covered = [still] if still.floors() else []
+    kept.trim()
     for board in (board for board in (kept, fresh) if board.floors()):
         dense, large, small = board.copy(), board.copy(), board
         dense.cover()
@@ -97,8 +108,55 @@ def _epoch(problem: Problem, epoch: int, before: Placement) -> Placement | None:
             pruned = warm.copy()
             pruned.prune()
             variants += [warm, pruned]
-    if not variants:
+    for board in sorted(variants, key=Board.cost):
+        placement = board.placement()
+        if _moves(problem, epoch, before, placement):
+            break
+    else:
         return None
-    best = min(variants, key=Board.cost)
-    best.polish(POLISH_TRIALS)
-    return best.placement()
+    board.polish(POLISH_TRIALS)
+    if problem.fleet.sharing is not None:
+        board.regroup(REGROUP_TRIALS)
+    ways = [board.placement(), placement]
+    hosted = keep(problem, epoch, before, board.placement())
+    ways.insert(0, replace(board.placement(), hosted=hosted))
+    return next(way for way in ways if _moves(problem, epoch, before, way))
+
+
+def _moves(
+    problem: Problem, epoch: int, before: Placement, placement: Placement
+) -> bool:
+    """Whether the rows hold that look at the placement before (C5, C7, C8)."""
+    return not any(
+        any(row(problem, epoch, before, placement))
+        for row in referee.MOVING_ROWS.values()
+    )
+
+
+def keep(
+    problem: Problem, epoch: int, before: Placement, placement: Placement
+) -> tuple[HostCopy, ...]:
+    """What nodes keep in host memory: first, on one node each, the LLMs that lose most
+    if none does, then what was there (C6)."""
+    fleet = problem.fleet
+    if fleet.loading.host_cache != "planned":
+        return ()
+    expected = dict.fromkeys(fleet.llm_by_name, 0.0)
+    found = losses(problem, epoch, placement, by_llm=True)
+    for probability, loss in zip(problem.scenario_probability, found, strict=True):
+        for name, count in loss.missing.items():
+            llm = fleet.llm_by_name[name]
+            expected[name] += probability * count * llm.weight * llm.storage_loss_s
+    had = {copy.llm: copy for copy in before.hosted}
+    room = {node.name: node.host_ram_bytes for node in fleet.cluster.nodes}
+    kept = []
+    for name in sorted(expected, key=lambda name: -expected[name]):
+        nodes = [node for node, llm in fleet.places if llm == name]
+        fitting = [n for n in nodes if room[n] >= fleet.stored_bytes[name]]
+        if expected[name] <= 0 or not fitting:
+            continue
+        stays = [n for n in fitting if had.get(name) == HostCopy(node=n, llm=name)]
+        node = min(stays or fitting, key=lambda n: (-room[n], n))
+        room[node] -= fleet.stored_bytes[name]
+        kept.append(HostCopy(node=node, llm=name))
+    return stay(fleet, tuple(kept), before.hosted)
