@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from itertools import pairwise, product
@@ -147,8 +148,8 @@ def test_verb_splits_the_gap(plan, tmp_path):
     """`--split` of a problem file: its steps add up in --json, and the table fits a
     terminal; of a plan without its trace it is refused."""
     f = fleet(option("a"), on=cluster(2))
-    file = tmp_path / "problem.json"
-    file.write_text(to_json(problem(f, [[0.5]])))
+    file = tmp_path / "problem.json.gz"
+    file.write_bytes(gzip.compress(to_json(problem(f, [[0.5]])).encode()))
     code, out, _ = plan(f"explain {file} --split --solver cpsat --json")
     assert code == 0
     split = json.loads(out)["split"]

@@ -69,6 +69,8 @@ def _parts(epoch: EpochDiff, steps: bool) -> list[Part]:
     ]
     move = epoch.transition
     lost = f", {move.outages} LLMs out of service on the way" if move.outages else ""
+    if move.exposures:
+        lost += f", {move.exposures} steps without a spare"
     span = f"{epoch.start_s:g} to {epoch.end_s:g} s"
     parts = [
         Part(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,7 +61,7 @@ class Subject:
     epilog="Example: plan explain plan.json --trace sample:azure-2023 --scenario "
     "sample:azure-2023 --epoch 3 --llm chat --block n0/0-1"
 )
-@click.argument("path", metavar="PLAN.json|PROBLEM.json", type=click.Path())
+@click.argument("path", metavar="PLAN.json|PROBLEM.json[.gz]", type=click.Path())
 @click.option("--epoch", default=0, type=click.IntRange(0), help="Counted from 0.")
 @click.option("--trace", "traces", multiple=True, help="That the plan was made from.")
 @click.option("--scenario", help="That the plan was made from.")
@@ -156,18 +157,18 @@ def _subject(
     """What the file is about; where it is a problem without a plan, why."""
     from foreserve.cli.simulate import check_plan
     from foreserve.models import referee
-    from foreserve.models.codec import from_json, load_plan, read_text
-    from foreserve.models.problem import Problem
+    from foreserve.models.codec import load_plan, read_text
+    from foreserve.planner.arena import read_problem
     from foreserve.planner.conflict import conflict
     from foreserve.solvers.base import solve
 
-    text = read_text(path)
-    if not _is_problem(text):
+    packed = path.endswith(".gz")
+    if not packed and not _is_problem(read_text(path)):
         plan = load_plan(path)
         check_plan(plan, path)
         _check_epoch(epoch, len(plan.epochs), path)
         return _of_plan(plan, epoch, traces, scenario)
-    problem = from_json(Problem, text, path)
+    problem = read_problem(Path(path))
     _check_epoch(epoch, problem.num_epochs, path)
     solved = solve(problem, solver, options)
     if solved.schedule is None:
