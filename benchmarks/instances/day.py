@@ -33,9 +33,9 @@ SMALL = (
     "qwen2.5-7b",
     "qwen3-8b",
     "mistral-7b-v0.3",
-    "llama-2-13b",
+    "llama-2-7b",
     "qwen2.5-14b",
-    "qwen2.5-32b",
+    "mistral-small-24b",
 )
 Day = tuple[Scenario, Trace, Demand]
 """What to plan, what comes, and what came in the week before."""
