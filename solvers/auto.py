@@ -1,25 +1,26 @@
 """The exact solver that was measured to be better at the problem's size.
 
-One thread, gap 1e-3, start from greedy; mean seconds to that gap over six random
-problems each, by LLMs x GPUs x scenarios:
+One thread, gap 1e-3, start from greedy, seconds of the processor, by LLMs x GPUs x
+scenarios (`benchmarks/exact_solvers.py`; means over four problems, two at 16 x 32):
 
-    8 x 8 x 8: CP-SAT 0.13, HiGHS 0.39      16 x 16 x 8:  CP-SAT 3.5, HiGHS 1.8
-    12 x 8 x 8: CP-SAT 0.10, HiGHS 0.15     16 x 32 x 20: gap after 10 s 0.60, 0.37
+    8 x 8 x 8:  CP-SAT 0.19, HiGHS 0.47     16 x 16 x 8:  gap after 20 s 0.024, 0.024
+    12 x 8 x 8: CP-SAT 0.42, HiGHS 0.42     16 x 32 x 20: gap after 20 s 0.92, 0.73
 
-The sizes are about 800, 1,100, 4,300 and 18,000 binary choices. Beyond that neither gets
-near its bound, and `scale` does (docs/solving_at_scale.md). Rows that have to be asked for
-(`models.problem.OPTIONAL`) are MILP's.
+The sizes are about 800, 1,100, 2,700 and 12,300 binary choices; HiGHS is `highs`, Pyomo's
+`milp` is slower at each. Beyond that neither gets near its bound, and `scale` does
+(docs/solving_at_scale.md). Rows that have to be asked for (`models.problem.OPTIONAL`) are
+for HiGHS.
 """
 
 from __future__ import annotations
 
 from foreserve.models.problem import Problem, asks_for
-from foreserve.solvers import cpsat, milp, scale
+from foreserve.solvers import cpsat, direct, scale
 from foreserve.solvers.base import Solver
 from foreserve.solvers.index import candidate_count, index
 from foreserve.solvers.result import Schedule, Solved, SolveOptions
 
-CPSAT_CHOICES = 2_500
+CPSAT_CHOICES = 2_000
 """CP-SAT takes problems of up to this many binary choices, HiGHS larger ones."""
 SCALE_CHOICES = 8_000
 """And `scale` those above this."""
@@ -31,13 +32,13 @@ def solve(
     """As the chosen solver, whose name the report carries."""
     solver: Solver = scale.solve
     if asks_for(problem):
-        solver = milp.solve
+        solver = direct.solve
     elif candidate_count(problem.fleet) <= SCALE_CHOICES:
         count = choices(problem)
         if count <= CPSAT_CHOICES:
             solver = cpsat.solve
         elif count <= SCALE_CHOICES:
-            solver = milp.solve
+            solver = direct.solve
     return solver(problem, options, start)
 
 

@@ -53,7 +53,7 @@ def test_auto_chooses_by_size() -> None:
     assert auto.choices(small) < auto.CPSAT_CHOICES < auto.choices(large)
     options = SolveOptions(time_limit_s=2.0, gap=0.05, in_process=True)
     assert solve(small, "auto", options).report.solver == "cpsat"
-    assert solve(large, "auto", options).report.solver == "milp"
+    assert solve(large, "auto", options).report.solver == "highs"
 
 
 def test_candidates_are_nested_by_construction() -> None:
