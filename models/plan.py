@@ -17,7 +17,7 @@ from foreserve.models.problem import Fleet
 from foreserve.models.record import Record
 from foreserve.models.transitions import Transition
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Status(StrEnum):

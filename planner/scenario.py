@@ -141,7 +141,7 @@ class ForecastPart(Record):
 class SolverPart(Record):
     """Which solver, and its limits per epoch."""
 
-    name: Literal["auto", "milp", "cpsat", "scale", "greedy"] = "auto"
+    name: Literal["auto", "milp", "highs", "cpsat", "scale", "greedy"] = "auto"
     time_limit: Seconds = 2.0
     gap: float = 0.001
     seed: int = 0

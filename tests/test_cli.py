@@ -221,7 +221,7 @@ def test_broken_inputs_of_solve(plan, files, case):
 def test_broken_plans(plan, files):
     """Truncated, newer schema, broken by the referee, or for another cluster."""
     text = to_json(small_plan())
-    newer = text.replace('"schema_version": 1', '"schema_version": 99')
+    newer = text.replace('"schema_version": 2', '"schema_version": 99')
     # 60 bytes of KV per GPU beside 30 of weights, twice, do not fit 100.
     heavy = text.replace('"kv_bytes": 20', '"kv_bytes": 99')
     doubled = text.replace('"n0/0"\n', '"n0/0",\n "n0/0"\n', 1)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--scenario", required=True, help="Scenario YAML, or sample:NAME.")
 @click.option(
     "--solver",
-    type=click.Choice(["auto", "milp", "cpsat", "greedy"]),
+    type=click.Choice(["auto", "milp", "highs", "cpsat", "scale", "greedy"]),
     help="Default: the scenario's.",
 )
 @solver_options
