@@ -46,9 +46,13 @@ Dual = tuple[Floats, Floats, Floats]
 INFINITE = highspy.kHighsInf
 FEASIBLE = highspy.SolutionStatus.kSolutionStatusFeasible
 WIDTH = 0.1
+"""How far prices of the LP may be from the best so far, as a share."""
 SMOOTH = 0.5
 """Part of the best prices so far in those that are asked about next."""
+BRANCH = 0.6
+"""Most of the time left that one search for whole counts takes."""
 KEPT = 8
+"""Cuts kept of those made for one choice of whole counts."""
 STEPS = 400_000
 """Most steps of one search for the best pattern, times items."""
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -97,7 +101,9 @@ class Arranged:
     value: float
     """What they cost, or would if patterns came in parts."""
     active: Floats
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[Pattern, ...] = ()
+    warm: Floats | None = None
+    """WARM counts by column, where there are no patterns."""
 
 
 class PatternModel:
@@ -140,6 +146,7 @@ class PatternModel:
         self._generated: list[tuple[int, tuple[int, ...]]] = []
         self._known: set[Key] = set()
         self._cuts: list[tuple[Floats, Floats]] = []
+        self._parts: tuple[Pattern, ...] = ()
 
     def _spares(self, c: int) -> Spares:
         usable = self.classes[c].usable
@@ -248,7 +255,10 @@ class PatternModel:
                 best = self.bound
                 self._confine(centre[0], width)
         self._confine(prices, 0.0)
-        return self._read() if run(lp, max(1.0, until_s - perf_counter())) else found
+        if run(lp, max(1.0, until_s - perf_counter())):
+            found = self._read()
+        self._parts = found.patterns if found else ()
+        return found
 
     def _duals(self) -> Dual:
         dual = np.array(self.lp.getSolution().row_dual)
@@ -373,16 +383,19 @@ class PatternModel:
         self, until_s: float, gap: float, seed: int, rounds: float | None
     ) -> Arranged | None:
         """The bound with whole ACTIVE counts; the best whole counts found, with patterns
-        that may come in parts. ``rounds``: at most so many, instead of the time."""
+        that may come in parts. ``rounds``: at most so many, of at
+        most 1,000 nodes each times that."""
         solver, best = self.master, None
         for j in [*self.ledger.active, *self.ledger.spare]:
             solver.changeColIntegrality(j, highspy.HighsVarType.kInteger)
         solver.setOptionValue("random_seed", seed % 2**31)
         solver.setOptionValue("mip_rel_gap", gap)
+        if rounds is not None:
+            solver.setOptionValue("mip_max_nodes", int(1000 * rounds))
         done, seen = 0, set[tuple[int, ...]]()
         while perf_counter() < until_s and (rounds is None or done < rounds):
             done += 1
-            run(solver, until_s - perf_counter())
+            run(solver, BRANCH * (until_s - perf_counter()))
             if infeasible(solver):
                 self.feasible = False
                 return None
@@ -397,6 +410,13 @@ class PatternModel:
                 break  # what its cuts say of it now is all that they can
             seen.add(counts)
             found = self._fixed(counts, until_s)
+            if found is None and best is None:
+                # No time for their patterns: those of parts must do.
+                return Arranged(
+                    value=info.objective_function_value,
+                    active=np.array(counts, np.float64),
+                    patterns=self._parts,
+                )
             if found is not None and (best is None or found.value < best.value):
                 best = found
             if best is None or best.value - self.bound <= gap * abs(best.value):

@@ -132,7 +132,7 @@ class Field:
     def set_out(self, model: CountModel, counts: Arranged) -> None:
         """ACTIVE counts (rounded down) on blocks: first where the LLM was before, then the
         largest groups first, on the first blocks that have room; demand that rounding left
-        is covered. Then patterns on spare GPUs."""
+        is covered. Then patterns on spare GPUs, or WARM counts likewise."""
         left = np.floor(counts.active + 1e-6).astype(int)
         for replica in self.before.replicas:
             if self.problem.fleet.is_candidate(replica.id):
@@ -145,8 +145,14 @@ class Field:
         for c in order:
             j = self._option(model, c)
             if j is not None and left[c] > 0:
-                self._lay(j, int(left[c]))
+                self._lay(j, int(left[c]), True)
         self.cover()
+        if counts.warm is not None:
+            warm = np.floor(counts.warm + 1e-6).astype(int)
+            for c in order:
+                j = self._option(model, c)
+                if j is not None and warm[c] > 0:
+                    self._lay(j, int(warm[c]), False)
         for c, group in enumerate(model.classes):
             own = [p for p in counts.patterns if p.group == c]
             nodes = set(group.nodes)
@@ -175,9 +181,11 @@ class Field:
         start = first + (g - first) // tp * tp
         return start if start + tp <= first + d.node_size[n] else None
 
-    def _lay(self, j: int, count: int) -> None:
+    def _lay(self, j: int, count: int, active: bool) -> None:
+        # Serving ones are packed; WARM ones of two LLMs should not meet on every GPU.
+        skip = 0 if active else 7 * int(self.data.llm[j])
         shared = self.data, self.layout, self.state, *self._notes
-        _, change = MACHINE.lay(*shared, j, count, True, 0, self._moved)
+        _, change = MACHINE.lay(*shared, j, count, active, skip, self._moved)
         self.cost += change
 
     def _option(self, model: CountModel, c: int) -> int | None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from foreserve.models import referee
 from foreserve.models.cost import IterationTime
 from foreserve.models.placement import Placement
@@ -35,25 +37,28 @@ from foreserve.solvers.result import (
 )
 from foreserve.solvers.shares import perfect_bound
 
-RELAX, BRANCH = 0.2, 0.35
-"""Shares of an epoch's time for patterns in parts, and for whole counts."""
+RELAX, BRANCH = (0.2, 0.08), (0.35, 0.25)
+"""Shares of an epoch's time for patterns in parts, and for whole counts: with few kinds of
+counts, and with more than `MANY`."""
+MANY = 200
 DIVE = 0.1
 """Most of its time for whole patterns."""
 BRANCH_COLUMNS = 600
-"""With more counts than this, branching leaves the bound where it was."""
+"""With more kinds of counts than this, patterns take too long: counts are all there is."""
 LARGE = 2_000
 """GPUs from which on one start is searched, and without heat."""
 JUDGED = 0.2
 """Share of the time, with so many GPUs, that is left to cost the schedule in the end."""
 SECOND = 0.15
-"""Share of the search that begins from the start, not from the counts."""
+"""Share of the search in which ACTIVE replicas move too, once whole counts were set out."""
 SMALL = 2_000
 """Greedy is one of the starts where there are at most so many candidate replicas."""
 QUICK_MOVES = 3_000
 CHUNK = 1000
 """Moves between two looks at the clock."""
-HOT, COLD = 0.5, 0.005
-"""First and last heat, in mean losses of one missing instance in one scenario."""
+HOT, WARM, COLD = 0.5, 0.05, 0.005
+"""First heat, first heat once an arrangement has cooled, and last, in mean losses of one
+missing instance in one scenario."""
 
 
 def solve(
@@ -223,18 +228,21 @@ class _Run:
             field.take(self.greedy[epoch])
             starts.append((field.state.copy(), field.cost))
         least = min(starts, key=lambda start: start[1])
-        end_s = until_s
         if arranged is not None:
             field.clear()
             field.set_out(model, arranged)
             self._tell(epoch, field.cost, None)
             self.message += f"set out {field.cost:.6g}, "
             now_s = perf_counter()
-            second_s = SECOND * (until_s - now_s)
-            found = self._anneal(epoch, field, bound, until_s - second_s, actives=False)
+            end_s = until_s - SECOND * (until_s - now_s)
+            # Good whole counts are soon forgotten in heat; rough ones must move.
+            rough = np.abs(arranged.active - arranged.active.round()) > 1e-6
+            moving = bool(rough.any()) or len(model.columns) > MANY
+            found = self._anneal(epoch, field, bound, end_s, HOT, actives=moving)
             least = min(least, found, key=lambda start: start[1])
+        hot = HOT if arranged is None else WARM
         field.state, field.cost = least[0].copy(), least[1]
-        found = self._anneal(epoch, field, bound, end_s, actives=True)
+        found = self._anneal(epoch, field, bound, until_s, hot, actives=True)
         least = min(least, found, key=lambda start: start[1])
         field.state, field.cost = least
         return field.placement()
@@ -245,24 +253,26 @@ class _Run:
         """Counts and patterns, and the bound."""
         options, work = self.options, self.options.work_limit
         began_s, forever = perf_counter(), float("inf")
-        first = model.relax(forever if work else RELAX * span_s)
+        many = len(model.columns) > MANY
+        parts_s, whole_s = RELAX[many] * span_s, BRANCH[many] * span_s
+        first = model.relax(forever if work else RELAX[0] * span_s)
         self.feasible = self.feasible and model.feasible
         if first is None:
             return None, 0.0
-        found: Arranged | None = Arranged(
-            value=first.bound, active=first.active, patterns=()
-        )
+        counted = Arranged(value=first.bound, active=first.active, warm=first.warm)
+        if len(model.columns) > BRANCH_COLUMNS:
+            return counted, first.bound
         patterns = PatternModel(self.problem, epoch, model, switching=epoch == 0)
-        until_s = forever if work else began_s + RELAX * span_s
-        found = patterns.relax(until_s, first.prices, options.gap, work) or found
+        until_s = forever if work else began_s + parts_s
+        found = patterns.relax(until_s, first.prices, options.gap, work) or counted
         self.message += f"relaxed {patterns.bound:.6g} at {self._now_s():.2f} s, "
-        if patterns.feasible and len(model.columns) <= BRANCH_COLUMNS:
-            until_s = forever if work else began_s + (RELAX + BRANCH) * span_s
+        if patterns.feasible:
+            until_s = forever if work else began_s + parts_s + whole_s
             whole = patterns.whole(until_s, options.gap, options.seed, work)
             if whole is not None:
                 until_s = forever if work else perf_counter() + DIVE * span_s
                 found = patterns.dive(whole, until_s)
-                self.message += f"whole {found.value:.6g} at {self._now_s():.2f} s, "
+                self.message += f"whole {found.value:.6g}, "
             self.message += f"bound {patterns.bound:.6g} at {self._now_s():.2f} s, "
         self.feasible = self.feasible and patterns.feasible
         return found, max(first.bound, patterns.bound)
@@ -271,10 +281,17 @@ class _Run:
         return perf_counter() - self.began_s
 
     def _anneal(
-        self, epoch: int, field: Field, bound: float, until_s: float, *, actives: bool
+        self,
+        epoch: int,
+        field: Field,
+        bound: float,
+        until_s: float,
+        hot: float,
+        *,
+        actives: bool,
     ) -> tuple[Any, float]:
         """Cooling to the end of the time, or of the work; the best state and its cost."""
-        unit, hot = field.unit(), HOT
+        unit = field.unit()
         if len(field.gpus) > LARGE:
             hot = COLD  # too few moves per GPU to come back from worse ones
         began_s, work = perf_counter(), self.options.work_limit
