@@ -31,6 +31,17 @@ class Point(Protocol):
     def bound(self) -> float | None: ...
 
 
+class Stage(Protocol):
+    """One term of the objective, where they are taken one after another."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def bound(self) -> float: ...
+
+
 class Solve(Protocol):
     """How one epoch was solved; `foreserve.solvers.base.SolveReport` is one."""
 
@@ -40,6 +51,8 @@ class Solve(Protocol):
     def time_to_first_s(self) -> float | None: ...
     @property
     def progress(self) -> Sequence[Point]: ...
+    @property
+    def stages(self) -> Sequence[Stage]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

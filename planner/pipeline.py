@@ -275,6 +275,7 @@ def solve_options(scenario: Scenario) -> SolveOptions:
         gap=part.gap,
         seed=part.seed,
         threads=part.threads,
+        lexicographic=part.lexicographic,
     )
 
 

@@ -146,6 +146,8 @@ class SolverPart(Record):
     gap: float = 0.001
     seed: int = 0
     threads: int = 1
+    lexicographic: bool = False
+    """Terms of the objective one after another, unserved demand first (milp)."""
     horizon: int = 1
     """Epochs that each solve looks ahead; of more than one, only the first is carried out
     (docs/rolling.md)."""

@@ -102,6 +102,8 @@ def _certificate(
             f"{plural(solver.threads, 'thread')}",
         ),
     ]
+    if any(solve.stages for solve in solves):
+        rows.append(("in order", _in_order(solves)))
     if solves:
         walls_s = [solve.wall_s for solve in solves]
         firsts = [s.time_to_first_s for s in solves if s.time_to_first_s is not None]
@@ -120,6 +122,19 @@ def _certificate(
     for name, value in rows:
         grid.add_row(Text(name), Text(value))
     return grid
+
+
+def _in_order(solves: Sequence[Solve]) -> str:
+    """How far each term is proven, where they were taken one after another: the bound of
+    the sum says nothing then."""
+    parts = []
+    for label in dict.fromkeys(s.label for solve in solves for s in solve.stages):
+        stages = [s for solve in solves for s in solve.stages if s.label == label]
+        value = sum(stage.value for stage in stages)
+        bound = sum(stage.bound for stage in stages)
+        proven = "proven" if value - bound <= 1e-6 * max(1.0, value) else number(bound)
+        parts.append(f"{label} {number(value)} ({proven})")
+    return ", ".join(parts) + "; the gap above is to a perfect system"
 
 
 def _placement(plan: Plan) -> Iterator[RenderableType]:

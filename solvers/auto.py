@@ -31,7 +31,13 @@ def solve(
 ) -> Solved:
     """As the chosen solver, whose name the report carries."""
     solver: Solver = scale.solve
-    if asks_for(problem):
+    if options.lexicographic:
+        from foreserve.solvers import (
+            milp,
+        )  # Pyomo, half a second, for nothing else here
+
+        solver = milp.solve
+    elif asks_for(problem):
         solver = direct.solve
     elif candidate_count(problem.fleet) <= SCALE_CHOICES:
         count = choices(problem)

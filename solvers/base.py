@@ -74,7 +74,7 @@ EVERYTHING = frozenset(OPTIONAL)
 CARRIES: Mapping[str, frozenset[str]] = {
     "auto": EVERYTHING,
     "milp": EVERYTHING,
-    "highs": frozenset(),
+    "highs": EVERYTHING,
     "cpsat": EVERYTHING - {"sharing"},
     "scale": frozenset(),
     "greedy": EVERYTHING,
@@ -132,7 +132,7 @@ def solve(
     Raises `InvalidInput` if the problem asks for rows that the solver does not know.
     """
     if options.in_process:
-        refuse_unknown(problem, name)
+        refuse_unknown(problem, name, options)
         from foreserve.solvers.child import work
 
         found: list[Schedule | None] = []
@@ -178,7 +178,7 @@ class SolverPool:
         """As `solve`, in this pool's child."""
         if self.options.in_process:
             return solve(problem, self.name, self.options, start)
-        refuse_unknown(problem, self.name)
+        refuse_unknown(problem, self.name, self.options)
         fallback, began_s = start, perf_counter()
         try:
             grace_s = GRACE_S
@@ -262,8 +262,16 @@ class _NoAnswer(Exception):
         self.status, self.message = status, message
 
 
-def refuse_unknown(problem: Problem, name: str) -> None:
-    """`InvalidInput` if ``problem`` asks for rows that solver ``name`` does not carry."""
+def refuse_unknown(
+    problem: Problem, name: str, options: SolveOptions = DEFAULTS
+) -> None:
+    """`InvalidInput` if ``problem`` asks for rows that solver ``name`` does not carry, or
+    ``options`` for an order of terms that it does not know."""
+    if options.lexicographic and name in SOLVERS and name not in ("auto", "milp"):
+        raise InvalidInput(
+            f"solver {name!r} cannot take the terms of the objective in order",
+            hint="use --solver milp with --lexicographic",
+        )
     missing = sorted(asks_for(problem) - CARRIES.get(name, EVERYTHING))
     if missing:
         others = [key for key, carried in CARRIES.items() if carried >= set(missing)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,12 +30,14 @@ def refereed(problem: Problem, solved: Solved, fallback: Schedule | None) -> Sol
         message = f"{report.solver} {falsehood}"
         failed = replace(report, status=Status.ERROR, objective=None, message=message)
         return Solved(schedule=None, report=failed)
-    chosen = best_of(problem, [solved.schedule, fallback])
+    in_order = bool(report.stages)
+    chosen = best_of(problem, [solved.schedule, fallback], in_order=in_order)
     if chosen is None:
         return replace(solved, schedule=None)
     total = referee.cost(problem, chosen).total
     bound = min(total, max(report.bound, perfect_bound(problem)))
-    proven = report.status is Status.OPTIMAL or relative_gap(total, bound) <= TOLERANCE
+    proven = report.status is Status.OPTIMAL
+    proven = proven or (not in_order and relative_gap(total, bound) <= TOLERANCE)
     status = Status.OPTIMAL if proven else Status.FEASIBLE
     known = (*report.progress, Progress(report.wall_s, total, bound))
     report = replace(
@@ -85,16 +86,33 @@ def _slack(cost: float) -> float:
     return TOLERANCE * max(1.0, abs(cost))
 
 
-def best_of(problem: Problem, schedules: Sequence[Schedule | None]) -> Schedule | None:
-    """The cheapest feasible schedule by the referee, the first of equals."""
-    best, least = None, math.inf
+def best_of(
+    problem: Problem,
+    schedules: Sequence[Schedule | None],
+    *,
+    in_order: bool = False,
+) -> Schedule | None:
+    """The cheapest feasible schedule by the referee, the first of equals; ``in_order``:
+    by its terms one after another, instead of their sum."""
+    best: Schedule | None = None
+    least: tuple[float, ...] = ()
     for schedule in schedules:
         if schedule is None or referee.violations(problem, schedule):
             continue
-        total = referee.cost(problem, schedule).total
-        if best is None or total < least - 1e-9 * max(1.0, abs(least)):
-            best, least = schedule, total
+        cost = referee.cost(problem, schedule)
+        terms = tuple(cost.terms.values()) if in_order else (cost.total,)
+        slack = TOLERANCE if in_order else 1e-9
+        if best is None or _less(terms, least, slack):
+            best, least = schedule, terms
     return best
+
+
+def _less(one: Sequence[float], other: Sequence[float], slack: float) -> bool:
+    """Whether ``one`` comes first, entries that nearly agree being equal."""
+    for a, b in zip(one, other, strict=True):
+        if abs(a - b) > slack * max(1.0, abs(b)):
+            return a < b
+    return False
 
 
 def in_space(problem: Problem, schedule: Schedule) -> bool:

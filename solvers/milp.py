@@ -37,6 +37,7 @@ Rows (C6) to (C9) are in `foreserve.solvers.milp_rules`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -53,8 +54,18 @@ from foreserve.solvers.milp_rules import (
     c8_reachability,
     c9_failure_domains,
 )
-from foreserve.solvers.result import Schedule, Solved, SolveOptions, SolveReport
+from foreserve.solvers.result import (
+    Schedule,
+    Solved,
+    SolveOptions,
+    SolveReport,
+    Stage,
+)
 from foreserve.solvers.rows import Pairs, at_least, at_most, linear
+from foreserve.solvers.shares import perfect_bound
+
+KEPT = 1e-7
+"""Part of a term's value by which later terms may spoil it (`--lexicographic`)."""
 
 
 def solve(
@@ -64,7 +75,50 @@ def solve(
     began_s = perf_counter()
     p = index(problem)
     m = build(p)
+    if options.lexicographic:
+        return _in_order(p, m, options, start, began_s)
     return _search(p, m, options, start, began_s)
+
+
+def _in_order(
+    p: Index, m: Any, options: SolveOptions, start: Schedule | None, began_s: float
+) -> Solved:
+    """Minimise (O1), then (O2) among the best, and so on: each term, once found, may not
+    get worse. The time that is left is shared by the terms that are left."""
+    end_s = began_s + options.time_limit_s
+    stages: list[Stage] = []
+    solved = Solved(
+        schedule=None, report=SolveReport(status=Status.TIME_LIMIT, solver="milp")
+    )
+    m.found = pyo.ConstraintList()
+    every = True
+    for number, (label, (pairs, constant)) in enumerate(m.terms.items()):
+        m.del_component(m.cost)
+        m.cost = pyo.Objective(expr=linear(pairs, constant))
+        now_s = perf_counter()
+        share_s = max(0.01, (end_s - now_s) / (len(m.terms) - number))
+        limits = replace(options, time_limit_s=share_s, gap=min(options.gap, KEPT))
+        latest = _search(p, m, limits, start, now_s)
+        if latest.schedule is None or latest.report.objective is None:
+            if solved.schedule is None:
+                return latest
+            every = False
+            break
+        solved, start = latest, latest.schedule
+        every = every and latest.report.status is Status.OPTIMAL
+        value, bound = latest.report.objective, latest.report.bound
+        stages.append(Stage(label=label, value=value, bound=bound))
+        if pairs:
+            m.found.add(at_most(pairs, value - constant + KEPT * max(1.0, abs(value))))
+    report = SolveReport(
+        status=Status.OPTIMAL if every else Status.FEASIBLE,
+        solver="milp",
+        bound=perfect_bound(p.problem),
+        stages=tuple(stages),
+        message="in order: "
+        + ", ".join(f"{s.label} {s.value:.6g} (bound {s.bound:.6g})" for s in stages),
+    )
+    return Solved(schedule=solved.schedule, report=report)
 
 
 def solve_with(
@@ -141,13 +195,26 @@ def build(p: Index) -> pyo.ConcreteModel:
     variables(m, p)
     for row in (c1_gpu_memory, c2_nesting, c3_equal_groups, c4_one_copy, c5_demand):
         row(m, p)
-    pairs, constant = c6_host_ram(m, p)
-    for row in (c7_load_bandwidth, c8_reachability, c9_failure_domains, c10_rules):
+    for row in (
+        c6_host_ram,
+        c7_load_bandwidth,
+        c8_reachability,
+        c9_failure_domains,
+        c10_rules,
+    ):
         row(m, p)
-    for term in (o1_unserved, o2_cold_starts, o3_slowdown, o4_switching, o5_gpu_hours):
-        added, offset = term(m, p)
-        pairs += added
-        constant += offset
+    m.terms = {
+        label: term(m, p)
+        for label, term in (
+            ("O1", o1_unserved),
+            ("O2", o2_cold_starts),
+            ("O3", o3_slowdown),
+            ("O4", o4_switching),
+            ("O5", o5_gpu_hours),
+        )
+    }
+    pairs = [pair for added, _ in m.terms.values() for pair in added]
+    constant = sum(offset for _, offset in m.terms.values())
     m.cost = pyo.Objective(expr=linear(pairs, constant))
     return m
 
@@ -374,9 +441,10 @@ def o2_cold_starts(m: Any, p: Index) -> tuple[Pairs, float]:
     m.o2_cover = pyo.Constraint(list(m.miss), rule=cover)
     if p.sharing is not None:
         _turns(m, p, scenarios, lends=p.sharing.idle_lends)
-    return [
+    missing = [
         (p.need[t][s][0] * p.miss_cost[k], miss) for (s, k, t), miss in m.miss.items()
-    ], 0.0
+    ]
+    return [*missing, *m.cold_loss], 0.0
 
 
 def _turns(
@@ -456,7 +524,7 @@ def o4_switching(m: Any, p: Index) -> tuple[Pairs, float]:
     m.o4_left = pyo.Constraint(list(m.left), rule=stops)
     pairs += [(p.load_cost[r], came) for (r, _), came in m.came.items()]
     pairs += [(p.demote_cost, left) for left in m.left.values()]
-    return pairs, constant
+    return [*pairs, *m.long_loads], constant
 
 
 def _replans(m: Any, p: Index) -> tuple[Pairs, float]:

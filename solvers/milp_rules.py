@@ -33,14 +33,13 @@ def came(m: Any, p: Index, r: int, t: int) -> Pairs:
     return [] if p.resident_before[r] else [(1, x) for x in m.x[r, 0]]
 
 
-def c6_host_ram(m: Any, p: Index) -> tuple[Pairs, float]:
+def c6_host_ram(m: Any, p: Index) -> None:
     """(C6) sum_m W h <= host; what it costs that LLMs are not there: storage_loss for
-    instances missing while no node keeps them, and longer loads"""
-    pairs: Pairs = []
-    constant = 0.0
+    instances missing while no node keeps them (O2), and longer loads (O4)"""
+    m.cold_loss, m.long_loads = Pairs(), Pairs()
     m.h = pyo.Var(p.keeping(), domain=pyo.Binary)
     if not p.keeping():
-        return pairs, constant
+        return
     fleet = p.problem.fleet
     stored = [fleet.stored_bytes[llm.name] for llm in fleet.llms]
     scale = 2.0 ** (max(stored).bit_length() - 17)
@@ -59,7 +58,7 @@ def c6_host_ram(m: Any, p: Index) -> tuple[Pairs, float]:
         return at_least([(1, m.cold[s, k, t]), (-1, m.miss[s, k, t]), *kept], 0)
 
     m.c6_cold = pyo.Constraint(exposed, rule=somewhere)
-    pairs += [
+    m.cold_loss += [
         (p.need[t][s][0] * p.cold_cost[k], cold) for (s, k, t), cold in m.cold.items()
     ]
     read = [(r, t) for r in p.R for t in p.T if t > 0 and p.storage_cost[r] > 0]
@@ -70,11 +69,10 @@ def c6_host_ram(m: Any, p: Index) -> tuple[Pairs, float]:
         return at_least([(1, m.slow[r, t]), (-1, m.came[r, t]), (1, kept)], 0)
 
     m.c6_slow = pyo.Constraint(read, rule=longer)
-    pairs += [(p.storage_cost[r], slow) for (r, _), slow in m.slow.items()]
+    m.long_loads += [(p.storage_cost[r], slow) for (r, _), slow in m.slow.items()]
     for r in p.R:
         if p.storage_cost[r] > 0 and (p.node[r], p.llm[r]) not in p.kept_before:
-            pairs += [(p.storage_cost[r] * c, x) for c, x in came(m, p, r, 0)]
-    return pairs, constant
+            m.long_loads += [(p.storage_cost[r] * c, x) for c, x in came(m, p, r, 0)]
 
 
 def c7_load_bandwidth(m: Any, p: Index) -> None:

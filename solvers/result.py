@@ -30,6 +30,9 @@ class SolveOptions:
     deterministic seconds for cpsat."""
     memory_bytes: int | None = None
     """Cap on the address space of the child process."""
+    lexicographic: bool = False
+    """Terms of the objective one after another, (O1) first, instead of their sum; MILP
+    only."""
     in_process: bool = False
     """Run in the calling process: no hard limit, no protection; for debugging."""
 
@@ -70,6 +73,15 @@ def curve(points: Iterable[Progress]) -> tuple[Progress, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One term of a lexicographic solve, given the terms before it."""
+
+    label: str
+    value: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SolveReport:
     """How a solve went. Objective and bound are weighted seconds of delay."""
 
@@ -90,6 +102,8 @@ class SolveReport:
     """What was known when, as `curve` gives it: a solver notes each new answer and each
     new bound; the start, the referee's judgement and the time before are added to it."""
     message: str = ""
+    stages: tuple[Stage, ...] = ()
+    """Of a lexicographic solve; ``bound`` is then that of the perfect system."""
 
     @property
     def gap(self) -> float | None:

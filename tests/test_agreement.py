@@ -14,14 +14,14 @@ from foreserve.models.codec import from_json, read_text, to_json
 from foreserve.models.errors import InvalidInput
 from foreserve.models.plan import Status
 from foreserve.models.problem import OPTIONAL, Problem, asks_for
-from foreserve.solvers import cpsat, milp
+from foreserve.solvers import cpsat, direct, milp
 from foreserve.solvers.base import CARRIES, SolverPool, refuse_unknown, solve
 from foreserve.solvers.result import SolveOptions
 from tests import oracle
 from tests.instances.make import FOLDER, instances
 from tests.problems import ASKED, asking, tiny
 
-EXACT = ("milp", "cpsat")
+EXACT = ("milp", "cpsat", "highs")
 INSTANCES = instances()
 OPTIONS = SolveOptions(time_limit_s=60.0, gap=0.0)
 
@@ -32,9 +32,10 @@ def pools():
     with (
         SolverPool("milp", OPTIONS) as one,
         SolverPool("cpsat", OPTIONS) as two,
-        SolverPool("greedy", OPTIONS) as three,
+        SolverPool("highs", OPTIONS) as three,
+        SolverPool("greedy", OPTIONS) as four,
     ):
-        yield {"milp": one, "cpsat": two, "greedy": three}
+        yield {"milp": one, "cpsat": two, "highs": three, "greedy": four}
 
 
 def labels_in(path: Path) -> set[str]:
@@ -50,7 +51,7 @@ def test_every_label_is_in_docs_referee_and_solvers():
     assert len(expected) == 15
     for place in ("docs/formulation.md", "models/referee.py"):
         assert labels_in(root / place) == expected
-    for solver in (milp, cpsat):
+    for solver in (milp, cpsat, direct):
         names = {n.partition("_")[0].upper() for n in dir(solver) if n[:1] in "oc"}
         assert {n for n in names if n[1:].isdigit()} == expected
 
@@ -114,6 +115,45 @@ def test_rows_on_top_agree_with_brute_force(seed):
             assert report.status is Status.INFEASIBLE
         else:
             assert report.objective == pytest.approx(found[0], rel=1e-6)
+
+
+def test_terms_in_order():
+    """Two GPUs, one LLM: refusing its requests is cheaper than serving them in the sum,
+    but unserved demand comes first in order; each stage is proven. Only MILP does it."""
+    problem = INSTANCES["not-worth-it"].problem
+    options = replace(OPTIONS, lexicographic=True)
+    solved = solve(problem, "auto", options)
+    assert solved.report.status is Status.OPTIMAL
+    assert [stage.label for stage in solved.report.stages] == list(referee.TERMS)
+    cost = referee.cost(problem, solved.schedule).terms
+    assert cost["O1"] == 0
+    for stage in solved.report.stages:
+        assert stage.bound == pytest.approx(stage.value, abs=1e-6)
+        assert cost[stage.label] == pytest.approx(stage.value, abs=1e-5)
+    with pytest.raises(InvalidInput, match="in order"):
+        solve(problem, "cpsat", options)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_terms_in_order_against_brute_force(seed):
+    """No placement refuses less, and none that refuses as little has a lower (O2)."""
+    problem = tiny(np.random.default_rng(1000 + seed))
+    problem = replace(problem, prices=replace(problem.prices, slower_s=0.0))
+    try:
+        every = oracle.placements(problem, 600)
+    except oracle.TooLarge:
+        pytest.skip("too many placements to enumerate")
+    options = replace(OPTIONS, lexicographic=True, in_process=True)
+    solved = solve(problem, "milp", options)
+    if not every:
+        assert solved.schedule is None
+        return
+    costs = [referee.cost(problem, (oracle.split(problem, 0, p),)).terms for p in every]
+    least = min(cost["O1"] for cost in costs)
+    bursts = min(c["O2"] for c in costs if c["O1"] <= least + 1e-6 * max(1, least))
+    found = referee.cost(problem, solved.schedule).terms
+    assert found["O1"] == pytest.approx(least, rel=1e-5, abs=1e-6)
+    assert found["O2"] == pytest.approx(bursts, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", INSTANCES)

@@ -54,6 +54,12 @@ if TYPE_CHECKING:
     help="Epochs that each solve looks ahead.  [default: the scenario's]",
 )
 @click.option(
+    "--lexicographic",
+    is_flag=True,
+    default=None,
+    help="Take the objective's terms in order (O1 first) instead of their sum; milp.",
+)
+@click.option(
     "-o", "--plan", "plan_path", type=click.Path(), help="Write the plan here."
 )
 @click.option("--report", type=click.Path(), help="Write an HTML report here.")
@@ -84,6 +90,7 @@ def solve(
     seed: int | None,
     threads: int | None,
     horizon: int | None,
+    lexicographic: bool | None,
     plan_path: str | None,
     report: str | None,
     model_path: str | None,
@@ -112,6 +119,7 @@ def solve(
         seed=seed,
         threads=threads,
         horizon=horizon,
+        lexicographic=lexicographic,
         method=forecast,
     )
     inputs: dict[str, str] = {}
