@@ -269,7 +269,8 @@ class _Run:
         if patterns.feasible:
             until_s = forever if work else began_s + parts_s + whole_s
             whole = patterns.whole(until_s, options.gap, options.seed, work)
-            if whole is not None:
+            # Many kinds: whole counts of a few cuts make worse starts than parts.
+            if whole is not None and not many:
                 until_s = forever if work else perf_counter() + DIVE * span_s
                 found = patterns.dive(whole, until_s)
                 self.message += f"whole {found.value:.6g}, "
