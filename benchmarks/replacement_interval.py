@@ -231,7 +231,7 @@ def main(shared: Path, work: Path, seconds: float) -> None:
         for name in ways:
             click.echo(f"   {name}: {row[name]}")
     day.save()
-    gaps = [gap for key, (_, _, gap) in day.known.items() if isinstance(key[0], int)]
+    gaps = [found[2] for key, found in day.known.items() if isinstance(key[0], int)]
     write_result(
         "replacement_interval",
         {

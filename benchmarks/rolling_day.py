@@ -189,7 +189,7 @@ def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     gap.set_title(
         "Gap of each epoch, % of the value at stake, given the placement before"
     )
-    gap.set_ylim(0, 60)
+    gap.set_ylim(0, 100)
     wall.axhline(5, color="black", lw=0.7, ls="--")
     wall.set_ylim(0, 5.5)
     wall.set_title("Seconds from forecast to answer; 5 s is the limit")
@@ -197,15 +197,15 @@ def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     shares[0] = 0.0
     change.bar(hours, shares, width=300 / 3600, align="edge", color=COLORS[0])
     change.set_title(f"Replicas that change at the start of an epoch, %: {main}")
-    for way, color in {**shown, "greedy": COLORS[3], "keep": COLORS[4]}.items():
+    for way, color in {**shown, "greedy": COLORS[3]}.items():
         total = np.cumsum([row["cost"] for row in rows[way]])
         cost.plot(hours, total, color=color, lw=1.1, label=way)
-    cost.set_yscale("log")
-    cost.set_title("Cost so far, weighted seconds")
+    cost.set_ylim(bottom=0)
+    cost.set_title("Cost so far, weighted seconds (keep is far above)")
     cost.set_xlabel("hour of the day")
     cost.set_xlim(0, hours[-1])
     gap.legend(ncols=3, loc="upper right")
-    cost.legend(ncols=5, loc="lower right")
+    cost.legend(ncols=4, loc="lower right")
     save_figure(figure, PICTURE)
 
 
