@@ -1,0 +1,125 @@
+"""What every engine is: one replica's server on fixed GPUs of one node.
+
+Calls block and are made by the threads of the node that owns the engine. The life is that
+of `runtime.states`: `start` ends WARM, `activate` ends ACTIVE, `quiesce` ends WARM again,
+and `stop` may come at any time, also while another call is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from foreserve.models.errors import ForeserveError, InvalidInput
+from foreserve.models.placement import ReplicaId
+from foreserve.models.problem import ReplicaOption
+
+
+class EngineFailed(ForeserveError):
+    """An engine did not do what it was asked to; one line says why. It has to be stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can really do here, never what its server says of itself."""
+
+    real_sleep: bool
+    """While WARM it holds no KV memory. False: WARM is a running engine that nobody is
+    routed to, and what it holds then is to be booked as if ACTIVE."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What the node knows; kinds of engines add what is theirs."""
+
+    folder: Path
+    """Logs, and records of the processes that were started."""
+    devices: tuple[int, ...] = ()
+    """Physical GPUs, or cores where there are none: one per shard, in order."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """By LLM: the folder of its weights, for engines that read any."""
+    max_num_batched_tokens: int = 8192
+    stop_grace_s: float = 5.0
+    """After being asked to end, and before being killed."""
+
+
+class Engine(Protocol):
+    """One replica's engine. Calls raise `EngineFailed`, also when `stop` cut them short."""
+
+    @property
+    def replica(self) -> ReplicaId: ...
+
+    @property
+    def url(self) -> str:
+        """Base of its OpenAI API, without ``/v1``; known once `start` has returned."""
+        ...
+
+    @property
+    def served_name(self) -> str:
+        """What requests have to call the LLM."""
+        ...
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests it is to have at a time."""
+        ...
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens that its KV cache holds; a longer request never fits."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Measured by `start` where they depend on the machine."""
+        ...
+
+    def start(self) -> None:
+        """Process up, weights loaded, a known answer recorded: WARM, not routable."""
+        ...
+
+    def activate(self) -> None:
+        """Wake it if it sleeps, and have it give the known answer: ACTIVE."""
+        ...
+
+    def quiesce(self) -> None:
+        """Back to WARM. Whoever routes has seen to it that nothing is in flight."""
+        ...
+
+    def stop(self) -> None:
+        """End it and all its processes: asked first, killed after the grace. Never fails;
+        any number of calls from any thread."""
+        ...
+
+    def alive(self) -> bool:
+        """Whether its process is there and it answers; quick, may be called often."""
+        ...
+
+    def memory_bytes(self) -> int | None:
+        """Bytes that it holds now on each of its GPUs, or of the host's memory where there
+        are no GPUs; as measured, None where that cannot be."""
+        ...
+
+
+class MakeEngine(Protocol):
+    def __call__(
+        self, option: ReplicaOption, replica: ReplicaId, settings: EngineSettings
+    ) -> Engine: ...
+
+
+ENGINES: Mapping[str, str] = {
+    "simulated": "foreserve.runtime.engines.simulated:make",
+    "vllm": "foreserve.runtime.engines.vllm:make",
+}
+"""Kinds of engines, by dotted name; imported when used."""
+
+
+def maker(kind: str) -> MakeEngine:
+    """What makes engines of ``kind``; nothing is started by making one."""
+    if kind not in ENGINES:
+        raise InvalidInput(f"engine {kind!r}: expected one of {', '.join(ENGINES)}")
+    module, _, name = ENGINES[kind].partition(":")
+    return cast(MakeEngine, getattr(import_module(module), name))
