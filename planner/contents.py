@@ -58,13 +58,12 @@ def lead(plan: Plan, facts: PlanFacts, runs: Sequence[Run]) -> list[str]:
             f"{plural(facts.steps['load'], 'load')}, "
             f"{plural(facts.steps['activate'], 'activation')}."
         )
+    of = "" if plan.fleet.sharing else " of dedicated replicas"
     if facts.certified and facts.gap <= 0:
-        said.append(
-            "Proven, epoch by epoch: no placement of dedicated replicas costs less."
-        )
+        said.append(f"Proven, epoch by epoch: no placement{of} costs less.")
     elif facts.certified:
         said.append(
-            "Proven, epoch by epoch: no placement of dedicated replicas costs less than "
+            f"Proven, epoch by epoch: no placement{of} costs less than "
             f"{percent(1 - facts.gap)} of this one."
         )
     if runs:

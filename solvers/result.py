@@ -93,7 +93,8 @@ class SolveReport:
     objective: float | None = None
     """Of the schedule: the referee's number (inside a solver: the solver's claim)."""
     bound: float = 0.0
-    """No schedule of dedicated replicas on aligned blocks costs less."""
+    """No schedule on aligned blocks costs less; of dedicated replicas, unless `Sharing`
+    allows groups."""
     time_to_first_s: float | None = None
     wall_s: float = 0.0
     peak_bytes: int | None = None

@@ -65,6 +65,7 @@ class EpochSolve:
     wall_s: float
     time_to_first_s: float | None
     progress: tuple[Moment, ...]
+    stages: tuple[()] = ()
 
 
 def made_up_fleet(num_llms: int = 12, nodes: int = 2, gpus: int = 4) -> Fleet:
