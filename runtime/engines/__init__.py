@@ -1,0 +1,1 @@
+"""Engines that serve replicas: each behind the contract of `base`."""

@@ -19,7 +19,7 @@ from foreserve.models.problem import ReplicaOption
 
 
 class EngineFailed(ForeserveError):
-    """An engine did not do what it was asked to; one line says why. It has to be stopped."""
+    """An engine did not do what it was asked to; one line says why. Stop it then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
