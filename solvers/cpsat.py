@@ -89,8 +89,10 @@ def solve(
         solver.parameters.max_deterministic_time = options.work_limit
     ending = solver.solve(m, seen)
     status = STATUS[ending]
-    schedule = None
+    schedule = claimed = None
     if status.has_plan:
+        # Not CP-SAT's own sum, whose costs are rounded down.
+        claimed = constant + sum(c * solver.value(variable) for c, variable in terms)
         active = {key for key, a in m.a.items() if solver.boolean_value(a)}
         warm = {key for key, y in m.y.items() if solver.boolean_value(y)}
         hosted = {key for key, h in m.h.items() if solver.boolean_value(h)}
@@ -99,7 +101,7 @@ def solve(
     report = SolveReport(
         status=status,
         solver="cpsat",
-        objective=solver.objective_value / scale if status.has_plan else None,
+        objective=claimed,
         bound=solver.best_objective_bound / scale if status.has_plan else 0.0,
         time_to_first_s=next(firsts, None),
         progress=tuple(seen.points),

@@ -11,7 +11,7 @@ import pytest
 from foreserve.models import referee
 from foreserve.models.plan import Status
 from foreserve.models.problem import Problem
-from foreserve.solvers import auto, milp
+from foreserve.solvers import auto, cpsat, milp
 from foreserve.solvers.base import SolveOptions, solve
 from foreserve.solvers.highs import hand_over
 from foreserve.solvers.index import Key, decode, encode, index
@@ -166,3 +166,17 @@ def _cost(p: Problem, warm: set[Key], activation: object) -> float:
     solver.setOptionValue("mip_rel_gap", 0.0)
     solver.run()
     return float(solver.getInfo().objective_function_value)
+
+
+def test_cpsat_claims_what_its_answer_costs_not_its_rounded_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With costs in so few bits that rounding them down shows, the claim is still the
+    referee's cost, and the bound still a bound."""
+    drawn = realistic(np.random.default_rng(0), 4, (4,), 3)
+    options = SolveOptions(time_limit_s=10.0, gap=0.01, in_process=True)
+    exact = solve(drawn, "highs", options).report
+    monkeypatch.setattr(cpsat, "LARGEST_COST", 2**34)
+    rough = solve(drawn, "cpsat", options).report
+    assert rough.status is not Status.ERROR, rough.message
+    assert rough.bound <= exact.objective
