@@ -1,0 +1,2 @@
+"""OpenAI-compatible HTTP in front of the engines; with the engine servers, the only
+asyncio code."""
