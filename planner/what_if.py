@@ -16,7 +16,7 @@ from foreserve.models.problem import Problem
 from foreserve.models.specs import ClusterSpec, Node
 from foreserve.solvers.base import SolverPool
 from foreserve.solvers.judge import refereed
-from foreserve.solvers.milp import solve_with
+from foreserve.solvers.milp_solve import solve_with
 from foreserve.solvers.result import Schedule, SolveOptions, SolveReport
 from foreserve.solvers.shares import with_shares
 

@@ -33,10 +33,10 @@ def solve(
     solver: Solver = scale.solve
     if options.lexicographic:
         from foreserve.solvers import (
-            milp,
+            milp_solve,
         )  # Pyomo, half a second, for nothing else here
 
-        solver = milp.solve
+        solver = milp_solve.solve
     elif asks_for(problem):
         solver = direct.solve
     elif candidate_count(problem.fleet) <= SCALE_CHOICES:

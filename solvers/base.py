@@ -54,7 +54,7 @@ __all__ = [
 
 SOLVERS = {
     "auto": "foreserve.solvers.auto:solve",
-    "milp": "foreserve.solvers.milp:solve",
+    "milp": "foreserve.solvers.milp_solve:solve",
     "highs": "foreserve.solvers.direct:solve",
     "cpsat": "foreserve.solvers.cpsat:solve",
     "scale": "foreserve.solvers.scale:solve",
