@@ -46,3 +46,6 @@ class Observed:
     """Requests per LLM that no replica has taken yet; LLMs without any may be absent."""
     lost_gpus: frozenset[GpuId] = frozenset()
     """GPUs that are gone for now, with all that was on them."""
+    busy: frozenset[ReplicaId] = frozenset()
+    """Replicas that can take no action now: on their way out, or to be left alone for a
+    while after a failure."""

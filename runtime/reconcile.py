@@ -22,6 +22,7 @@ rest. What holds for every call:
    load and activate per replica and crash.
 5. *Lost GPUs.* Nothing is asked of them. What is desired there counts as desired to
    serve, so replicas that it was to replace go on serving where they are in nobody's way.
+   The same goes for busy replicas, which can take no action for the moment.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def reconcile(
         Action(kind=kind, llm=key.llm, gpus=key.gpus)
         for kind, keys in steps.items()
         for key in keys
+        if key not in observed.busy
     )
 
 
@@ -146,6 +148,7 @@ class _Ahead:
             for key in goal
             if key.llm in llms
             and key in self.desired.by_id
+            and key not in observed.busy
             and self.phases.get(key) != "ACTIVE"
         ]
         wanted_gpus = {gpu for key in self.missing for gpu in key.gpus}

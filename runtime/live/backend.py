@@ -1,0 +1,494 @@
+"""The live cluster as a `Backend`: what its agents report, and orders to them.
+
+Two threads a node: one asks for reports, which come as soon as something has changed, one
+sends orders, each written to the log before it is sent. Neither `observe` nor `apply`
+waits for anything but a lock. The agents hold the truth, so a backend that starts anew over
+living agents goes on where the last one stopped; its generation is higher, which fences
+that one.
+
+Who is routable: ACTIVE, with no order on the way that would end that, on a node that
+answers. A replica that drains becomes WARM when the table has nothing in flight for it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from typing import Protocol
+
+from foreserve.models.errors import ForeserveError
+from foreserve.models.observed import Observed, ObservedReplica, Phase
+from foreserve.models.placement import Action, ReplicaId
+from foreserve.models.problem import Fleet
+from foreserve.models.specs import GpuId
+from foreserve.runtime.clock import Clock, SystemClock
+from foreserve.runtime.gateway.table import Routable
+from foreserve.runtime.journal import PhaseChange, Recorder
+from foreserve.runtime.live.eta import Estimate, StepTimes, soonest
+from foreserve.runtime.live.intents import IntentLog
+from foreserve.runtime.live.messages import (
+    Link,
+    Move,
+    NodeReport,
+    Order,
+    OrderKind,
+    Row,
+    Trouble,
+)
+
+POLL_S = 1.0
+"""A report comes at least so often."""
+ANSWER_S = 3.0
+"""A node that takes longer to answer is lost."""
+AGAIN_S = 0.5
+"""Between tries to reach a lost node."""
+DRAIN_S = 0.02
+"""Between looks at the table while something drains."""
+
+BECOMES: Mapping[OrderKind, Phase] = {
+    "load": "LOADING",
+    "activate": "ACTIVATING",
+    "demote": "DRAINING",
+}
+"""How a replica is seen from the order on."""
+
+
+class Routes(Protocol):
+    """What the backend needs of the gateway's table."""
+
+    def publish(self, replicas: Sequence[Routable]) -> None: ...
+
+    def in_flight(self) -> Mapping[ReplicaId, int]: ...
+
+    def idle_since_s(self) -> Mapping[ReplicaId, float]: ...
+
+    def waiting(self) -> Mapping[str, int]: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    name: str
+    open: Callable[[], Link]
+    queue: SimpleQueue[Order | None] = field(default_factory=SimpleQueue)
+    report: NodeReport | None = None
+    at_s: float = 0.0
+    """When the report came."""
+    lost: bool = True
+    error: str = "not reached yet"
+    pending: dict[ReplicaId, Order] = field(default_factory=dict)
+    """The last order on each replica, until a report has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """What is known of one node, for people."""
+
+    node: str
+    error: str
+    """Why it is lost; empty where it is not."""
+    report: NodeReport | None
+    """The last one."""
+    age_s: float
+    """Of the report."""
+
+
+class LiveBackend:
+    """A `Backend` over the agents of ``nodes``."""
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        clock: Clock,
+        table: Routes,
+        nodes: Mapping[str, Callable[[], Link]],
+        log: IntentLog,
+        journal: Recorder,
+    ) -> None:
+        """``nodes``: by name, what opens a link to its agent, which may take seconds and
+        raise `LinkLost`. ``journal`` is told of phases from `observe`."""
+        self.fleet, self.clock, self.table = fleet, clock, table
+        self.times = StepTimes()
+        self._log, self._journal = log, journal
+        lines = log.lines()
+        self.generation = 1 + max((n.get("generation", 0) for n in lines), default=0)
+        self._log.append("generation", generation=self.generation)
+        self._step = 0
+        self._lock = threading.RLock()
+        self._nodes = {name: _Node(name, open_) for name, open_ in nodes.items()}
+        self._notes: list[PhaseChange] = []
+        self._told_s = 0.0
+        self._published: tuple[Routable, ...] = ()
+        self._draining = threading.Event()
+        self._reached = threading.Event()
+        self._closed = threading.Event()
+
+    # --- life -------------------------------------------------------------------------
+
+    def start(self, wait_s: float = 30.0) -> None:
+        """Reach the agents. Returns when each has reported, or after ``wait_s``: those that
+        have not are lost until they do."""
+        self.table.publish(())
+        for node in self._nodes.values():
+            self._thread(self._listen, node)
+            self._thread(self._send, node)
+        self._thread(self._drain)
+        clock = SystemClock()
+        while any(node.report is None for node in self._nodes.values()):
+            left_s = wait_s - clock.now_s()
+            if left_s <= 0 or not self._reached.wait(left_s):
+                return
+            self._reached.clear()
+
+    def close(self, *, stop_engines: bool = False) -> None:
+        """End the threads. Agents and engines go on, unless they are to stop as well."""
+        self._closed.set()
+        self._draining.set()
+        self.table.publish(())
+        for node in self._nodes.values():
+            node.queue.put(None)
+        if not stop_engines:
+            return
+
+        def stop(node: _Node) -> None:
+            try:
+                node.open().call("close", timeout_s=60.0)
+            except ForeserveError as error:
+                node.error = str(error)
+
+        threads = [self._thread(stop, node) for node in self._nodes.values()]
+        for thread in threads:
+            thread.join()
+
+    def _thread(self, target: Callable[..., None], *args: object) -> threading.Thread:
+        name = f"{target.__name__}-{getattr(args[0], 'name', '')}" if args else None
+        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    # --- Backend -------------------------------------------------------------------------
+
+    def observe(self) -> Observed:
+        in_flight, idle = self.table.in_flight(), self.table.idle_since_s()
+        with self._lock:
+            now_s = self.clock.now_s()
+            notes, self._notes = self._notes, []
+            replicas: list[ObservedReplica] = []
+            busy: set[ReplicaId] = set()
+            lost: set[GpuId] = set()
+            for node in self._nodes.values():
+                if node.lost or node.report is None:
+                    lost.update(self.fleet.cluster.node_by_name[node.name].gpu_ids())
+                    continue
+                report, passed_s = node.report, now_s - node.at_s
+                for trouble in report.troubles:
+                    if trouble.retry_in_s > passed_s:
+                        busy.add(trouble.id)
+                for key, phase, leaving in self._phases(node):
+                    if leaving:
+                        busy.add(key)
+                    works = in_flight.get(key, 0)
+                    serves = phase in ("ACTIVE", "DRAINING")
+                    idles = phase == "ACTIVE" and not works
+                    replicas.append(
+                        ObservedReplica(
+                            llm=key.llm,
+                            gpus=key.gpus,
+                            phase=phase,
+                            in_flight=works if serves else 0,
+                            idle_since_s=idle.get(key) if idles else None,
+                        )
+                    )
+        for note in sorted(notes, key=lambda note: note.at_s):
+            # Reports of several nodes overlap; the journal's time only grows.
+            self._told_s = max(self._told_s, note.at_s)
+            self._journal.record(replace(note, at_s=self._told_s))
+        self._told_s = now_s
+        return Observed(
+            now_s=now_s,
+            replicas=tuple(replicas),
+            waiting=self.table.waiting(),
+            lost_gpus=frozenset(lost),
+            busy=frozenset(busy),
+        )
+
+    def apply(self, actions: Sequence[Action]) -> None:
+        with self._lock:
+            for action in actions:
+                self._order(action.kind, action.replica)
+            self._publish()
+
+    # --- for the gateway and for people -----------------------------------------------
+
+    def eta(self, llm: str) -> Estimate:
+        """Seconds (p50, p90) until ``llm`` serves: what is under way, else a load by the
+        plan's times. Infinite where no replica of it may be tried any more."""
+        with self._lock:
+            found: list[Estimate] = []
+            hopeless: set[ReplicaId] = set()
+            for node in self._nodes.values():
+                if node.lost or node.report is None:
+                    continue
+                passed_s = self.clock.now_s() - node.at_s
+                ages = {row.id: row.age_s + passed_s for row in node.report.rows}
+                for key, phase, leaving in self._phases(node):
+                    if key.llm == llm and not leaving:
+                        option = self.fleet.option_of(llm, key.gpus)
+                        age_s = 0.0 if key in node.pending else ages[key]
+                        found.append(self.times.left(option, phase, age_s))
+                for trouble in node.report.troubles:
+                    if trouble.id.llm != llm:
+                        continue
+                    hopeless.add(trouble.id)
+                    retry_s = max(0.0, trouble.retry_in_s - passed_s)
+                    if math.isfinite(retry_s):
+                        option = self.fleet.option_of(llm, trouble.id.gpus)
+                        p50_s, p90_s = self.times.left(option, None, 0.0)
+                        found.append((retry_s + p50_s, retry_s + p90_s))
+            if not found and not hopeless:
+                options = (o for o in self.fleet.options if o.llm == llm)
+                found = [self.times.left(option, None, 0.0) for option in options]
+            return soonest(found)
+
+    def status(self) -> tuple[NodeStatus, ...]:
+        """Every node with its last report."""
+        with self._lock:
+            now_s = self.clock.now_s()
+            return tuple(
+                NodeStatus(
+                    node=node.name,
+                    error=node.error if node.lost else "",
+                    report=node.report,
+                    age_s=now_s - node.at_s,
+                )
+                for node in self._nodes.values()
+            )
+
+    def troubles(self) -> tuple[Trouble, ...]:
+        """Replicas that have failed and not served long since."""
+        with self._lock:
+            reports = [n.report for n in self._nodes.values() if n.report is not None]
+            return tuple(t for report in reports for t in report.troubles)
+
+    def forgive(self, node: str, key: ReplicaId | None = None) -> None:
+        """Have failed replicas of ``node`` tried again at once. Waits for the agent."""
+        link = self._nodes[node].open()
+        link.call("forgive", key, timeout_s=ANSWER_S)
+        link.close()
+
+    # --- what is true -----------------------------------------------------------------
+
+    def _phases(self, node: _Node) -> list[tuple[ReplicaId, Phase, bool]]:
+        """Replicas of a node that answers, as if the orders on their way had come: id,
+        phase, whether it is on its way out."""
+        report = node.report
+        assert report is not None
+        found = []
+        there = set()
+        for row in report.rows:
+            there.add(row.id)
+            order = node.pending.get(row.id)
+            phase = BECOMES.get(order.kind, row.phase) if order else row.phase
+            leaving = row.leaving or (order is not None and order.kind == "drop")
+            found.append((row.id, phase, leaving))
+        for key, order in node.pending.items():
+            if key not in there and order.kind == "load":
+                found.append((key, "LOADING", False))
+        return found
+
+    def _publish(self) -> None:
+        """Tell the table who is routable, if that has changed. With the lock."""
+        if self._closed.is_set():
+            return
+        found: list[Routable] = []
+        for node in self._nodes.values():
+            if node.lost or node.report is None:
+                continue
+            rows = {row.id: row for row in node.report.rows}
+            found += (
+                _routable(rows[key])
+                for key, phase, leaving in self._phases(node)
+                if phase == "ACTIVE" and not leaving
+            )
+        routable = tuple(sorted(found, key=lambda r: r.id))
+        if routable != self._published:
+            self._published = routable
+            self.table.publish(routable)
+
+    # --- reports ----------------------------------------------------------------------
+
+    def _listen(self, node: _Node) -> None:
+        """Ask for reports until the backend is closed."""
+        while not self._closed.is_set():
+            try:
+                link = node.open()
+            except ForeserveError as error:
+                self._lose(node, error)
+                self._closed.wait(AGAIN_S)
+                continue
+            try:
+                self._take_over(link)
+                after = -1
+                while not self._closed.is_set():
+                    report: NodeReport = link.call(
+                        "report", after, POLL_S, timeout_s=ANSWER_S
+                    )
+                    self._take(node, report, fresh=after < 0)
+                    after = report.version
+            except Exception as error:  # whatever the agent raises, it is of no use
+                self._lose(node, error)
+                self._closed.wait(AGAIN_S)
+            finally:
+                link.close()
+
+    def _take_over(self, link: Link) -> None:
+        in_charge = link.call("hello", self.generation, timeout_s=ANSWER_S)
+        if in_charge != self.generation:
+            raise ForeserveError(_fenced(in_charge, self.generation))
+
+    def _take(self, node: _Node, report: NodeReport, *, fresh: bool) -> None:
+        if report.generation != self.generation:
+            raise ForeserveError(_fenced(report.generation, self.generation))
+        with self._lock:
+            before = node.report
+            now_s = self.clock.now_s()
+            if fresh:
+                # Moves of before are history, and orders that were on their way are lost.
+                node.pending.clear()
+                for row in report.rows:
+                    self._note(row.id, row.phase, now_s)
+            elif before is not None and before.version == report.version:
+                node.report, node.at_s = report, now_s
+                return
+            else:
+                for move in report.moves:
+                    self._moved(move, now_s)
+                done = [k for k, o in node.pending.items() if o.step <= report.step]
+                for key in done:
+                    del node.pending[key]
+            node.report, node.at_s = report, now_s
+            node.lost = False
+            self._publish()
+            if any(row.phase == "DRAINING" for row in report.rows):
+                self._draining.set()
+        self._reached.set()
+        self.clock.wake()
+
+    def _moved(self, move: Move, now_s: float) -> None:
+        self._note(move.id, move.phase, now_s - move.ago_s, lost=move.lost)
+        option = self.fleet.option_of(move.id.llm, move.id.gpus)
+        if move.done == "activate":
+            self.times.note("activate", option.activate_s, move.took_s)
+        elif move.done == "load":
+            self.times.note("load", option.load_s, move.took_s)
+
+    def _note(
+        self, key: ReplicaId, phase: Phase | None, at_s: float, *, lost: bool = False
+    ) -> None:
+        self._notes.append(
+            PhaseChange(at_s=at_s, llm=key.llm, gpus=key.gpus, phase=phase, lost=lost)
+        )
+
+    def _lose(self, node: _Node, error: Exception) -> None:
+        """The node does not answer: nothing on it is routable, its GPUs are gone."""
+        if self._closed.is_set():
+            return
+        with self._lock:
+            node.error = str(error)
+            if node.lost:
+                return
+            node.lost = True
+            now_s = self.clock.now_s()
+            if node.report is not None:
+                for row in node.report.rows:
+                    self._note(row.id, None, now_s, lost=True)
+            node.pending.clear()
+            self._publish()
+        self.clock.wake()
+
+    # --- orders -----------------------------------------------------------------------
+
+    def _order(self, kind: OrderKind, key: ReplicaId) -> None:
+        """Queue an order; with the lock."""
+        node = self._nodes[key.gpus[0].node]
+        if node.lost:
+            return
+        self._step += 1
+        order = Order(
+            generation=self.generation, step=self._step, kind=kind, replica=key
+        )
+        node.pending[key] = order
+        node.queue.put(order)
+
+    def _send(self, node: _Node) -> None:
+        link: Link | None = None
+        while (order := node.queue.get()) is not None:
+            if node.pending.get(order.replica) is not order:
+                continue  # the node was lost in between
+            try:
+                if link is None:
+                    link = node.open()
+                self._log.append(
+                    "intent",
+                    at_s=self.clock.now_s(),
+                    node=node.name,
+                    generation=order.generation,
+                    step=order.step,
+                    kind=order.kind,
+                    llm=order.replica.llm,
+                    gpus=[str(gpu) for gpu in order.replica.gpus],
+                )
+                link.call("order", order, timeout_s=ANSWER_S)
+            except Exception as error:  # above all that the link is lost
+                # The same node answers `report` or not: it says what has become of it.
+                if link is not None:
+                    link.close()
+                link = None
+                with self._lock:
+                    node.error = str(error)
+                    if node.pending.get(order.replica) is order:
+                        del node.pending[order.replica]
+                self.clock.wake()
+        if link is not None:
+            link.close()
+
+    def _drain(self) -> None:
+        """Tell agents of replicas that drain and have nothing in flight any more."""
+        while not self._closed.is_set():
+            self._draining.wait()
+            self._draining.clear()
+            while not self._closed.wait(DRAIN_S) and self._quiesce():
+                pass
+
+    def _quiesce(self) -> bool:
+        """Order what can be; whether anything is left to wait for."""
+        in_flight = self.table.in_flight()
+        with self._lock:
+            left = False
+            for node in self._nodes.values():
+                if node.lost or node.report is None:
+                    continue
+                for row in node.report.rows:
+                    if row.phase != "DRAINING" or row.leaving or row.acting:
+                        continue
+                    left = True
+                    if row.id not in node.pending and not in_flight.get(row.id, 0):
+                        self._order("quiesce", row.id)
+            return left
+
+
+def _fenced(in_charge: int, own: int) -> str:
+    return f"a controller of generation {in_charge} is in charge, this one is of {own}"
+
+
+def _routable(row: Row) -> Routable:
+    return Routable(
+        id=row.id,
+        url=row.url,
+        max_num_seqs=row.max_num_seqs,
+        room_tokens=row.room_tokens,
+        served_name=row.served_name,
+    )

@@ -1,0 +1,251 @@
+"""An agent in a process of its own, behind a Unix socket: it outlives the controller.
+
+`Hosted` is the controller's end. It starts the process where none answers, so a restarted
+controller finds the agents, and the engines, that the last one left.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from foreserve.models.errors import ForeserveError, InvalidInput
+from foreserve.models.placement import ReplicaId
+from foreserve.models.problem import Fleet, ReplicaOption
+from foreserve.runtime.clock import SystemClock
+from foreserve.runtime.engines.base import Engine, EngineSettings, MakeEngine
+from foreserve.runtime.live.agent import NodeAgent, Patience
+from foreserve.runtime.live.binding import Binding
+from foreserve.runtime.live.intents import IntentLog
+from foreserve.runtime.live.leftovers import MARK, end_leftovers, mark_process
+from foreserve.runtime.live.messages import Link, LinkLost
+
+START_S = 20.0
+"""A process may take so long until it answers."""
+CALLS = ("hello", "order", "report", "forgive", "close")
+"""All that comes over a link."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSetup:
+    """All that an agent needs to know when it starts."""
+
+    node: str
+    folder: Path
+    """For logs and sockets; of this agent's machine."""
+    fleet: Fleet
+    make: str
+    """``module:function`` of the engines' factory, a `MakeEngine`."""
+    settings: EngineSettings
+    """For the factory; the devices are filled in for each replica."""
+    binding: Binding = field(default_factory=Binding)
+    patience: Patience = field(default_factory=Patience)
+
+
+def make_agent(setup: NodeSetup) -> NodeAgent:
+    """The agent, after what an earlier one of this log has left running was ended."""
+    nonce = mark_process()
+    setup.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log = IntentLog(setup.folder / f"{setup.node}.log")
+    known = (line.get("nonce", nonce) for line in log.lines())
+    end_leftovers({other for other in known if other != nonce})
+    module, _, name = setup.make.partition(":")
+    factory: MakeEngine = getattr(importlib.import_module(module), name)
+
+    def make(option: ReplicaOption, key: ReplicaId) -> Engine:
+        devices = setup.binding.of(key.gpus)
+        return factory(option, key, replace(setup.settings, devices=devices))
+
+    return NodeAgent(
+        fleet=setup.fleet,
+        node=setup.node,
+        make=make,
+        log=log,
+        patience=setup.patience,
+        facts={"nonce": nonce, "date": datetime.now(UTC).isoformat()},
+    )
+
+
+def dispatch(agent: NodeAgent, name: str, args: tuple[Any, ...]) -> Any:
+    """Call the agent's method ``name``, if it is one of `CALLS`."""
+    if name not in CALLS:
+        raise ForeserveError(f"{name!r} is no call of an agent")
+    return getattr(agent, name)(*args)
+
+
+# --- the process -------------------------------------------------------------------------
+
+
+def serve(file: Path) -> None:
+    """Be the agent of a pickled setup, until the call `close`."""
+    setup: NodeSetup = pickle.loads(file.read_bytes())
+    agent = make_agent(setup)
+    address, key = _socket_of(setup), _key_of(setup)
+    address.unlink(missing_ok=True)
+    closed = threading.Event()
+    with Listener(str(address), "AF_UNIX", backlog=16, authkey=key) as listener:
+        threading.Thread(
+            target=_accept, args=(listener, agent, closed), daemon=True
+        ).start()
+        closed.wait()
+    address.unlink(missing_ok=True)
+
+
+def _accept(listener: Listener, agent: NodeAgent, closed: threading.Event) -> None:
+    while True:
+        with suppress(Exception):  # a caller that cannot say who it is
+            caller = listener.accept()
+            threading.Thread(
+                target=_answer, args=(caller, agent, closed), daemon=True
+            ).start()
+
+
+def _answer(
+    caller: Connection[Any, Any], agent: NodeAgent, closed: threading.Event
+) -> None:
+    with caller, suppress(EOFError, OSError):
+        while True:
+            name, args = caller.recv()
+            try:
+                answer = (True, dispatch(agent, name, args))
+            except Exception as error:  # raised again where it was called
+                answer = (False, error)
+            caller.send(answer)
+            if name == "close":
+                closed.set()
+
+
+def _socket_of(setup: NodeSetup) -> Path:
+    path = setup.folder.resolve() / f"{setup.node}.sock"
+    if len(os.fsencode(path)) > 100:
+        raise InvalidInput(f"{path}: too long for a socket's name")
+    return path
+
+
+def _key_of(setup: NodeSetup) -> bytes:
+    """The secret of the folder, made by whoever comes first."""
+    path = setup.folder / "key"
+    with suppress(FileExistsError):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(file, secrets.token_hex(32).encode())
+        os.close(file)
+    return path.read_bytes()
+
+
+# --- the controller's end ----------------------------------------------------------------
+
+
+class _SocketLink:
+    def __init__(self, connection: Connection[Any, Any]) -> None:
+        self._connection = connection
+
+    def call(self, name: str, *args: Any, timeout_s: float) -> Any:
+        try:
+            self._connection.send((name, args))
+            if not self._connection.poll(timeout_s):
+                raise LinkLost(f"no answer to {name!r} within {timeout_s:g} s")
+            good, answer = self._connection.recv()
+        except (OSError, EOFError) as error:
+            raise LinkLost(str(error) or type(error).__name__) from None
+        if not good:
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Hosted:
+    """Opens links to the agent of one node, in a process of this machine."""
+
+    def __init__(self, setup: NodeSetup) -> None:
+        self._setup, self._lock = setup, threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        folder = setup.folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._address, self._key = _socket_of(setup), _key_of(setup)
+        self._file = folder / f"{setup.node}.setup"
+
+    def __call__(self) -> Link:
+        """A new link; the process is started where nobody answers. `LinkLost` if it
+        does not come up."""
+        with self._lock:
+            link = self._connect()
+            if link is None:
+                self._start()
+                link = self._wait()
+            return link
+
+    def _connect(self) -> Link | None:
+        try:
+            # The client itself would wait for ever for a process that is stopped.
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1.0)
+                probe.connect(str(self._address))
+            return _SocketLink(Client(str(self._address), "AF_UNIX", authkey=self._key))
+        except (OSError, EOFError):
+            return None
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return  # on its way, or hanging
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_bytes(pickle.dumps(self._setup))
+        temporary.replace(self._file)
+        with self._file.with_suffix(".out").open("ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "foreserve.runtime.live", str(self._file)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env={k: v for k, v in os.environ.items() if k != MARK},
+            )
+
+    def _wait(self) -> Link:
+        clock = SystemClock()
+        process = self._process
+        while clock.now_s() < START_S:
+            link = self._connect()
+            if link is not None:
+                return link
+            if process is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.05)
+                    raise LinkLost(
+                        f"the agent of {self._setup.node!r} ended with code "
+                        f"{process.returncode}: see {self._file.with_suffix('.out')}"
+                    )
+        raise LinkLost(f"the agent of {self._setup.node!r} does not answer")
+
+
+class Local:
+    """Opens links to an agent in this process."""
+
+    def __init__(self, agent: NodeAgent) -> None:
+        self._agent = agent
+
+    def __call__(self) -> Link:
+        return self
+
+    def call(self, name: str, *args: Any, timeout_s: float) -> Any:
+        return dispatch(self._agent, name, args)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+Open = Callable[[], Link]

@@ -1,0 +1,81 @@
+"""An engine that only waits, and fails as told: for tests of what owns engines."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from foreserve.models.placement import ReplicaId
+from foreserve.models.problem import ReplicaOption
+from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting(EngineSettings):
+    """What goes wrong, by LLM."""
+
+    load_fails: dict[str, int] = field(default_factory=dict)
+    """How many loads of it fail in each agent's life."""
+    real_sleep: bool = True
+
+
+FAILED: dict[tuple[Path, str], int] = {}
+
+
+class WaitingEngine:
+    """Takes the option's times; dies when told."""
+
+    def __init__(
+        self, option: ReplicaOption, replica: ReplicaId, settings: Waiting
+    ) -> None:
+        self.option, self.replica, self.settings = option, replica, settings
+        self.url = f"http://127.0.0.1:9/r/{replica}"
+        self.served_name, self.max_num_seqs = replica.llm, option.concurrency
+        self.room_tokens = 1000
+        self.capabilities = Capabilities(real_sleep=settings.real_sleep)
+        self.up = self.hangs = self.stubborn = False
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        self._take(self.option.load_s)
+        done = FAILED.get((self.settings.folder, self.replica.llm), 0)
+        if done < self.settings.load_fails.get(self.replica.llm, 0):
+            FAILED[self.settings.folder, self.replica.llm] = done + 1
+            raise EngineFailed("no such weights")
+        self.up = True
+
+    def activate(self) -> None:
+        self._take(self.option.activate_s)
+
+    def quiesce(self) -> None:
+        self._take(self.option.activate_s)
+
+    def stop(self) -> None:
+        if not self.stubborn:
+            self.up = False
+        self._stopped.set()
+
+    def alive(self) -> bool:
+        if self.hangs:
+            self._stopped.wait()
+        return self.up
+
+    def memory_bytes(self) -> int | None:
+        return None
+
+    def _take(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise EngineFailed("stopped")
+
+
+ENGINES: dict[ReplicaId, WaitingEngine] = {}
+"""The last one made of each replica, in this process."""
+
+
+def make(
+    option: ReplicaOption, replica: ReplicaId, settings: EngineSettings
+) -> WaitingEngine:
+    assert isinstance(settings, Waiting)
+    ENGINES[replica] = WaitingEngine(option, replica, settings)
+    return ENGINES[replica]
