@@ -32,9 +32,8 @@ def solve(
     """As the chosen solver, whose name the report carries."""
     solver: Solver = scale.solve
     if options.lexicographic:
-        from foreserve.solvers import (
-            milp_solve,
-        )  # Pyomo, half a second, for nothing else here
+        # Pyomo takes half a second to import, and nothing else here needs it.
+        from foreserve.solvers import milp_solve
 
         solver = milp_solve.solve
     elif asks_for(problem):
