@@ -130,18 +130,57 @@ class Problems:
         horizon: int = 1,
     ) -> None:
         """``horizon``: how many epochs `window` looks ahead."""
-        self.scenario, self.horizon = scenario, horizon
-        self.seed = scenario.solver.seed if seed is None else seed
         trace = align(trace, tuple(llm.name for llm in scenario.models))
         lengths = request_lengths(scenario, trace, history)
-        self.fleet = build_fleet(scenario, lengths, perf)
-        busy = busy_s(self.fleet, trace)
+        fleet = build_fleet(scenario, lengths, perf)
+        busy = busy_s(fleet, trace)
         demand = bin_demand(trace, epoch_s=scenario.epoch, busy_s=busy)
+        self._set(scenario, fleet, demand, history, seed, horizon)
         self.count = demand.num_epochs
+
+    @classmethod
+    def so_far(
+        cls,
+        scenario: Scenario,
+        fleet: Fleet,
+        trace: Trace,
+        epochs: int,
+        *,
+        history: Demand | None = None,
+        horizon: int = 1,
+    ) -> Problems:
+        """Those of the epochs from number ``epochs`` on, after so many whole ones of
+        which ``trace`` has the requests; later ones are not looked at."""
+        problems = cls.__new__(cls)
+        trace = align(trace, tuple(llm.name for llm in scenario.models))
+        trace = trace.between(0.0, epochs * scenario.epoch)
+        demand = bin_demand(
+            trace,
+            epoch_s=scenario.epoch,
+            busy_s=busy_s(fleet, trace),
+            end_s=max(1, epochs) * scenario.epoch,
+        ).upto(epochs)
+        problems._set(scenario, fleet, demand, history, None, horizon)
+        problems.count = epochs + horizon
+        return problems
+
+    def _set(
+        self,
+        scenario: Scenario,
+        fleet: Fleet,
+        demand: Demand,
+        history: Demand | None,
+        seed: int | None,
+        horizon: int,
+    ) -> None:
+        self.scenario, self.fleet, self.horizon = scenario, fleet, horizon
+        self.seed = scenario.solver.seed if seed is None else seed
+        self._past = 0
         if history is not None:
             history = _fit_history(history, scenario).select(demand.llms)
+            self._past = history.num_epochs
             demand = history.then(demand)
-        self._demand, self._past = demand, demand.num_epochs - self.count
+        self._demand = demand
         perfect = scenario.forecast.method == "perfect"
         rule = None if perfect else get_rule(scenario.forecast.method)
         self._outlook = None if rule is None else Outlook(rule, demand, 1)

@@ -10,19 +10,20 @@ machine; limit its work, not its time, where runs must repeat.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
 from foreserve.models.observed import Observed
 from foreserve.models.placement import Placement
-from foreserve.models.plan import Epoch, Plan
+from foreserve.models.plan import Epoch, LlmDemand, Plan
 from foreserve.models.problem import Problem
 from foreserve.models.specs import GpuId
 from foreserve.planner.pipeline import Problems, demand_rows
 from foreserve.planner.policies.on_demand import planned
 from foreserve.planner.replan import Reason, in_system, replan_now
-from foreserve.planner.rolling import Rolling
+from foreserve.planner.rolling import Rolling, Step
 from foreserve.solvers.result import SolveOptions
 from foreserve.traces.forecast import Forecast
 
@@ -107,18 +108,12 @@ class RollingPolicy:
 
     def _solve(self, now_s: float, reasons: tuple[Reason, ...]) -> None:
         """Plan the epoch anew from what is in place."""
-        index, epochs = self._index, self.plan.epochs
+        index = self._index
         before = self._placed.without(self._lost)
-        forecast = self.problems.forecast(index)
-        for reason in reasons:
-            if reason.llm is not None:
-                forecast = _raised(forecast, self._row(reason.llm), reason.factor)
-        window = self.problems.window(index, before)
-        window[0] = replace(
-            self.problems.at(index, before, forecast),
-            epoch_s=max(1.0, epochs[index].end_s - now_s),
+        left_s = self.plan.epochs[index].end_s - now_s
+        step, demand = plan_epoch(
+            self._rolling, self.problems, index, left_s, before, reasons, self._lost
         )
-        step = self._rolling.step([self._without_lost(p) for p in window], before)
         self._solved_s = now_s
         placement, failed = before, step.report.message
         if step.schedule is not None:
@@ -126,9 +121,9 @@ class RollingPolicy:
         self.solves.append(
             Replanned(at_s=now_s, epoch=index, reasons=reasons, failed=failed)
         )
-        demand = demand_rows(window[0], forecast)
         self._placed = placement
-        self._take(replace(epochs[index], placement=placement, demand=demand))
+        epoch = self.plan.epochs[index]
+        self._take(replace(epoch, placement=placement, demand=demand))
 
     def _take(self, epoch: Epoch) -> None:
         epochs = list(self.plan.epochs)
@@ -136,17 +131,38 @@ class RollingPolicy:
         self.plan = replace(self.plan, epochs=tuple(epochs))
         self._rule = planned(self.plan, self._keep_alive_s)
 
-    def _without_lost(self, problem: Problem) -> Problem:
-        """``problem`` with the lost GPUs closed."""
-        if not self._lost:
-            return problem
-        rules = problem.fleet.rules
-        closed = tuple(sorted({*rules.closed, *self._lost}))
-        fleet = replace(problem.fleet, rules=replace(rules, closed=closed))
-        return replace(problem, fleet=fleet)
 
-    def _row(self, llm: str) -> int:
-        return [served.name for served in self.plan.fleet.llms].index(llm)
+def plan_epoch(
+    rolling: Rolling,
+    problems: Problems,
+    index: int,
+    left_s: float,
+    before: Placement,
+    reasons: Sequence[Reason] = (),
+    lost_gpus: frozenset[GpuId] = frozenset(),
+) -> tuple[Step, tuple[LlmDemand, ...]]:
+    """Plan what is left of epoch ``index``, and the window after it, from ``before``: with
+    the loads of LLMs that give a reason raised, and lost GPUs closed. The demand that the
+    first epoch was planned for comes with it."""
+    forecast = problems.forecast(index)
+    names = [llm.name for llm in problems.fleet.llms]
+    for reason in reasons:
+        if reason.llm is not None:
+            forecast = _raised(forecast, names.index(reason.llm), reason.factor)
+    window = problems.window(index, before)
+    window[0] = replace(problems.at(index, before, forecast), epoch_s=max(1.0, left_s))
+    step = rolling.step([_without(problem, lost_gpus) for problem in window], before)
+    return step, demand_rows(window[0], forecast)
+
+
+def _without(problem: Problem, lost_gpus: frozenset[GpuId]) -> Problem:
+    """``problem`` with the lost GPUs closed."""
+    if not lost_gpus:
+        return problem
+    rules = problem.fleet.rules
+    closed = tuple(sorted({*rules.closed, *lost_gpus}))
+    fleet = replace(problem.fleet, rules=replace(rules, closed=closed))
+    return replace(problem, fleet=fleet)
 
 
 def _raised(forecast: Forecast, row: int, factor: float) -> Forecast:
