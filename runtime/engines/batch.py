@@ -155,6 +155,11 @@ class Batch:
             self.waiting.remove(job)
         self._cut(now_s)
 
+    def change_time(self, time: IterationTime, now_s: float) -> None:
+        """What iterations take, from the next one on."""
+        self.time = time
+        self._cut(now_s)
+
     def advance(self, now_s: float) -> list[Job]:
         """Let everything happen up to and including ``now_s``; requests that got their
         first token or ended, in order."""

@@ -104,7 +104,10 @@ def _byte_letters() -> list[str]:
 
 
 def _weights(
-    config: dict[str, Any], family: Family, words: dict[str, int], rng: Any
+    config: dict[str, Any],
+    family: Family,
+    words: dict[str, int],
+    rng: np.random.Generator,
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head = config["head_dim"]
@@ -114,8 +117,8 @@ def _weights(
     )
 
     def drawn(rows: int, columns: int) -> NDArray[np.float32]:
-        scale = columns**-0.5
-        return (rng.standard_normal((rows, columns)) * scale).astype(np.float32)
+        values = rng.standard_normal((rows, columns)) * columns**-0.5
+        return np.asarray(values, np.float32)
 
     ones = np.ones(hidden, np.float32)
     yield "model.embed_tokens.weight", drawn(len(words), hidden) * np.float32(8)

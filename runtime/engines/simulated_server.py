@@ -1,0 +1,627 @@
+"""Simulated engines of one node behind one port: OpenAI servers that compute nothing.
+
+Engine ``n`` answers under ``/r/n`` as vLLM does at its root: text and chat completions,
+streamed or not, models, health, sleep, metrics. Its tokens come when the cost model says,
+in model seconds, of which ``--scale`` pass in a real one. Prompts count as many tokens as
+words, or as they have token ids; an answer is as long as ``max_tokens`` says, or else as
+the LLM's mean one, and says the same for the same prompt.
+
+Beside that ``POST /engines`` makes an engine, ``POST /r/n/load`` returns when its weights
+are there, ``POST /r/n/fail`` makes it fail, ``DELETE /r/n`` ends it. Bodies that answer
+tell under ``simulated`` when the engine got the request, gave its first and its last token,
+in its own seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import socket
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import httptools
+
+from foreserve.models.cost import IterationTime
+from foreserve.runtime.engines.batch import Batch, Job
+from foreserve.runtime.engines.series import Series
+from foreserve.runtime.engines.simulated import gibberish, seed_of, words
+
+MOST_BODY_BYTES = 64 * 1024**2
+REASONS = {
+    200: b"OK",
+    400: b"Bad Request",
+    404: b"Not Found",
+    405: b"Method Not Allowed",
+}
+REASONS |= {413: b"Content Too Large", 500: b"Internal Server Error"}
+REASONS |= {503: b"Service Unavailable"}
+
+
+class Refused(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """A request that is being answered."""
+
+    connection: Connection
+    job: Job
+    head: bytes
+    """Of every chunk, up to the text."""
+    tail: bytes
+    """Of every chunk but the last one with text, from the text on."""
+    seed: int
+    chat: bool
+    stream: bool
+    usage: bool
+    reason: str
+    said: int = 0
+    """Tokens that were streamed."""
+    begun: bool = False
+    """Its first token is there."""
+
+
+class Engine:
+    """One simulated engine: its life, its batch, and who is waiting for an answer."""
+
+    def __init__(self, node: Node, number: int, spec: dict[str, Any]) -> None:
+        self.node, self.number, self.spec = node, number, spec
+        self.name: str = spec["served_name"]
+        self.loaded = self.awake = self.hung = self.lies = False
+        self.factor = 1.0
+        self._time = IterationTime(**spec["time"])
+        self.series = Series(self.name)
+        self.batch = Batch(
+            self._time,
+            spec["room_tokens"],
+            max_num_seqs=spec["max_num_seqs"],
+            max_num_batched_tokens=spec["max_num_batched_tokens"],
+        )
+        self.answers: dict[Job, Answer] = {}
+        self.visitors: set[Connection] = set()
+        """Who waits for a load or a wake."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._pumped_s = 0.0
+
+    @property
+    def held_bytes(self) -> int:
+        """Held on each GPU."""
+        held = self.spec["resident_bytes"] if self.loaded else 0
+        return int(held + (self.spec["active_bytes"] if self.awake else 0))
+
+    def slow_down(self, factor: float) -> None:
+        """From the next iteration on everything takes so many times as long."""
+        self.batch.change_time(self._time.times(factor), self.node.now_s())
+        self.pump()
+
+    def submit(self, answer: Answer) -> None:
+        job, now_s = answer.job, answer.job.arrival_s
+        self._tell(self.batch.advance(now_s))
+        self.batch.submit(job)
+        self.answers[job] = answer
+        self._arm(now_s)
+
+    def leave(self, answer: Answer) -> None:
+        """Its client has gone."""
+        if self.answers.pop(answer.job, None) is None:
+            return
+        self.series.finished["abort"] += 1
+        now_s = self.node.now_s()
+        self._tell(self.batch.advance(now_s))
+        self.batch.cancel(answer.job, now_s)
+        self._arm(now_s)
+
+    def pump(self) -> None:
+        """Say everything that is due."""
+        if self.hung:
+            return
+        now_s = self.node.now_s()
+        self._tell(self.batch.advance(now_s))
+        for answer in self.answers.values():
+            if answer.stream:
+                given = self.batch.given(answer.job, now_s)
+                if given > answer.said:
+                    answer.connection.say(answer, given)
+        self._pumped_s = now_s
+        self._arm(now_s)
+
+    def stop(self) -> None:
+        """Cut everybody off."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.hung = True
+        for answer in list(self.answers.values()):
+            answer.connection.abort()
+        for visitor in self.visitors:
+            visitor.abort()
+        self.answers.clear()
+
+    def _tell(self, changed: list[Job]) -> None:
+        for job in changed:
+            answer = self.answers.get(job)
+            if answer is None:
+                continue
+            assert job.first_s is not None
+            if not answer.begun:
+                answer.begun = True
+                seen = self.series.histograms["time_to_first_token_seconds"]
+                seen.observe(job.first_s - job.arrival_s)
+            if job.end_s is None:
+                if answer.stream:
+                    answer.connection.say(answer, job.given)
+                continue
+            del self.answers[job]
+            self.series.finished[answer.reason] += 1
+            joined_s = job.joined_s or job.arrival_s
+            self.series.finish(
+                joined_s - job.arrival_s,
+                job.first_s - joined_s,
+                job.end_s - job.first_s,
+                job.given,
+            )
+            answer.connection.end(answer)
+
+    def _arm(self, now_s: float) -> None:
+        """Come back when something is due: at once for what changes the batch, and no
+        more often than a tick for what only goes on."""
+        if self._timer is not None:
+            self._timer.cancel()
+        due_s = self.batch.event_s
+        if due_s == float("inf"):
+            self._timer = None
+            return
+        if any(answer.stream for answer in self.answers.values()):
+            pause_s = self.node.tick_s * self.node.scale
+            token_s = max(self.batch.token_s(now_s), self._pumped_s + pause_s)
+            due_s = min(due_s, token_s)
+        self._timer = self.node.loop.call_at(self.node.real_s(due_s), self.pump)
+
+    def metrics(self) -> str:
+        self._tell(self.batch.advance(self.node.now_s()))
+        batch, totals = self.batch, self.batch.totals
+        gaps = self.series.histograms["inter_token_latency_seconds"]
+        for seconds, count in totals.gaps:
+            gaps.observe(seconds, count)
+        totals.gaps.clear()
+        return self.series.text(
+            {
+                "num_requests_running": len(batch.running),
+                "num_requests_waiting": len(batch.waiting),
+                "kv_cache_usage_perc": 1 - batch.free / batch.blocks,
+            },
+            {
+                "prompt_tokens": totals.prompt_tokens,
+                "generation_tokens": totals.given_tokens,
+                "num_preemptions": totals.preemptions,
+                "prefix_cache_queries": 0,
+                "prefix_cache_hits": 0,
+            },
+            asleep=not self.awake,
+        )
+
+
+class Node:
+    """The engines of one node, and their time."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, scale: float, tick_s: float
+    ) -> None:
+        self.loop, self.scale, self.tick_s = loop, scale, tick_s
+        self._start_s = loop.time()
+        self.engines: dict[int, Engine] = {}
+        self.made = self.answers = 0
+        """Engines and answers until now."""
+        self.load_failures: Counter[str] = Counter()
+
+    def now_s(self) -> float:
+        return (self.loop.time() - self._start_s) * self.scale
+
+    def real_s(self, model_s: float) -> float:
+        return self._start_s + model_s / self.scale
+
+
+class Connection(asyncio.Protocol):
+    """One client connection; one request at a time."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._answer: tuple[Engine, Answer] | None = None
+        self._later: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport
+        self._parser = httptools.HttpRequestParser(self)
+        self._url, self._size = b"", 0
+        self._body: list[bytes] = []
+        self._keep_alive = True
+
+    # --- asyncio and httptools -----------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._later is not None:
+            self._later.cancel()
+        if self._answer is not None:
+            engine, answer = self._answer
+            self._answer = None
+            engine.leave(answer)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            raise  # Our own fault: asyncio says so, and closes the connection.
+        except httptools.HttpParserError:
+            self.abort()
+
+    def on_message_begin(self) -> None:
+        self._url, self._body, self._size = b"", [], 0
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_body(self, body: bytes) -> None:
+        self._size += len(body)
+        if self._size > MOST_BODY_BYTES:
+            self.abort()
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._answer is not None or self._later is not None:
+            self.abort()  # Nobody we know sends the next request before the answer.
+            return
+        self._keep_alive = self._parser.should_keep_alive()
+        try:
+            self._route(
+                self._parser.get_method().decode(),
+                self._url.split(b"?")[0].decode("latin-1"),
+                b"".join(self._body),
+            )
+        except Refused as refused:
+            self._refuse(refused)
+        except (KeyError, TypeError, ValueError) as error:
+            self._refuse(Refused(400, f"{type(error).__name__}: {error}"))
+
+    # --- routes --------------------------------------------------------------------------
+
+    def _route(self, method: str, path: str, body: bytes) -> None:
+        node = self.node
+        if path.startswith("/r/"):
+            number, _, rest = path[3:].partition("/")
+            engine = node.engines.get(int(number)) if number.isdigit() else None
+            if engine is None:
+                self.abort()  # As where no process listens any more.
+                return
+            if engine.hung and rest != "fail" and method != "DELETE":
+                self._later = node.loop.call_later(3600, self.abort)
+                return
+            self._route_engine(engine, method, rest, body)
+        elif (method, path) == ("POST", "/engines"):
+            engine = Engine(node, node.made, _object(body))
+            node.engines[node.made] = engine
+            node.made += 1
+            self._json({"number": engine.number})
+        elif (method, path) == ("POST", "/fail"):
+            what = _object(body)
+            node.load_failures[what["llm"]] += what.get("times", 1)
+            self._json({})
+        elif (method, path) == ("GET", "/health"):
+            self._json({})
+        else:
+            raise Refused(404, "Not Found")
+
+    def _route_engine(
+        self, engine: Engine, method: str, path: str, body: bytes
+    ) -> None:
+        routes: dict[tuple[str, str], Callable[[Engine, bytes], None]] = {
+            ("POST", "v1/completions"): partial(self._complete, chat=False),
+            ("POST", "v1/chat/completions"): partial(self._complete, chat=True),
+            ("POST", "load"): self._load,
+            ("POST", "fail"): self._fail,
+            ("POST", "sleep"): self._sleep,
+            ("POST", "wake_up"): self._wake,
+            ("DELETE", ""): self._delete,
+            ("GET", "v1/models"): self._models,
+            ("GET", "health"): lambda engine, _: self._json({}),
+            ("GET", "version"): lambda engine, _: self._json({"version": "simulated"}),
+            ("GET", "memory"): lambda engine, _: self._json(
+                {"bytes": engine.held_bytes}
+            ),
+            ("GET", "is_sleeping"): lambda engine, _: self._json(
+                {"is_sleeping": not engine.awake}
+            ),
+            ("GET", "metrics"): lambda engine, _: self._send(
+                200, engine.metrics().encode(), b"text/plain; version=0.0.4"
+            ),
+        }
+        route = routes.get((method, path))
+        if route is None:
+            raise Refused(404, "Not Found")
+        if not engine.loaded and path not in ("load", "fail", "memory", ""):
+            raise Refused(503, "the engine is still loading")
+        route(engine, body)
+
+    def _load(self, engine: Engine, body: bytes) -> None:
+        failures = self.node.load_failures
+
+        def done() -> None:
+            if failures[engine.name] > 0:
+                failures[engine.name] -= 1
+                del self.node.engines[engine.number]
+                self._refuse(Refused(500, "the load failed, as it was asked to"))
+                return
+            engine.loaded = True
+            self._json({})
+
+        self._after(engine, engine.spec["load_s"] * engine.factor, done)
+
+    def _wake(self, engine: Engine, body: bytes) -> None:
+        def done() -> None:
+            engine.awake = True
+            self._json({})
+
+        seconds = 0.0 if engine.awake else engine.spec["activate_s"]
+        self._after(engine, seconds, done)
+
+    def _sleep(self, engine: Engine, body: bytes) -> None:
+        for answer in list(engine.answers.values()):
+            answer.connection.abort()
+        engine.awake = False
+        self._json({})
+
+    def _delete(self, engine: Engine, body: bytes) -> None:
+        del self.node.engines[engine.number]
+        engine.stop()
+        self._json({})
+
+    def _fail(self, engine: Engine, body: bytes) -> None:
+        what = _object(body)
+        if what["kind"] == "die":
+            del self.node.engines[engine.number]
+            engine.stop()
+        elif what["kind"] == "hang":
+            engine.hung = True
+        elif what["kind"] == "gibberish":
+            engine.lies = True
+        elif what["kind"] == "slow":
+            engine.factor = float(what["factor"])
+            engine.slow_down(engine.factor)
+        else:
+            raise Refused(400, "kind: expected die, hang, gibberish or slow")
+        self._json({})
+
+    def _models(self, engine: Engine, body: bytes) -> None:
+        card = {
+            "id": engine.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "foreserve",
+            "max_model_len": engine.spec["room_tokens"],
+        }
+        self._json({"object": "list", "data": [card]})
+
+    def _complete(self, engine: Engine, body: bytes, *, chat: bool) -> None:
+        asked = _object(body)
+        if asked.get("model") != engine.name:
+            raise Refused(404, f"The model `{asked.get('model')}` does not exist.")
+        if not engine.awake:
+            raise Refused(503, "the engine sleeps")
+        if asked.get("n") not in (None, 1):
+            raise Refused(400, "n: only 1 is simulated")
+        tokens, text = _prompt(asked, chat)
+        seed = seed_of(engine.name, text)
+        wanted = asked.get("max_completion_tokens") or asked.get("max_tokens")
+        length = int(wanted or max(1, round(engine.spec["output_tokens"])))
+        stream = bool(asked.get("stream"))
+        options = asked.get("stream_options") or {}
+        job = Job(tokens, max(1, length), arrival_s=self.node.now_s())
+        if not engine.batch.fits(job):
+            raise Refused(
+                400,
+                f"{tokens} prompt tokens and {length} more do not fit into "
+                f"{engine.spec['room_tokens']}",
+                "context_length_exceeded",
+            )
+        head, tail = _frame(engine, chat, stream)
+        answer = Answer(
+            connection=self,
+            job=job,
+            head=head,
+            tail=tail,
+            seed=gibberish(seed) if engine.lies else seed,
+            chat=chat,
+            stream=stream,
+            usage=bool(options.get("include_usage")),
+            reason="length" if wanted else "stop",
+        )
+        self._answer = engine, answer
+        engine.submit(answer)
+
+    # --- answers -------------------------------------------------------------------------
+
+    def say(self, answer: Answer, given: int) -> None:
+        """Stream what it has beyond what was said; its last token is for `end`."""
+        text = words(answer.seed, answer.said, given).encode()
+        begin = self._begin_stream(answer) if answer.said == 0 else b""
+        self._transport.write(begin + _chunk(answer.head + text + answer.tail))
+        answer.said = given
+
+    def end(self, answer: Answer) -> None:
+        """All of it is there."""
+        self._answer = None
+        job = answer.job
+        usage = {
+            "prompt_tokens": job.input_tokens,
+            "completion_tokens": job.given,
+            "total_tokens": job.input_tokens + job.given,
+        }
+        times = {
+            "arrival_s": job.arrival_s,
+            "joined_s": job.joined_s,
+            "first_token_s": job.first_s,
+            "end_s": job.end_s,
+            "preemptions": job.preemptions,
+        }
+        text = words(answer.seed, answer.said, job.given).encode()
+        reason = b'"finish_reason":"%s"' % answer.reason.encode()
+        last = answer.tail.replace(b'"finish_reason":null', reason)
+        if not answer.stream:
+            extra = json.dumps({"usage": usage, "simulated": times}).encode()
+            self._send(200, answer.head + text + last + b"," + extra[1:])
+            return
+        begin = self._begin_stream(answer) if answer.said == 0 else b""
+        parts = [begin, _chunk(answer.head + text + last)]
+        if answer.usage:
+            extra = json.dumps({"usage": usage, "simulated": times}).encode()
+            opening = answer.head[: answer.head.index(b'"choices":')]
+            parts.append(_chunk(opening + b'"choices":[],' + extra[1:] + b"\n\n"))
+        parts.append(_chunk(b"data: [DONE]\n\n"))
+        parts.append(b"0\r\n\r\n")
+        self._transport.write(b"".join(parts))
+        self._rest()
+
+    def _begin_stream(self, answer: Answer) -> bytes:
+        head = (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+            b"cache-control: no-cache\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        if not answer.chat:
+            return head
+        role = answer.head.replace(b'"delta":{', b'"delta":{"role":"assistant",')
+        return head + _chunk(role + answer.tail)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def _after(
+        self, engine: Engine, model_s: float, callback: Callable[[], None]
+    ) -> None:
+        def done() -> None:
+            self._later = None
+            engine.visitors.discard(self)
+            callback()
+
+        engine.visitors.add(self)
+        self._later = self.node.loop.call_later(model_s / self.node.scale, done)
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode())
+
+    def _refuse(self, refused: Refused) -> None:
+        kind = "invalid_request_error" if refused.status < 500 else "engine_error"
+        error = {
+            "message": str(refused),
+            "type": kind,
+            "param": None,
+            "code": refused.code,
+        }
+        self._send(refused.status, json.dumps({"error": error}).encode())
+
+    def _send(
+        self, status: int, body: bytes, kind: bytes = b"application/json"
+    ) -> None:
+        self._transport.write(
+            b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n%s"
+            % (status, REASONS[status], kind, len(body), body)
+        )
+        self._rest()
+
+    def _rest(self) -> None:
+        """The request is answered."""
+        if not self._keep_alive:
+            self._transport.close()
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError as error:
+        raise Refused(400, f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Refused(400, "expected a JSON object")
+    return value
+
+
+def _prompt(asked: dict[str, Any], chat: bool) -> tuple[int, str]:
+    """How many tokens it has, and what it says."""
+    if not chat:
+        prompt = asked.get("prompt")
+        if isinstance(prompt, str) and prompt:
+            return prompt.count(" ") + 1, prompt
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return len(prompt), str(prompt[:16])
+        raise Refused(400, "prompt: expected a text, or a list of token ids")
+    messages = asked.get("messages")
+    if not (isinstance(messages, list) and messages):
+        raise Refused(400, "messages: expected a list")
+    texts = [m.get("content") for m in messages if isinstance(m, dict)]
+    told = [text for text in texts if isinstance(text, str)]
+    if len(told) < len(messages):
+        raise Refused(400, "messages: each needs a text as content")
+    return sum(text.count(" ") + 1 for text in told), "\n".join(told)
+
+
+def _frame(engine: Engine, chat: bool, stream: bool) -> tuple[bytes, bytes]:
+    """What stands before and after the text in a chunk, or in the whole answer."""
+    name = json.dumps(engine.name)
+    engine.node.answers += 1
+    ident = f"{'chatcmpl' if chat else 'cmpl'}-{engine.number}-{engine.node.answers}"
+    kind = "chat.completion" if chat else "text_completion"
+    if stream:
+        kind += ".chunk" if chat else ""
+    opening = (
+        f'{{"id":"{ident}","object":"{kind}","created":0,"model":{name},"choices":['
+    )
+    if not chat:
+        head, tail = '{"index":0,"text":"', '","logprobs":null,"finish_reason":null}]'
+    elif stream:
+        head, tail = (
+            '{"index":0,"delta":{"content":"',
+            '"},"logprobs":null,"finish_reason":null}]',
+        )
+    else:
+        head = '{"index":0,"message":{"role":"assistant","content":"'
+        tail = '"},"logprobs":null,"finish_reason":null}]'
+    if stream:
+        return f"data: {opening}{head}".encode(), f"{tail}}}\n\n".encode()
+    return f"{opening}{head}".encode(), tail.encode()
+
+
+async def serve(listener: socket.socket, scale: float, tick_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    node = Node(loop, scale, tick_s)
+    server = await loop.create_server(lambda: Connection(node), sock=listener)
+    asked = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, asked.set)
+    async with server:
+        await asked.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--tick-ms", type=float, default=1.0)
+    given = parser.parse_args()
+    listener = socket.socket(fileno=given.fd)
+    asyncio.run(serve(listener, given.scale, given.tick_ms / 1000))
+
+
+if __name__ == "__main__":
+    main()
