@@ -92,7 +92,7 @@ class Waiter:
     """At least so many tokens of KV memory are needed, for certain."""
     likely_tokens: int
     """What it will probably need; an estimate."""
-    wake: Callable[[], None]
+    wake: Callable[[], object]
     """Called when ``seat`` or ``never`` was set after `RoutingTable.join`."""
     seat: Seat | None = None
     taken_s: float = 0.0
@@ -210,6 +210,12 @@ class RoutingTable:
             if llm is not None:
                 return len(self._lanes[llm].seats) if llm in self._lanes else 0
             return sum(len(lane.seats) for lane in self._lanes.values())
+
+    def room_tokens(self, llm: str) -> int:
+        """KV room of the replica of ``llm`` that has most."""
+        with self._lock:
+            seats = self._lanes[llm].seats if llm in self._lanes else []
+            return max((seat.replica.room_tokens for seat in seats), default=0)
 
     def held(self) -> Mapping[str, int]:
         """Requests that wait here, by LLM."""
@@ -352,7 +358,7 @@ class RoutingTable:
         waiter.seat, waiter.taken_s = seat, now_s
         return True
 
-    def _serve(self, llm: str) -> list[Callable[[], None]]:
+    def _serve(self, llm: str) -> list[Callable[[], object]]:
         """Seat those who wait, in their order; what to call once the lock is free."""
         lane = self._lane(llm)
         now_s = self.now_s()
@@ -371,7 +377,7 @@ class RoutingTable:
             lane.refused.clear()
         return told
 
-    def _told(self, llm: str, said_s: float, was_s: float) -> Callable[[], None]:
+    def _told(self, llm: str, said_s: float, was_s: float) -> Callable[[], object]:
         return lambda: self.predicted(llm, said_s, was_s)
 
     @staticmethod

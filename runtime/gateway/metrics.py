@@ -1,0 +1,160 @@
+"""What passes through, in numbers: vLLM's names where it has them, ours beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+# The edges that vLLM uses, so that dashboards and quantiles agree.
+TTFT = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5),
+    *(7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+PER_TOKEN = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5),
+    *(7.5, 10, 20, 40, 80),
+)
+REQUEST = (
+    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480),
+    *(960, 1920, 7680),
+)
+
+ENGINE = "gateway"
+"""The ``engine`` label of vLLM's series: not to be added to those of the engines."""
+
+
+class _Counts(Collector):
+    """Gauges whose values are asked for when they are read."""
+
+    def __init__(
+        self,
+        running: Callable[[], Mapping[str, int]],
+        held: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self._running, self._held = running, held
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for name, text, counts, engine in (
+            ("vllm:num_requests_running", "Requests at engines.", self._running, True),
+            ("vllm:num_requests_waiting", "Requests held here.", self._held, True),
+            ("foreserve_held_requests", "Requests held here.", self._held, False),
+        ):
+            labels = ["model_name", "engine"] if engine else ["model_name"]
+            family = GaugeMetricFamily(name, text, labels=labels)
+            for llm, count in sorted(counts().items()):
+                family.add_metric([llm, ENGINE] if engine else [llm], count)
+            yield family
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []
+
+
+class LlmMetrics:
+    """The series of one LLM and class, looked up once."""
+
+    def __init__(self, metrics: Metrics, llm: str, slo_class: str) -> None:
+        self.llm, self.slo_class = llm, slo_class
+        self._metrics = metrics
+        vllm, ours = (llm, ENGINE), (llm, slo_class)
+        self.ttft = metrics.ttft.labels(*vllm)
+        self.itl = metrics.itl.labels(*vllm)
+        self.tpot = metrics.tpot.labels(*vllm)
+        self.e2e = metrics.e2e.labels(*vllm)
+        self.queued = metrics.queued.labels(*vllm)
+        self.our_ttft = metrics.our_ttft.labels(*ours)
+        self.our_tpot = metrics.our_tpot.labels(*ours)
+        self.wait = metrics.wait.labels(*ours)
+        self.attained = metrics.attained.labels(*ours)
+
+    def answered(self, code: int) -> None:
+        self._metrics.requests.labels(self.llm, self.slo_class, str(code)).inc()
+
+    def tokens(self, prompt: int, generated: int) -> None:
+        for count, counter, kind in (
+            (prompt, self._metrics.prompt, "prompt"),
+            (generated, self._metrics.generated, "generation"),
+        ):
+            if count > 0:
+                counter.labels(self.llm, ENGINE).inc(count)
+                ours = self._metrics.tokens.labels(self.llm, self.slo_class, kind)
+                ours.inc(count)
+
+    def success(self, finish_reason: str) -> None:
+        self._metrics.success.labels(self.llm, ENGINE, finish_reason).inc()
+
+
+class Metrics:
+    """The gateway's series, in a registry to which others may add theirs."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        vllm, ours = ("model_name", "engine"), ("model_name", "slo_class")
+        self.ttft = self._histogram("vllm:time_to_first_token_seconds", vllm, TTFT)
+        self.itl = self._histogram("vllm:inter_token_latency_seconds", vllm, PER_TOKEN)
+        self.tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds", vllm, PER_TOKEN
+        )
+        self.e2e = self._histogram("vllm:e2e_request_latency_seconds", vllm, REQUEST)
+        self.queued = self._histogram("vllm:request_queue_time_seconds", vllm, REQUEST)
+        self.prompt = self._counter("vllm:prompt_tokens_total", vllm)
+        self.generated = self._counter("vllm:generation_tokens_total", vllm)
+        self.success = self._counter(
+            "vllm:request_success_total", (*vllm, "finished_reason")
+        )
+        self.requests = self._counter("foreserve_requests_total", (*ours, "code"))
+        self.attained = self._counter("foreserve_slo_attained_total", ours)
+        self.tokens = self._counter("foreserve_tokens_total", (*ours, "kind"))
+        self.our_ttft = self._histogram("foreserve_gateway_ttft_seconds", ours, TTFT)
+        self.our_tpot = self._histogram(
+            "foreserve_gateway_tpot_seconds", ours, PER_TOKEN
+        )
+        self.wait = self._histogram("foreserve_wait_seconds", ours, TTFT)
+        self.retry_after = self._histogram(
+            "foreserve_retry_after_seconds", ("model_name",), REQUEST
+        )
+        self.retry_error = self._histogram(
+            "foreserve_retry_after_abs_error_seconds", ("model_name",), TTFT
+        )
+        self._of: dict[tuple[str, str], LlmMetrics] = {}
+
+    def watch(
+        self,
+        running: Callable[[], Mapping[str, int]],
+        held: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """Where the counts of requests by LLM come from."""
+        self.registry.register(_Counts(running, held))
+
+    def of(self, llm: str, slo_class: str) -> LlmMetrics:
+        """``llm`` is one that there is: names out of requests are no labels."""
+        found = self._of.get((llm, slo_class))
+        if found is None:
+            found = self._of[llm, slo_class] = LlmMetrics(self, llm, slo_class)
+        return found
+
+    def text(self) -> bytes:
+        """The exposition format of Prometheus."""
+        return generate_latest(self.registry)
+
+    def _histogram(
+        self, name: str, labels: tuple[str, ...], edges: tuple[float, ...]
+    ) -> Histogram:
+        return Histogram(
+            name, _help(name), labels, buckets=edges, registry=self.registry
+        )
+
+    def _counter(self, name: str, labels: tuple[str, ...]) -> Counter:
+        return Counter(name, _help(name), labels, registry=self.registry)
+
+
+def _help(name: str) -> str:
+    words = name.removeprefix("foreserve_").removeprefix("vllm:").replace("_", " ")
+    return f"Seen by the gateway: {words}."
