@@ -1,0 +1,309 @@
+"""Planning while serving: the policy of a live cluster.
+
+Each epoch is planned from the requests that have come so far, in a thread of its own (the
+solver in a child process), so that the controller never waits for it. What comes out is a
+proposal. In mode ``automatic`` it is carried out as soon as it is there, in ``recommend``
+once somebody has approved it, in ``observe`` never. A proposal that is late, failed or
+infeasible changes nothing: the plan before stays, and says so. The requests of the moment
+are seen to by the on-demand rule on top of the current plan, as in the simulator.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Literal
+
+import numpy as np
+
+from foreserve import __version__
+from foreserve.models.codec import digest
+from foreserve.models.observed import Observed
+from foreserve.models.placement import Placement
+from foreserve.models.plan import Epoch, LlmDemand, Plan, SolverInfo
+from foreserve.models.problem import Fleet
+from foreserve.models.specs import GpuId
+from foreserve.planner.pipeline import Problems, solve_options
+from foreserve.planner.policies.on_demand import planned
+from foreserve.planner.policies.rolling import REST_S, plan_epoch
+from foreserve.planner.replan import Reason, in_system, replan_now
+from foreserve.planner.rolling import Rolling
+from foreserve.planner.scenario import Scenario
+from foreserve.solvers.result import SolveReport
+from foreserve.traces.trace import Demand, Trace
+
+Mode = Literal["observe", "recommend", "automatic"]
+
+
+class Arrivals:
+    """The requests that have come, in order of arrival; any thread may add."""
+
+    def __init__(self, llms: Sequence[str]) -> None:
+        self._number = {llm: i for i, llm in enumerate(llms)}
+        self._rows: list[tuple[float, int, int, int]] = []
+        self._lock = threading.Lock()
+
+    def add(
+        self, arrival_s: float, llm: str, input_tokens: int, output_tokens: int
+    ) -> None:
+        """One request; of an LLM that is not served here it is not kept."""
+        if llm in self._number:
+            row = (arrival_s, self._number[llm], input_tokens, max(1, output_tokens))
+            with self._lock:
+                self._rows.append(row)
+
+    def trace(self) -> Trace:
+        with self._lock:
+            rows = sorted(self._rows)
+        columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+        return Trace(
+            arrival_s=np.array(columns[0], dtype=np.float64),
+            llm=np.array(columns[1], dtype=np.int32),
+            llms=tuple(self._number),
+            input_tokens=np.maximum(1, np.array(columns[2], dtype=np.int32)),
+            output_tokens=np.array(columns[3], dtype=np.int32),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What one solve has come to."""
+
+    id: str
+    """Of what it would place; "" where there is nothing."""
+    epoch: int
+    at_s: float
+    """When the solve began."""
+    took_s: float
+    reasons: tuple[Reason, ...]
+    """Why it was planned within the epoch; () at its start."""
+    placement: Placement | None
+    demand: tuple[LlmDemand, ...]
+    report: SolveReport | None
+    failed: str = ""
+    """Why there is no placement, or why it came to nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    epoch: int
+    at_s: float
+    reasons: tuple[Reason, ...]
+    before: Placement
+    lost_gpus: frozenset[GpuId]
+
+
+class LivePolicy:
+    """A `Policy` of the runtime's controller, for one thread that decides; `approve`,
+    `set_mode` and the properties may be used from any. A context manager."""
+
+    name = "live"
+
+    def __init__(
+        self,
+        *,
+        scenario: Scenario,
+        fleet: Fleet,
+        arrivals: Arrivals,
+        wake: Callable[[], None],
+        now_s: Callable[[], float],
+        mode: Mode = "automatic",
+        history: Demand | None = None,
+        first: Plan | None = None,
+        keep_alive_s: float = 30.0,
+    ) -> None:
+        """``wake`` ends the controller's wait; ``first``: what to follow until the first
+        proposal is carried out (its epochs, repeated), else nothing is planned then."""
+        self.scenario, self.fleet, self.arrivals = scenario, fleet, arrivals
+        self.mode: Mode = mode
+        self.generation = 0
+        """Raised with every proposal that is carried out."""
+        self.proposals: list[Proposal] = []
+        """All of them, the latest last."""
+        self.pending: Proposal | None = None
+        """Waits for approval."""
+        self._history, self._keep_alive_s = history, keep_alive_s
+        self._wake, self._now_s = wake, now_s
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._ready: Proposal | None = None
+        self._approved: Proposal | None = None
+        self._index, self._asked_s = -1, -math.inf
+        self._peaks: dict[str, float] = {}
+        self._first = first
+        self.plan = self._plan(0, Placement() if first is None else None, ())
+        self._rule = planned(self.plan, keep_alive_s)
+        self._thread = threading.Thread(target=self._work, name="planner", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> LivePolicy:
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        self._jobs.put(None)
+        self._thread.join(timeout=5.0)
+
+    def next_review_s(self, now_s: float) -> float:
+        end_s = (math.floor(now_s / self.scenario.epoch) + 1) * self.scenario.epoch
+        return min(self._rule.next_review_s(now_s), end_s)
+
+    def decide(self, now_s: float, observed: Observed) -> Placement:
+        index = math.floor(now_s / self.scenario.epoch)
+        for llm, count in in_system(observed).items():
+            self._peaks[llm] = max(count, self._peaks.get(llm, 0.0))
+        self._adopt(index)
+        if index != self._index:
+            self._index, self._peaks = index, {}
+            self._ask(now_s, (), observed)
+        else:
+            epoch = self.plan.at(now_s)
+            lost = observed.lost_gpus
+            reasons = replan_now(self.fleet, epoch, self._peaks, lost)
+            if reasons and now_s >= self._asked_s + REST_S:
+                self._ask(now_s, reasons, observed)
+                self._peaks = {}
+        return self._rule.decide(now_s, observed)
+
+    def approve(self, plan_id: str) -> bool:
+        """Carry out the pending proposal, if it is this one; whether it is."""
+        with self._lock:
+            if self.pending is None or self.pending.id != plan_id:
+                return False
+            self._approved, self.pending = self.pending, None
+        self._wake()
+        return True
+
+    def set_mode(self, mode: Mode) -> None:
+        self.mode = mode
+        self._wake()
+
+    def _ask(
+        self, now_s: float, reasons: tuple[Reason, ...], observed: Observed
+    ) -> None:
+        self._asked_s = now_s
+        lost = observed.lost_gpus
+        before = self.plan.at(now_s).placement.without(lost)
+        self._jobs.put(
+            _Job(
+                epoch=self._index,
+                at_s=now_s,
+                reasons=reasons,
+                before=before,
+                lost_gpus=lost,
+            )
+        )
+
+    def _adopt(self, index: int) -> None:
+        """Carry out what is ready, or was approved, if it is of this epoch."""
+        with self._lock:
+            ready, self._ready = self._ready, None
+            chosen, self._approved = self._approved, None
+            if ready is not None and ready.placement is not None:
+                if self.mode == "automatic":
+                    chosen = ready
+                elif self.mode == "recommend":
+                    self.pending = ready
+        if chosen is None or chosen.placement is None:
+            return
+        # What was approved is wanted, however old it is; what comes late by itself is not.
+        if chosen is ready and chosen.epoch < index:
+            late = replace(chosen, failed="came after its epoch; the plan before stays")
+            self.proposals[self.proposals.index(chosen)] = late
+            return
+        self.generation += 1
+        self.plan = self._plan(index, chosen.placement, chosen.demand)
+        self._rule = planned(self.plan, self._keep_alive_s)
+
+    def _plan(
+        self, index: int, placement: Placement | None, demand: tuple[LlmDemand, ...]
+    ) -> Plan:
+        """A plan that holds ``placement`` from epoch ``index`` on; None: the first one."""
+        if placement is None:
+            assert self._first is not None
+            return self._first
+        epoch_s = self.scenario.epoch
+        part = self.scenario.solver
+        return Plan(
+            foreserve_version=__version__,
+            fleet=self.fleet,
+            epochs=(
+                Epoch(
+                    start_s=index * epoch_s,
+                    end_s=(index + 1) * epoch_s,
+                    placement=placement,
+                    demand=demand,
+                ),
+            ),
+            solver=SolverInfo(
+                name=part.name,
+                version=__version__,
+                seed=part.seed,
+                threads=part.threads,
+                time_limit_s=part.time_limit,
+                gap=part.gap,
+            ),
+            forecaster=self.scenario.forecast.method,
+        )
+
+    def _work(self) -> None:
+        """The planner's thread: one solve after another, of the latest question only."""
+        part = self.scenario.solver
+        options = solve_options(self.scenario)
+        with Rolling(part.name, options, part.horizon) as rolling:
+            while (job := self._jobs.get()) is not None:
+                while not self._jobs.empty():
+                    later = self._jobs.get()
+                    if later is None:
+                        return
+                    job = later
+                proposal = self._solve(rolling, job)
+                self.proposals.append(proposal)
+                with self._lock:
+                    self._ready = proposal
+                self._wake()
+
+    def _solve(self, rolling: Rolling, job: _Job) -> Proposal:
+        placement: Placement | None = None
+        demand: tuple[LlmDemand, ...] = ()
+        report: SolveReport | None = None
+        failed = ""
+        try:
+            problems = Problems.so_far(
+                self.scenario,
+                self.fleet,
+                self.arrivals.trace(),
+                job.epoch,
+                history=self._history,
+                horizon=self.scenario.solver.horizon,
+            )
+            left_s = (job.epoch + 1) * self.scenario.epoch - job.at_s
+            step, demand = plan_epoch(
+                rolling,
+                problems,
+                job.epoch,
+                left_s,
+                job.before,
+                job.reasons,
+                job.lost_gpus,
+            )
+            report = step.report
+            if step.schedule is None:
+                failed = f"{report.status.value} {report.message}".strip()
+            else:
+                placement = step.schedule[0]
+        except Exception as error:  # a planner that fails must not end the serving
+            failed = f"{type(error).__name__}: {error}"
+        return Proposal(
+            id="" if placement is None else digest(placement)[:12],
+            epoch=job.epoch,
+            at_s=job.at_s,
+            took_s=self._now_s() - job.at_s,
+            reasons=job.reasons,
+            placement=placement,
+            demand=demand,
+            report=report,
+            failed=failed,
+        )
