@@ -143,12 +143,16 @@ def test_a_whole_life(made, tmp_path):
 
 
 def test_refuses_what_does_not_fit(made):
-    """50 serve and 30 are loaded: another 30 would make 110, whatever anybody believes."""
+    """50 serve and 30 are loaded: another 30 would make 110, whatever anybody believes. It
+    may be asked for again after a while, however often."""
     owner = made()
     owner.serve(A)
     owner("load", B)
-    assert "30 bytes asked, 20 are free" in owner("load", C)
+    for _ in range(4):
+        assert "30 bytes asked, 20 are free" in owner("load", C)
+        owner.until(lambda r: r.troubles[0].retry_in_s == 0.0)
     assert owner.phases().keys() == {"a", "b"}
+    assert owner.agent.report().troubles[0].failures == 2
 
 
 def test_books_the_peak_at_once(made):

@@ -241,8 +241,8 @@ class NodeAgent:
         try:
             self._ledger.hold(key.gpus, held - life.held_bytes)
         except OverCommitted as error:
-            if order.kind == "load":
-                self._failed(key, str(error), settled=False)
+            # Whoever asked believes in other books than these: not again at once.
+            self._failed(key, str(error), most=self._patience.tries - 1)
             raise
         life.held_bytes = held
         self._log.append(
@@ -277,7 +277,7 @@ class NodeAgent:
         try:
             engine = self._make(option, key)
         except Exception as error:  # the factory is somebody else's code
-            self._failed(key, _line(error), settled=False)
+            self._failed(key, _line(error))
             raise ForeserveError(f"{key}: no engine: {_line(error)}") from error
         return _Life(
             id=key,
@@ -380,9 +380,19 @@ class NodeAgent:
             del self._lives[life.id]
             self._enter(life, None, lost=failed, reason=reason)
 
-    def _failed(self, key: ReplicaId, reason: str, *, settled: bool) -> None:
+    def _failed(
+        self,
+        key: ReplicaId,
+        reason: str,
+        *,
+        settled: bool = False,
+        most: int | None = None,
+    ) -> None:
+        """One more failure in a row, the first if it had ``settled``; not counted beyond
+        ``most``, so that it is never given up."""
         before = self._failing.get(key)
         failures = 1 if before is None or settled else before.failures + 1
+        failures = failures if most is None else max(1, min(failures, most))
         retry_s = self._now_s() + self._patience.retry_in_s(failures)
         self._failing[key] = _Failing(failures, reason, retry_s)
         self._touch()

@@ -175,7 +175,12 @@ class LiveBackend:
         in_flight, idle = self.table.in_flight(), self.table.idle_since_s()
         with self._lock:
             now_s = self.clock.now_s()
-            notes, self._notes = self._notes, []
+            for note in sorted(self._notes, key=lambda note: note.at_s):
+                # Reports of several nodes overlap; the journal's time only grows.
+                self._told_s = max(self._told_s, note.at_s)
+                self._journal.record(replace(note, at_s=self._told_s))
+            self._told_s = now_s
+            self._notes.clear()
             replicas: list[ObservedReplica] = []
             busy: set[ReplicaId] = set()
             lost: set[GpuId] = set()
@@ -202,11 +207,6 @@ class LiveBackend:
                             idle_since_s=idle.get(key) if idles else None,
                         )
                     )
-        for note in sorted(notes, key=lambda note: note.at_s):
-            # Reports of several nodes overlap; the journal's time only grows.
-            self._told_s = max(self._told_s, note.at_s)
-            self._journal.record(replace(note, at_s=self._told_s))
-        self._told_s = now_s
         return Observed(
             now_s=now_s,
             replicas=tuple(replicas),

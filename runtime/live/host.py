@@ -11,7 +11,6 @@ import os
 import pickle
 import secrets
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -173,11 +172,12 @@ class Hosted:
 
     def __init__(self, setup: NodeSetup) -> None:
         self._setup, self._lock = setup, threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._pid: int | None = None
         folder = setup.folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._address, self._key = _socket_of(setup), _key_of(setup)
         self._file = folder / f"{setup.node}.setup"
+        self._out = folder / f"{setup.node}.out"
 
     def __call__(self) -> Link:
         """A new link; the process is started where nobody answers. `LinkLost` if it
@@ -200,36 +200,46 @@ class Hosted:
             return None
 
     def _start(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        self._ended()
+        if self._pid is not None:
             return  # on its way, or hanging
         temporary = self._file.with_suffix(".tmp")
         temporary.write_bytes(pickle.dumps(self._setup))
         temporary.replace(self._file)
-        with self._file.with_suffix(".out").open("ab") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "foreserve.runtime.live", str(self._file)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                env={k: v for k, v in os.environ.items() if k != MARK},
-            )
+        write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        # Not `subprocess`, which takes it for a fault that the child goes on without us.
+        self._pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-m", "foreserve.runtime.live", str(self._file)],
+            {name: value for name, value in os.environ.items() if name != MARK},
+            file_actions=(
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(self._out), write, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ),
+            setsid=True,
+        )
+
+    def _ended(self) -> int | None:
+        """Exit code of the process that was started here, once it has ended."""
+        if self._pid is None:
+            return None
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if pid == 0:
+            return None
+        self._pid = None
+        return os.waitstatus_to_exitcode(status)
 
     def _wait(self) -> Link:
-        clock = SystemClock()
-        process = self._process
-        while clock.now_s() < START_S:
+        clock, code = SystemClock(), None
+        while code is None and clock.now_s() < START_S:
             link = self._connect()
             if link is not None:
                 return link
-            if process is not None:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(0.05)
-                    raise LinkLost(
-                        f"the agent of {self._setup.node!r} ended with code "
-                        f"{process.returncode}: see {self._file.with_suffix('.out')}"
-                    )
-        raise LinkLost(f"the agent of {self._setup.node!r} does not answer")
+            clock.wait(clock.now_s() + 0.05)
+            code = self._ended()
+        how = "does not answer" if code is None else f"ended with code {code}"
+        raise LinkLost(f"the agent of {self._setup.node!r} {how}: see {self._out}")
 
 
 class Local:

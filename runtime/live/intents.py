@@ -44,4 +44,6 @@ class IntentLog:
                 yield json.loads(line)
 
     def close(self) -> None:
+        """Let another process write; nothing more can be appended here."""
         os.close(self._file)
+        self._file = -1

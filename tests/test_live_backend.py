@@ -1,0 +1,262 @@
+"""Controller, system clock, routing table, live backend and agents together; the engines
+only wait. Three LLMs on two GPUs, of which each holds two to serve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from foreserve.models.placement import Action
+from foreserve.runtime.clock import SystemClock
+from foreserve.runtime.gateway.table import RoutingTable, Waiter
+from foreserve.runtime.journal import Decision, Journal, PhaseChange
+from foreserve.runtime.live.backend import LiveBackend
+from foreserve.runtime.live.check import check
+from foreserve.runtime.live.host import Local, make_agent
+from foreserve.runtime.live.intents import IntentLog
+from foreserve.runtime.live.messages import Link, LinkLost
+from tests.build import gpu
+from tests.live_engines import ENGINES
+from tests.live_setup import Live, key, live, on, setup, three
+
+
+@pytest.fixture
+def made(tmp_path) -> Iterator[Any]:
+    """Makes a `Live` with its agent in this process; what was logged is checked."""
+    with ExitStack() as stack:
+
+        def make(load_s: float = 0.05, **settings: Any) -> Live:
+            f = three(load_s)
+            agent = make_agent(setup(tmp_path, f, **settings))
+            stack.callback(agent.close)
+            return stack.enter_context(live(tmp_path, f, {"n0": Local(agent)}))
+
+        yield make
+    found = check(tmp_path)
+    assert found.faults == []
+    assert max(found.peak.values()) <= 1.0
+
+
+def story(run: Live, llm: str) -> list[str | None]:
+    """Phases of an LLM's replicas as the journal has them."""
+    changes = [event for event in run.events() if isinstance(event, PhaseChange)]
+    times = [change.at_s for change in changes]
+    assert times == sorted(times)
+    return [change.phase for change in changes if change.llm == llm]
+
+
+def test_switches_without_a_gap(made):
+    """a and b serve; then b and c are wanted, c where a was. a leaves when its request has
+    ended and not before, c serves then; b is not touched; the journal tells all of it."""
+    run = made()
+    run.reach(on("a", 0), on("b", 1))
+    request = run.request("a")
+    run.want(on("b", 1), on("c", 0))
+    run.until(lambda: run.phases().get(key("a", 0)) == "DRAINING")
+    assert run.table.routable("a") == 0
+    run.pause(0.2)
+    assert run.phases()[key("a", 0)] == "DRAINING"
+    assert (
+        run.phases()[key("c", 0)] == "WARM"
+    )  # 80 of 100 bytes: it may come, not serve
+    run.table.release(request)
+    run.until(lambda: run.phases() == {key("b", 1): "ACTIVE", key("c", 0): "ACTIVE"})
+    assert run.table.routable("c") == 1
+    lives = ["LOADING", "WARM", "ACTIVATING", "ACTIVE"]
+    assert story(run, "a") == [*lives, "DRAINING", "WARM", None]
+    assert story(run, "b") == story(run, "c") == lives
+
+
+def test_an_idle_replica_says_so(made):
+    """ACTIVE without a request since it was published; at work, it counts one in flight."""
+    run = made()
+    run.reach(on("a", 0))
+    (idle,) = run.backend.observe().replicas
+    assert idle.idle_since_s is not None
+    assert 0.0 <= idle.idle_since_s <= run.clock.now_s()
+    request = run.request("a")
+    (works,) = run.backend.observe().replicas
+    assert (works.in_flight, works.idle_since_s) == (1, None)
+    run.table.release(request)
+
+
+def test_a_request_in_need_wakes_the_controller(made):
+    """Nobody serves c: the request that waits shows in `observe`, and wakes the clock."""
+    run = made()
+    run.reach(on("a", 0))
+    waiter = Waiter(llm="c", exact_tokens=1, likely_tokens=1, wake=lambda: None)
+    run.table.join(waiter)
+    assert run.backend.observe().waiting == {"c": 1}
+    run.reach(on("a", 0), on("c", 1))
+    assert waiter.seat is not None
+    run.table.release(waiter)
+
+
+def test_a_dead_engine_is_replaced(made):
+    """It leaves the table within a moment, counts as lost, and is loaded anew."""
+    run = made()
+    run.reach(on("a", 0), on("b", 1))
+    dead = ENGINES[key("a", 0)]
+    dead.up = False
+    run.until(lambda: run.table.routable("a") == 0)
+    run.until(lambda: run.table.routable("a") == 1)
+    assert ENGINES[key("a", 0)] is not dead
+    changes = [e for e in run.events() if isinstance(e, PhaseChange) and e.llm == "a"]
+    assert [c.phase for c in changes if c.lost] == [None]
+    assert story(run, "b") == ["LOADING", "WARM", "ACTIVATING", "ACTIVE"]
+
+
+def test_failed_loads_are_tried_thrice_and_said(made):
+    """a never loads: three orders, with pauses, then none. The eta is infinite, b serves.
+    Forgiven, it is tried again."""
+    run = made(load_fails={"a": 3})
+    run.want(on("a", 0), on("b", 1))
+    run.until(lambda: any(t.failures == 3 for t in run.backend.troubles()))
+    run.pause(0.4)
+    loads = [
+        event.at_s
+        for event in run.events()
+        if isinstance(event, Decision)
+        for action in event.actions
+        if action.llm == "a"
+    ]
+    assert len(loads) == 3
+    assert loads[1] - loads[0] >= 0.1
+    assert loads[2] - loads[1] >= 0.2
+    assert run.backend.eta("a") == (math.inf, math.inf)
+    assert run.backend.observe().busy == {key("a", 0)}
+    assert run.phases() == {key("b", 1): "ACTIVE"}
+    run.backend.forgive("n0", key("a", 0))
+    run.until(lambda: run.table.routable("a") == 1)
+
+
+def test_eta(made):
+    """Of loads of 10 s that nothing is known about: 10.01 s before, less while it loads,
+    nothing once it serves; 1.5 times that at the 90th percentile."""
+    run = made(load_s=10.0)
+    assert run.backend.eta("a") == pytest.approx((10.01, 15.015))
+    run.want(on("a", 0))
+    run.until(lambda: run.phases())
+    run.pause(0.1)
+    p50_s, p90_s = run.backend.eta("a")
+    assert 9.0 < p50_s < 9.95
+    assert 14.0 < p90_s < 14.95
+    run.want()
+    run.until(lambda: not run.phases())
+
+
+def test_eta_learns_from_what_steps_took(made):
+    """After six loads that took about 50 ms as planned, p90 is nearer to p50 than the 1.5
+    of the beginning, and a WARM replica counts its activation alone."""
+    run = made()
+    for _ in range(6):
+        run.reach(on("a", 0, "WARM"))
+        assert run.backend.eta("a")[0] == pytest.approx(0.01, rel=0.01)
+        run.reach()
+    assert 0.9 < run.backend.times.ratio("load")[0] < 3.0
+    run.reach(on("a", 0))
+    assert run.backend.eta("a") == (0.0, 0.0)
+
+
+class _Slow:
+    """A link to an agent behind which every order takes long."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.pause = link, SystemClock()
+
+    def call(self, name: str, *args: Any, timeout_s: float) -> Any:
+        if name == "order":
+            self.pause.wait(self.pause.now_s() + 0.5)
+        return self.link.call(name, *args, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        self.link.close()
+
+
+def alone(tmp_path, f, nodes) -> tuple[LiveBackend, IntentLog]:
+    clock = SystemClock()
+    log = IntentLog(tmp_path / "controller.log")
+    backend = LiveBackend(
+        fleet=f,
+        clock=clock,
+        table=RoutingTable(clock.now_s),
+        nodes=nodes,
+        log=log,
+        journal=Journal(),
+    )
+    backend.start(5.0)
+    return backend, log
+
+
+def test_never_blocks_and_shows_orders_at_once(tmp_path):
+    """Behind a link of half a second, ordering and observing take no time, and the load is
+    seen as LOADING from the call on, never twice."""
+    f = three()
+    agent = make_agent(setup(tmp_path, f))
+    backend, log = alone(tmp_path, f, {"n0": lambda: _Slow(Local(agent))})
+    clock = SystemClock()
+    loads = [Action(kind="load", llm=llm, gpus=(gpu(0),)) for llm in "abc"]
+    backend.apply(loads)
+    seen = {r.llm: r.phase for r in backend.observe().replicas}
+    assert clock.now_s() < 0.1
+    assert seen == dict.fromkeys("abc", "LOADING")
+    while {r.phase for r in backend.observe().replicas} != {"WARM"}:
+        assert len(backend.observe().replicas) == 3
+        assert clock.now_s() < 5.0
+        clock.wait(clock.now_s() + 0.02)
+    backend.close(stop_engines=True)
+    log.close()
+    assert check(tmp_path).faults == []
+
+
+def test_an_unreachable_node_is_lost(tmp_path):
+    """n1 cannot be reached: its GPUs are lost, with the reason; n0 goes on."""
+    f = three(nodes=2)
+    agent = make_agent(setup(tmp_path, f))
+
+    def never() -> Link:
+        raise LinkLost("no route")
+
+    clock = SystemClock()
+    log = IntentLog(tmp_path / "controller.log")
+    backend = LiveBackend(
+        fleet=f,
+        clock=clock,
+        table=RoutingTable(clock.now_s),
+        nodes={"n0": Local(agent), "n1": never},
+        log=log,
+        journal=Journal(),
+    )
+    backend.start(0.3)
+    assert backend.observe().lost_gpus == {gpu(0, "n1"), gpu(1, "n1")}
+    assert [node.error for node in backend.status()] == ["", "no route"]
+    backend.close(stop_engines=True)
+    log.close()
+
+
+def test_a_later_controller_fences_an_earlier_one(tmp_path):
+    """A second backend over the same agent has a higher generation: the first one sees the
+    node as lost, publishes nobody, and its orders do nothing."""
+    f = three()
+    agent = make_agent(setup(tmp_path, f))
+    first, log = alone(tmp_path, f, {"n0": Local(agent)})
+    first.apply([Action(kind="load", llm="a", gpus=(gpu(0),))])
+    clock = SystemClock()
+    while not agent.report().rows:
+        assert clock.now_s() < 3.0
+    log.close()  # as if its process had hung, and lost the lock
+    second, log = alone(tmp_path, f, {"n0": Local(agent)})
+    while not first.observe().lost_gpus:
+        assert clock.now_s() < 3.0
+        clock.wait(clock.now_s() + 0.02)
+    assert "generation 2 is in charge" in first.status()[0].error
+    first.apply([Action(kind="load", llm="b", gpus=(gpu(1),))])
+    clock.wait(clock.now_s() + 0.1)
+    assert {r.llm for r in second.observe().replicas} == {"a"}
+    first.close()
+    second.close(stop_engines=True)
+    log.close()
