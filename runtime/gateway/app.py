@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from foreserve.runtime.gateway.errors import ApiError
-from foreserve.runtime.gateway.gateway import Gateway, Receive, Scope, Send
+from foreserve.runtime.gateway.gateway import Gateway
+from foreserve.runtime.gateway.job import Receive, Scope, Send
 
 Handler = Callable[[Request], Awaitable[Response]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,9 @@ CONNECT_S = 2.0
 KEPT_S = 3.0
 """Idle connections are dropped before the engine does it (5 s for vLLM), so that no
 request meets one that is just being closed."""
+
+END_S = 1.0
+"""For an answer to end behind its last event."""
 
 FORWARDED = frozenset(
     {b"traceparent", b"tracestate", b"x-slo-ttft-ms", b"x-slo-tpot-ms"}
@@ -96,9 +100,10 @@ class Engines:
 
 async def finish(response: aiohttp.ClientResponse) -> None:
     """Read to the end behind the last event, so that the connection can be used again."""
-    with suppress(aiohttp.ClientError):
-        async for _ in response.content.iter_any():
-            pass
+    with suppress(aiohttp.ClientError, TimeoutError):
+        async with asyncio.timeout(END_S):
+            async for _ in response.content.iter_any():
+                pass
 
 
 def _meaning(status: int, body: bytes) -> Exception:

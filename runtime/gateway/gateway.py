@@ -7,34 +7,31 @@ import difflib
 import json
 import logging
 import math
-import re
-import secrets
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from numpy.random import Generator
 
 from foreserve.runtime.gateway import errors
-from foreserve.runtime.gateway.body import Call, read_call
+from foreserve.runtime.gateway.body import read_call
 from foreserve.runtime.gateway.engines import EngineLost, Engines, finish, forwarded
 from foreserve.runtime.gateway.errors import ApiError, Headers
-from foreserve.runtime.gateway.keys import ApiKey, Keys
-from foreserve.runtime.gateway.metrics import LlmMetrics, Metrics
-from foreserve.runtime.gateway.sse import Answer, BrokenStream, Cutter
-from foreserve.runtime.gateway.table import (
-    SHUN_S,
-    Prediction,
-    RequestRecord,
-    RoutingTable,
-    Seat,
-    Waiter,
+from foreserve.runtime.gateway.job import (
+    Job,
+    RawHeaders,
+    Receive,
+    Scope,
+    Send,
+    ServedLlm,
+    hold_s,
+    number,
+    request_id,
+    settle,
 )
-
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+from foreserve.runtime.gateway.keys import ApiKey, Keys
+from foreserve.runtime.gateway.metrics import Metrics
+from foreserve.runtime.gateway.sse import Answer, BrokenStream, Cutter
+from foreserve.runtime.gateway.table import SHUN_S, Prediction, RoutingTable, Waiter
 
 ATTEMPTS = 3
 """Replicas that are asked, one after the other, while nothing has been answered."""
@@ -42,28 +39,9 @@ ATTEMPTS = 3
 MOST_SPREAD = 0.1
 """Waits are told up to so much longer, by chance, so that not all come back at once."""
 
-CLIENT_LEFT = 499
-"""The code under which those are counted who did not wait for the answer."""
-
-_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}\Z", re.ASCII)
-_WAIT = re.compile(rb"(?:^|[,;\s])wait=(\d{1,6})\b")
-_NUMBER = re.compile(rb"\d{1,9}(\.\d{1,9})?\Z")
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedLlm:
-    """What the gateway says of one LLM, and promises for it."""
-
-    max_model_len: int | None = None
-    created_s: int = 0
-    """Unix time."""
-    hold_s: float | None = None
-    """For how long its requests are held; None: `Settings.hold_s`."""
-    slo_ttft_s: float = math.inf
-    slo_tpot_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,34 +61,6 @@ class Settings:
     body_bytes: int = 8 << 20
     body_s: float = 20.0
     """For a body to arrive."""
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One request on its way. Mutable."""
-
-    call: Call
-    llm: ServedLlm
-    metrics: LlmMetrics
-    send: Send
-    headers: Sequence[tuple[bytes, bytes]]
-    request_id: str
-    arrival_s: float
-    hold_s: float
-    deadline_s: float
-    waited_s: float = 0.0
-    seat: Seat | None = None
-    """Where it is or was worked on last."""
-    started: bool = False
-    """The status line has been sent."""
-    complete: bool = False
-    left: bool = False
-    """The client has."""
-    first_s: float | None = None
-    last_s: float = 0.0
-    usage: Mapping[str, Any] | None = None
-    chunks: int = 0
-    finish_reason: str = "stop"
 
 
 class ClientLeft(Exception):
@@ -169,36 +119,43 @@ class Gateway:
 
     async def post(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI: answer a POST to ``path``."""
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        request_id = _request_id(headers)
+        headers: RawHeaders = scope["headers"]
+        own_id = request_id(headers)
         slo_class = "default"
         try:
             key = self.keys.check(headers)
             slo_class = key.slo_class
-            body = await self._body(headers, receive)
-            call = read_call(path, body)
+            call = read_call(path, await self._body(headers, receive))
             llm = self.find(call.llm, key)
-            now_s = self.table.now_s()
-            self.keys.spend(key, now_s)
+            limits, now_s = self.settings, self.table.now_s()
             job = Job(
-                call,
-                llm,
-                self.metrics.of(call.llm, slo_class),
-                send,
-                headers,
-                request_id,
+                call=call,
+                metrics=self.metrics.of(call.llm, slo_class),
+                send=send,
+                headers=headers,
+                request_id=own_id,
                 arrival_s=now_s,
-                hold_s=self._hold_s(headers, llm),
-                deadline_s=min(
-                    self.settings.deadline_s,
-                    _seconds(headers, b"x-foreserve-deadline", math.inf),
+                hold_s=min(
+                    hold_s(
+                        headers, limits.hold_s if llm.hold_s is None else llm.hold_s
+                    ),
+                    limits.longest_hold_s,
                 ),
+                deadline_s=min(
+                    number(headers, b"x-foreserve-deadline", math.inf),
+                    limits.deadline_s,
+                ),
+                slo_ttft_s=number(headers, b"x-slo-ttft-ms", 1000 * llm.slo_ttft_s)
+                / 1000,
+                slo_tpot_s=number(headers, b"x-slo-tpot-ms", 1000 * llm.slo_tpot_s)
+                / 1000,
             )
+            self.keys.spend(key, now_s)
         except ClientLeft:
             return
         except ApiError as error:
-            self.metrics.of("", slo_class).answered(error.status)
-            await _send_error(send, error, request_id)
+            self.metrics.refused(slo_class, error.status)
+            await _send_error(send, error, own_id)
             return
         await self._run(job, receive)
 
@@ -232,14 +189,16 @@ class Gateway:
             error = ApiError(500, "server_error", "internal", "This is our fault.")
         finally:
             watcher.cancel()
-        self._record(job, error)
-        if error is None or job.left or job.complete:
-            return
-        if job.started:
-            # Without a finish_reason and without [DONE]: it must not look whole.
-            await job.send({"type": "http.response.body", "body": error.event()})
-        else:
-            await _send_error(job.send, error, job.request_id, self._told(job))
+        if job.whole:
+            error = None
+        record = settle(job, error, self.table.now_s())
+        if error is not None and not (job.left or job.complete):
+            if job.started:
+                # Without a finish_reason and without [DONE]: it must not look whole.
+                await job.send({"type": "http.response.body", "body": error.event()})
+            else:
+                await _send_error(job.send, error, job.request_id, self._told(job))
+        self.table.ended(record)
 
     async def _answer(self, job: Job) -> None:
         loop = asyncio.get_running_loop()
@@ -339,7 +298,7 @@ class Gateway:
         async with self._engines.ask(
             replica, call.path, payload, headers, True
         ) as response:
-            if not response.content_type == "text/event-stream":
+            if response.content_type != "text/event-stream":
                 raise EngineLost("no stream")
             async for data in response.content.iter_any():
                 events = [answer.take(event) for event in cutter.feed(data)]
@@ -359,7 +318,7 @@ class Gateway:
                     job.last_s, job.chunks = at_s, answer.chunks
                 job.usage, job.finish_reason = answer.usage, answer.finish_reason
                 over = answer.done or answer.failed
-                job.complete = over
+                job.complete, job.whole = over, answer.done and not answer.failed
                 await job.send(
                     {"type": "http.response.body", "body": out, "more_body": not over}
                 )
@@ -395,7 +354,7 @@ class Gateway:
             body = json.dumps({**plain, "model": call.llm}).encode()
         job.first_s = job.last_s = self.table.now_s()
         await self._start(job, 200, [JSON, (b"content-length", b"%d" % len(body))])
-        job.complete = True
+        job.complete = job.whole = True
         await job.send({"type": "http.response.body", "body": body})
 
     # What it says.
@@ -455,62 +414,6 @@ class Gateway:
             facts=facts,
         )
 
-    # What is written down.
-
-    def _record(self, job: Job, error: ApiError | None) -> None:
-        metrics, end_s = job.metrics, self.table.now_s()
-        usage = job.usage or {}
-        asked = usage.get("prompt_tokens")
-        given = usage.get("completion_tokens")
-        known = type(asked) is int and type(given) is int
-        prompt = asked if type(asked) is int else max(1, job.call.likely_tokens)
-        generated = given if type(given) is int else job.chunks
-        finished = error is None and not job.left
-        code = 200 if finished else CLIENT_LEFT if job.left else 0
-        metrics.answered(code or (error.status if error else 0))
-        metrics.wait.observe(job.waited_s)
-        metrics.queued.observe(job.waited_s)
-        if known or generated:
-            metrics.tokens(prompt if known else 0, generated)
-        if finished and job.first_s is not None:
-            self._timed(job, generated, end_s)
-        reason = None
-        if not finished:
-            reason = "client_left" if job.left else (error.code if error else None)
-        self.table.ended(
-            RequestRecord(
-                arrival_s=job.arrival_s,
-                llm=job.call.llm,
-                replica=job.seat.replica.id if job.seat else None,
-                input_tokens=prompt,
-                output_tokens=generated,
-                first_token_s=job.first_s,
-                end_s=end_s,
-                result="finished" if finished else "failed",
-                reason=reason,
-            )
-        )
-
-    def _timed(self, job: Job, generated: int, end_s: float) -> None:
-        assert job.first_s is not None
-        metrics = job.metrics
-        ttft_s = job.first_s - job.arrival_s
-        metrics.success(job.finish_reason)
-        metrics.ttft.observe(ttft_s)
-        metrics.our_ttft.observe(ttft_s)
-        metrics.e2e.observe(end_s - job.arrival_s)
-        tpot_s = 0.0
-        if job.call.stream and generated > 1:
-            tpot_s = (job.last_s - job.first_s) / (generated - 1)
-            metrics.tpot.observe(tpot_s)
-            metrics.our_tpot.observe(tpot_s)
-        wanted = [
-            _seconds(job.headers, b"x-slo-ttft-ms", 1000 * job.llm.slo_ttft_s, False),
-            _seconds(job.headers, b"x-slo-tpot-ms", 1000 * job.llm.slo_tpot_s, False),
-        ]
-        if 1000 * ttft_s <= wanted[0] and 1000 * tpot_s <= wanted[1]:
-            metrics.attained.inc()
-
     def _predicted(self, llm: str, said_s: float, was_s: float) -> None:
         if math.isfinite(said_s):
             self.metrics.retry_error.labels(llm).observe(abs(was_s - said_s))
@@ -530,17 +433,7 @@ class Gateway:
             raise errors.unknown_llm(name, close)
         return llm
 
-    def _hold_s(self, headers: Sequence[tuple[bytes, bytes]], llm: ServedLlm) -> float:
-        default_s = self.settings.hold_s if llm.hold_s is None else llm.hold_s
-        for name, value in headers:
-            if name == b"prefer" and (wait := _WAIT.search(value)):
-                default_s = float(wait[1])
-        asked_s = _seconds(headers, b"x-foreserve-max-wait", default_s)
-        return min(asked_s, self.settings.longest_hold_s)
-
-    async def _body(
-        self, headers: Sequence[tuple[bytes, bytes]], receive: Receive
-    ) -> bytes:
+    async def _body(self, headers: RawHeaders, receive: Receive) -> bytes:
         limit = self.settings.body_bytes
         for name, value in headers:
             if name == b"content-length" and int(value) > limit:
@@ -588,30 +481,6 @@ async def _send_error(
         }
     )
     await send({"type": "http.response.body", "body": body})
-
-
-def _request_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    for name, value in headers:
-        if name == b"x-request-id" and _REQUEST_ID.match(value):
-            return value.decode()
-    return secrets.token_hex(16)
-
-
-def _seconds(
-    headers: Sequence[tuple[bytes, bytes]],
-    wanted: bytes,
-    default: float,
-    strict: bool = True,
-) -> float:
-    """The number in a header; 400 if it is none, or the default where not ``strict``."""
-    for name, value in headers:
-        if name == wanted:
-            if _NUMBER.match(value):
-                return float(value)
-            if strict:
-                what = wanted.decode()
-                raise errors.invalid(None, f"{what} must be a number of seconds.", what)
-    return default
 
 
 def _finite(value: float) -> float | None:

@@ -140,6 +140,10 @@ class Metrics:
             found = self._of[llm, slo_class] = LlmMetrics(self, llm, slo_class)
         return found
 
+    def refused(self, slo_class: str, code: int) -> None:
+        """A request that did not get so far as to name an LLM that there is."""
+        self.requests.labels("", slo_class, str(code)).inc()
+
     def text(self) -> bytes:
         """The exposition format of Prometheus."""
         return generate_latest(self.registry)
