@@ -30,12 +30,17 @@ class WaitingEngine:
         self, option: ReplicaOption, replica: ReplicaId, settings: Waiting
     ) -> None:
         self.option, self.replica, self.settings = option, replica, settings
-        self.url = f"http://127.0.0.1:9/r/{replica}"
         self.served_name, self.max_num_seqs = replica.llm, option.concurrency
         self.room_tokens = 1000
         self.capabilities = Capabilities(real_sleep=settings.real_sleep)
         self.up = self.hangs = self.stubborn = False
         self._stopped = threading.Event()
+
+    @property
+    def url(self) -> str:
+        if self._stopped.is_set():
+            raise EngineFailed("stopped")
+        return f"http://127.0.0.1:9/r/{self.replica}"
 
     def start(self) -> None:
         self._take(self.option.load_s)

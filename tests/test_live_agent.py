@@ -199,9 +199,11 @@ def test_bytes_stay_booked_until_the_engine_is_gone(made):
     """An engine that does not end: its row stays, on its way out, with its bytes; an order
     for it is refused."""
     owner = made()
-    owner("load", A)
-    owner.until(lambda r: r.rows[0].phase == "WARM")
+    owner.serve(A)
     ENGINES[A].stubborn = True
+    owner("demote", A)
+    owner("quiesce", A)
+    owner.until(lambda r: r.rows[0].phase == "WARM")
     owner("drop", A)
     report = owner.until(lambda r: r.rows[0].leaving)
     assert report.free_bytes[gpu(0)] == 70

@@ -15,9 +15,9 @@ import pytest
 
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.clock import SystemClock
+from foreserve.runtime.engines.process import Child
 from foreserve.runtime.live.check import check
-from foreserve.runtime.live.host import Hosted
-from foreserve.runtime.live.leftovers import MARK, end_leftovers
+from foreserve.runtime.live.host import Hosted, make_agent
 from foreserve.runtime.live.messages import Link
 from tests.build import gpu
 from tests.live_setup import key, live, on, setup, three
@@ -106,17 +106,14 @@ def test_an_agent_that_hangs_is_lost_and_comes_back(folder, monkeypatch):
     assert (folder / "n0.log").read_text().count('"kind": "load"') == 2
 
 
-def test_what_an_agent_left_behind_is_ended_and_nothing_else():
-    """Two processes that sleep: the one that carries the number goes, the other stays."""
-    sleep = ["sleep", "30"]
-    ours = subprocess.Popen(sleep, env={**os.environ, MARK: "1234"})
-    other = subprocess.Popen(sleep, env={**os.environ, MARK: "12345"})
-    assert end_leftovers([]) == 0
-    assert end_leftovers(["1234"], grace_s=0.0) == 1
-    assert ours.wait(5.0) == -signal.SIGKILL
-    assert other.poll() is None
-    other.kill()
-    other.wait()
+def test_engines_of_an_agent_that_is_gone_are_ended(tmp_path):
+    """A process on record in the engines' folder, of an owner that is no more, is ended
+    before the next agent does anything."""
+    left = Child(["sleep", "30"], tmp_path, "left", grace_s=1.0)
+    agent = make_agent(setup(tmp_path, three()))
+    assert not left.running()
+    agent.close()
+    left.stop()
 
 
 def test_an_agent_that_cannot_start_says_where_to_look(tmp_path, monkeypatch):

@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from foreserve.models.errors import ForeserveError
 from foreserve.models.observed import Phase
@@ -68,6 +69,22 @@ class Patience:
         return min(self.last_retry_s, self.first_retry_s * 2.0 ** (failures - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """Where requests go; as the engine said when it became ACTIVE."""
+
+    url: str = ""
+    served_name: str = ""
+    max_num_seqs: int = 0
+    room_tokens: int = 0
+
+    @classmethod
+    def of(cls, engine: Engine) -> _Door:
+        return cls(
+            engine.url, engine.served_name, engine.max_num_seqs, engine.room_tokens
+        )
+
+
 @dataclass(slots=True, eq=False)
 class _Life:
     """One life of a replica, from its load until it is gone."""
@@ -85,6 +102,7 @@ class _Life:
     limit_s: float = math.inf
     """How long it may take."""
     measured_bytes: int | None = None
+    door: _Door = _Door()
     sign: Future[bool] | None = None
     """Of life: asked for, not there yet."""
     asked_s: float = math.inf
@@ -111,7 +129,7 @@ class NodeAgent:
         log: IntentLog,
         clock: Clock | None = None,
         patience: Patience | None = None,
-        facts: dict[str, str] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """``facts`` go into the log's line of this start."""
         self.node, self._fleet, self._make, self._log = node, fleet, make, log
@@ -311,6 +329,7 @@ class NodeAgent:
             else:
                 life.engine.quiesce()
             measured = life.engine.memory_bytes()
+            door = _Door.of(life.engine) if after == "ACTIVE" else _Door()
         except Exception as error:  # whatever an engine raises, the replica has failed
             self._end(life, _line(error), failed=True)
             return
@@ -319,6 +338,7 @@ class NodeAgent:
                 return
             took_s = self._now_s() - life.acting_since_s
             life.acting_since_s, life.measured_bytes = None, measured
+            life.door = door
             needs = self._needs(life, after)
             try:
                 self._ledger.hold(life.id.gpus, needs - life.held_bytes)
@@ -442,8 +462,7 @@ class NodeAgent:
         self._moves.append((now_s, move))
 
     def _row(self, life: _Life, now_s: float) -> Row:
-        engine = life.engine
-        ready = life.phase in ("ACTIVE", "DRAINING")
+        door = life.door
         return Row(
             id=life.id,
             phase=life.phase,
@@ -452,10 +471,10 @@ class NodeAgent:
             measured_bytes=life.measured_bytes,
             acting=life.acting_since_s is not None,
             leaving=life.leaving,
-            url=engine.url if ready else "",
-            served_name=engine.served_name if ready else "",
-            max_num_seqs=engine.max_num_seqs if ready else 0,
-            room_tokens=engine.room_tokens if ready else 0,
+            url=door.url,
+            served_name=door.served_name,
+            max_num_seqs=door.max_num_seqs,
+            room_tokens=door.room_tokens,
         )
 
     def _refuse(self, order: Order, reason: str) -> str:

@@ -107,11 +107,13 @@ class LiveBackend:
         nodes: Mapping[str, Callable[[], Link]],
         log: IntentLog,
         journal: Recorder,
+        times: StepTimes | None = None,
     ) -> None:
         """``nodes``: by name, what opens a link to its agent, which may take seconds and
-        raise `LinkLost`. ``journal`` is told of phases from `observe`."""
+        raise `LinkLost`. ``journal`` is told of phases from `observe`. ``times``: what is
+        known of how long steps take."""
         self.fleet, self.clock, self.table = fleet, clock, table
-        self.times = StepTimes()
+        self.times = times or StepTimes()
         self._log, self._journal = log, journal
         lines = log.lines()
         self.generation = 1 + max((n.get("generation", 0) for n in lines), default=0)

@@ -14,9 +14,8 @@ Step = Literal["load", "activate"]
 Estimate = tuple[float, float]
 """Median and 90th percentile, in seconds."""
 
-UNKNOWN = (1.0, 1.5)
-"""Of (took / expected), where fewer than `ENOUGH` steps have been seen."""
 ENOUGH = 5
+"""Steps of a kind to have seen, before what they took counts."""
 OVERDUE = 0.25
 """A step that is late is expected to take this share of its time more."""
 
@@ -24,7 +23,9 @@ OVERDUE = 0.25
 class StepTimes:
     """Ratios of what steps took to what the plan expected. Mutable, for one owner."""
 
-    def __init__(self, remembered: int = 200) -> None:
+    def __init__(self, first: Estimate = (1.0, 1.5), remembered: int = 200) -> None:
+        """``first``: the ratios (median, 90th percentile) until enough have been seen."""
+        self._first = first
         self._ratios: dict[Step, deque[float]] = {
             "load": deque(maxlen=remembered),
             "activate": deque(maxlen=remembered),
@@ -37,7 +38,7 @@ class StepTimes:
     def ratio(self, step: Step) -> Estimate:
         found = sorted(self._ratios[step])
         if len(found) < ENOUGH:
-            return UNKNOWN
+            return self._first
         return found[len(found) // 2], found[math.ceil(0.9 * len(found)) - 1]
 
     def left(

@@ -26,10 +26,10 @@ from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines.base import Engine, EngineSettings, MakeEngine
+from foreserve.runtime.engines.process import reap
 from foreserve.runtime.live.agent import NodeAgent, Patience
 from foreserve.runtime.live.binding import Binding
 from foreserve.runtime.live.intents import IntentLog
-from foreserve.runtime.live.leftovers import MARK, end_leftovers, mark_process
 from foreserve.runtime.live.messages import Link, LinkLost
 
 START_S = 20.0
@@ -49,18 +49,39 @@ class NodeSetup:
     make: str
     """``module:function`` of the engines' factory, a `MakeEngine`."""
     settings: EngineSettings
-    """For the factory; the devices are filled in for each replica."""
+    """For the factory; the devices are filled in for each replica. Its folder is of this
+    agent alone: processes that are on record there are ended when it starts."""
     binding: Binding = field(default_factory=Binding)
     patience: Patience = field(default_factory=Patience)
 
 
+def setups(
+    fleet: Fleet,
+    folder: Path,
+    make: str,
+    settings: EngineSettings,
+    patience: Patience | None = None,
+) -> dict[str, NodeSetup]:
+    """One setup for each node of ``fleet``, all logs in ``folder``, the engines' folders in
+    there by node; bound to nothing."""
+    return {
+        node.name: NodeSetup(
+            node=node.name,
+            folder=folder,
+            fleet=fleet,
+            make=make,
+            settings=replace(settings, folder=folder / node.name),
+            patience=patience or Patience(),
+        )
+        for node in fleet.cluster.nodes
+    }
+
+
 def make_agent(setup: NodeSetup) -> NodeAgent:
     """The agent, after what an earlier one of this log has left running was ended."""
-    nonce = mark_process()
     setup.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = IntentLog(setup.folder / f"{setup.node}.log")
-    known = (line.get("nonce", nonce) for line in log.lines())
-    end_leftovers({other for other in known if other != nonce})
+    reap(setup.settings.folder)
     module, _, name = setup.make.partition(":")
     factory: MakeEngine = getattr(importlib.import_module(module), name)
 
@@ -74,7 +95,7 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
         make=make,
         log=log,
         patience=setup.patience,
-        facts={"nonce": nonce, "date": datetime.now(UTC).isoformat()},
+        facts={"date": datetime.now(UTC).isoformat(), "pid": os.getpid()},
     )
 
 
@@ -211,7 +232,7 @@ class Hosted:
         self._pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-m", "foreserve.runtime.live", str(self._file)],
-            {name: value for name, value in os.environ.items() if name != MARK},
+            os.environ,
             file_actions=(
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 1, str(self._out), write, 0o600),

@@ -42,7 +42,7 @@ def in_cluster(
     What it raises is raised here; `ForeserveError` if there is no cluster or it loses a
     task, `InvalidInput` if Ray is not installed. However it ends, no task goes on.
     """
-    ray = _connected(address)
+    ray = connected(address)
     try:
         shared = ray.put(common)
         remote = ray.remote(num_cpus=1, max_retries=1)(work)
@@ -76,7 +76,9 @@ def _result(ray: Any, promise: Any) -> Any:
         raise ForeserveError(f"Ray lost a task: {_line(error)}") from None
 
 
-def _connected(address: str) -> Any:
+def connected(address: str, **resources: Any) -> Any:
+    """The module ``ray``, connected to what `in_cluster` calls ``address``; ``resources``
+    are those of a Ray that is started here. Errors as there."""
     if address not in (LOCAL, AUTO):
         _check_answers(address)
     # Read when Ray is imported, and by what it starts.
@@ -94,6 +96,7 @@ def _connected(address: str) -> Any:
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
+            **(resources if address == LOCAL else {}),
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ForeserveError(
