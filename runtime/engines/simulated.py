@@ -7,7 +7,6 @@ ends with whoever started it.
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 import sys
@@ -22,6 +21,7 @@ from typing import Any, Literal
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
 from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
+from foreserve.runtime.engines.calls import NoAnswer, call
 from foreserve.runtime.engines.process import Child
 
 SYLLABLES = ("ba", "co", "di", "fe", "gu", "ha", "jo", "ki", "le", "mu", "na", "po")
@@ -95,24 +95,13 @@ class SimulatedNode:
         """What the server answers, from JSON; raises `EngineFailed` if it does not within
         ``wait_s`` and its usual time."""
         within_s = wait_s + self.settings.answers_within_s
-        connection = http.client.HTTPConnection(
-            "127.0.0.1", self.port, timeout=within_s
-        )
         try:
-            text = None if body is None else json.dumps(body)
-            connection.request(method, path, text)
-            answer = connection.getresponse()
-            told = json.loads(answer.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            what = f"{type(error).__name__}: {error}"
+            return json.loads(call(self.port, method, path, body, within_s=within_s))
+        except NoAnswer as error:
+            what = str(error)
             if not self.child.running():
                 what = f"the server has ended: {self.child.why()}"
-            raise EngineFailed(f"simulated engine: {method} {path}: {what}") from error
-        finally:
-            connection.close()
-        if answer.status != 200:
-            raise EngineFailed(f"simulated engine: {told['error']['message']}")
-        return told
+            raise EngineFailed(f"simulated engine: {what}") from error
 
     def fail_loads(self, llm: str, times: int = 1) -> None:
         """The next loads of the LLM fail, at their end."""

@@ -12,16 +12,14 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
 
-Family = Literal["llama", "qwen", "mistral"]
-
-ARCHITECTURES: dict[Family, tuple[str, str]] = {
+FAMILIES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen": ("Qwen2ForCausalLM", "qwen2"),
     "mistral": ("MistralForCausalLM", "mistral"),
@@ -37,7 +35,7 @@ SYLLABLES = ("ka", "lo", "mi", "ra", "su", "te", "vo", "ne", "pi", "du", "fa", "
 
 def make(
     folder: Path,
-    family: Family = "llama",
+    family: str = "llama",
     *,
     seed: int = 0,
     hidden: int = 128,
@@ -48,13 +46,15 @@ def make(
 ) -> Path:
     """Write the LLM into ``folder``, which is made if it is not there; same arguments,
     same bytes. With the default sizes about a million weights."""
-    if family not in ARCHITECTURES:
+    if family not in FAMILIES:
+        raise InvalidInput(f"family {family!r}: expected one of {', '.join(FAMILIES)}")
+    if hidden % (2 * heads) or heads % kv_heads:
         raise InvalidInput(
-            f"family {family!r}: expected one of {', '.join(ARCHITECTURES)}"
+            f"hidden={hidden}: expected a multiple of {2 * heads}, for {heads} heads"
         )
     folder.mkdir(parents=True, exist_ok=True)
     words = vocabulary()
-    architecture, kind = ARCHITECTURES[family]
+    architecture, kind = FAMILIES[family]
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": kind,
@@ -105,7 +105,7 @@ def _byte_letters() -> list[str]:
 
 def _weights(
     config: dict[str, Any],
-    family: Family,
+    family: str,
     words: dict[str, int],
     rng: np.random.Generator,
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:

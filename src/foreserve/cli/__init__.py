@@ -19,6 +19,7 @@ VERBS = {
     "validate": "foreserve.cli.inspect:validate",
     "catalog": "foreserve.cli.catalog:catalog",
     "perf": "foreserve.cli.perf:perf",
+    "models": "foreserve.cli.models:models",
     "trace": "foreserve.cli.trace:trace",
     "forecast": "foreserve.cli.forecast:forecast",
     "solve": "foreserve.cli.solve:solve",
@@ -28,6 +29,10 @@ VERBS = {
     "simulate": "foreserve.cli.simulate:simulate",
     "compare": "foreserve.cli.compare:compare",
     "size": "foreserve.cli.size:size",
+    "serve": "foreserve.cli.serve:serve",
+    "status": "foreserve.cli.serve:status",
+    "approve": "foreserve.cli.serve:approve",
+    "stop": "foreserve.cli.serve:stop",
 }
 
 BESIDE = {("simulate", "validate"): "foreserve.cli.replay:validate"}

@@ -1,0 +1,45 @@
+"""Blocking calls of an engine's server, with the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any
+
+
+class NoAnswer(Exception):
+    """The server did not answer in time, broke off, or answered an error."""
+
+
+def call(
+    port: int,
+    method: str,
+    path: str,
+    body: Any = None,
+    *,
+    within_s: float,
+    host: str = "127.0.0.1",
+) -> bytes:
+    """The body of the answer; ``body`` goes as JSON. ``within_s`` holds for each wait."""
+    connection = http.client.HTTPConnection(host, port, timeout=within_s)
+    try:
+        text = None if body is None else json.dumps(body)
+        headers = {} if body is None else {"content-type": "application/json"}
+        connection.request(method, path, text, headers)
+        answer = connection.getresponse()
+        told = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise NoAnswer(f"{method} {path}: {type(error).__name__}: {error}") from error
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise NoAnswer(f"{method} {path}: {answer.status}: {_message(told)}")
+    return told
+
+
+def _message(told: bytes) -> str:
+    """Of an error as OpenAI writes them, or the beginning of whatever it is."""
+    try:
+        return str(json.loads(told)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return told[:200].decode(errors="replace")
