@@ -33,7 +33,7 @@ def with_shares(problem: Problem, epoch: int, placement: Placement) -> Placement
         for option, replica in sorted(options, key=lambda pair: pair[0].exec_s):
             if left_rps <= 0 or problem.slower_s(option) > llm.unserved_s:
                 break
-            room = most - booked.get(replica.gpus, 0.0)
+            room = max(0.0, most - booked.get(replica.gpus, 0.0))
             served_rps = min(left_rps, option.rate_rps * room)
             if sharing is not None:
                 slowest = sharing.slowdown(1.0)
