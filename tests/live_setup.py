@@ -38,7 +38,7 @@ def setup(folder: Path, f: Fleet, node: str = "n0", **settings: Any) -> NodeSetu
         folder=folder,
         fleet=f,
         make="tests.live_engines:make",
-        settings=Waiting(folder=folder, **settings),
+        settings=Waiting(folder=folder / node, **settings),
         patience=QUICK,
     )
 

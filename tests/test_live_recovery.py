@@ -109,7 +109,7 @@ def test_an_agent_that_hangs_is_lost_and_comes_back(folder, monkeypatch):
 def test_engines_of_an_agent_that_is_gone_are_ended(tmp_path):
     """A process on record in the engines' folder, of an owner that is no more, is ended
     before the next agent does anything."""
-    left = Child(["sleep", "30"], tmp_path, "left", grace_s=1.0)
+    left = Child(["sleep", "30"], tmp_path / "n0", "left", grace_s=1.0)
     agent = make_agent(setup(tmp_path, three()))
     assert not left.running()
     agent.close()

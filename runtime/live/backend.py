@@ -123,7 +123,8 @@ class LiveBackend:
         self._nodes = {name: _Node(name, open_) for name, open_ in nodes.items()}
         self._notes: list[PhaseChange] = []
         self._told_s = 0.0
-        self._published: tuple[Routable, ...] = ()
+        self.published: tuple[Routable, ...] = ()
+        """Who is routable, as the table was told last."""
         self._draining = threading.Event()
         self._reached = threading.Event()
         self._closed = threading.Event()
@@ -316,8 +317,8 @@ class LiveBackend:
                 if phase == "ACTIVE" and not leaving
             )
         routable = tuple(sorted(found, key=lambda r: r.id))
-        if routable != self._published:
-            self._published = routable
+        if routable != self.published:
+            self.published = routable
             self.table.publish(routable)
 
     # --- reports ----------------------------------------------------------------------
