@@ -2,8 +2,9 @@
 
 What it does is in the request's own ``echo`` field: ``tokens`` and ``gap_s`` between them,
 ``wait_s`` before the first, ``die_after`` so many tokens, ``error_after``, ``status``,
-``pieces`` (bytes per write, to cut events anywhere), ``once`` (misbehave for the first
-request of this kind only). It keeps what it was asked, and counts who left.
+``pieces`` (bytes per write, to cut events anywhere), ``once`` (only the first request of
+this name misbehaves, whichever engine gets it). It keeps what it was asked, and
+counts who left.
 
     python -m tests.echo_engine PORT
 """
@@ -14,12 +15,16 @@ import asyncio
 import json
 import sys
 import threading
+from typing import ClassVar
 
 import uvloop
 
 
 class EchoEngine:
     """Serves on ``port`` in a thread of its own."""
+
+    _once: ClassVar[set[str]] = set()
+    """Of all engines together."""
 
     def __init__(self, name: str = "echo", port: int = 0) -> None:
         self.name = name
@@ -28,7 +33,6 @@ class EchoEngine:
         self.headers: list[dict[str, str]] = []
         self.working = 0
         self.left = 0
-        self._once: set[str] = set()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 

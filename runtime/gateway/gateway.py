@@ -253,7 +253,9 @@ class Gateway:
         said = table.predict(llm)
         if said.position > self.settings.queue:
             raise self._refusal(llm, said, state, full=True)
-        if began_s + said.p50_s > job.arrival_s + job.deadline_s:
+        if math.isfinite(said.p50_s) and (
+            began_s + said.p50_s > job.arrival_s + job.deadline_s
+        ):
             raise errors.deadline(job.deadline_s)
         limit_s = max(0.0, job.hold_s - job.waited_s)
         if said.p90_s > limit_s:
@@ -306,7 +308,7 @@ class Gateway:
                 if not out:
                     continue
                 if answer.failed and not job.started:
-                    raise EngineLost("an error at once")
+                    raise errors.engine_lost("an error in place of an answer")
                 if not job.started:
                     await self._start(job, 200, _STREAM)
                 if answer.chunks > job.chunks:
@@ -325,7 +327,7 @@ class Gateway:
                 if over:
                     break
             if answer.failed:
-                raise EngineLost("it said so")
+                raise errors.engine_lost("an error within the stream")
             if not answer.done:
                 raise EngineLost("the stream broke off")
             await finish(response)

@@ -25,13 +25,14 @@ class Cutter:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The events that ``data`` completes, without their blank lines."""
-        data = self._rest + data if self._rest else data
+    def feed(self, new: bytes) -> list[bytes]:
+        """The events that ``new`` completes, without their blank lines."""
+        data = self._rest + new if self._rest else new
         if data.endswith(b"\n\n") and b"\r" not in data:
             self._rest = b""
             return data[:-2].split(b"\n\n")
-        *events, self._rest = _BLANK.split(data)
+        # Looking for a blank line again and again in what grows would be quadratic.
+        *events, self._rest = _BLANK.split(data) if b"\n" in new else (data,)
         if len(self._rest) > LARGEST_EVENT:
             raise BrokenStream("an event without end")
         return events
