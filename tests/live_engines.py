@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
 from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
@@ -18,6 +20,8 @@ class Waiting(EngineSettings):
     load_fails: dict[str, int] = field(default_factory=dict)
     """How many loads of it fail in each agent's life."""
     real_sleep: bool = True
+    seed: int | None = None
+    """Set: of every seven calls one fails."""
 
 
 FAILED: dict[tuple[Path, str], int] = {}
@@ -35,6 +39,9 @@ class WaitingEngine:
         self.capabilities = Capabilities(real_sleep=settings.real_sleep)
         self.up = self.hangs = self.stubborn = False
         self._stopped = threading.Event()
+        seed = settings.seed
+        self._rng = None if seed is None else np.random.default_rng([seed, len(MADE)])
+        MADE.append(self)
 
     @property
     def url(self) -> str:
@@ -72,8 +79,12 @@ class WaitingEngine:
     def _take(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
             raise EngineFailed("stopped")
+        if self._rng is not None and self._rng.random() < 1 / 7:
+            raise EngineFailed("bad luck")
 
 
+MADE: list[WaitingEngine] = []
+"""All of them."""
 ENGINES: dict[ReplicaId, WaitingEngine] = {}
 """The last one made of each replica, in this process."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from foreserve.models.errors import ForeserveError, InvalidInput
@@ -25,6 +26,8 @@ from tests.build import fleet, gpu, option
 from tests.live_engines import ENGINES, Waiting
 
 A, B, C = (replica_id(llm, (gpu(0),)) for llm in "abc")
+KINDS: tuple[OrderKind, ...]
+KINDS = ("load", "load", "activate", "activate", "demote", "quiesce", "drop")
 QUICK = Patience(
     watch_s=0.01, hang_s=0.1, first_retry_s=0.05, tries=3, act_least_s=0.3, act_factor=1
 )
@@ -82,7 +85,9 @@ def made(tmp_path) -> Iterator[Made]:
             fleet=fleet(*options),
             make="tests.live_engines:make",
             settings=Waiting(folder=tmp_path, **settings),
-            binding=Binding(devices=(Device(gpu=gpu(0), index=6),)),
+            binding=Binding(
+                devices=(Device(gpu=gpu(0), index=6), Device(gpu=gpu(1), index=4))
+            ),
             patience=patience,
         )
         agents.append(make_agent(setup))
@@ -298,6 +303,43 @@ def test_illegal_orders_change_nothing(made, kind, key, message):
     owner("load", A)
     assert message in owner(kind, key)
     assert owner.phases() == {"a": "LOADING"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_orders_in_any_order(made, seed):
+    """300 orders by chance from two threads, most of them nonsense, to engines of which
+    every seventh call fails and some die: whatever happens, the log has no fault (the
+    fixture looks), and once all is dropped every byte is free."""
+    patience = Patience(watch_s=0.005, hang_s=1.0, first_retry_s=0.001, tries=1000)
+    owner = made(load_s=0.002, seed=seed, patience=patience)
+    keys = [replica_id(llm, (gpu(i),)) for llm in "abc" for i in range(2)]
+    lock = threading.Lock()
+
+    def give(rng: np.random.Generator) -> None:
+        for _ in range(150):
+            kind: OrderKind = KINDS[rng.integers(len(KINDS))]
+            key = keys[rng.integers(len(keys))]
+            with lock:
+                owner.step += 1
+                step = owner.step
+            owner.agent.order(Order(generation=1, step=step, kind=kind, replica=key))
+            if rng.random() < 0.05 and key in ENGINES:
+                ENGINES[key].up = False
+            SystemClock().wait(0.003 * rng.random())
+
+    threads = [
+        threading.Thread(target=give, args=(np.random.default_rng([seed, i]),))
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    owner.agent.close()
+    report = owner.agent.report()
+    assert report.rows == ()
+    assert report.free_bytes == report.usable_bytes
+    assert {move.phase for move in report.moves} >= {"WARM", "ACTIVE", "DRAINING", None}
 
 
 def test_the_log_has_one_writer_and_drops_a_line_cut_off(tmp_path):

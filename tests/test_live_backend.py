@@ -6,14 +6,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from foreserve.models.placement import Action
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.gateway.table import RoutingTable, Waiter
 from foreserve.runtime.journal import Decision, Journal, PhaseChange
+from foreserve.runtime.live.agent import Patience
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.check import check
 from foreserve.runtime.live.host import Local, make_agent
@@ -21,7 +24,7 @@ from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.messages import Link, LinkLost
 from tests.build import gpu
 from tests.live_engines import ENGINES
-from tests.live_setup import Live, key, live, on, setup, three
+from tests.live_setup import QUICK, Live, key, live, on, setup, three
 
 
 @pytest.fixture
@@ -29,9 +32,12 @@ def made(tmp_path) -> Iterator[Any]:
     """Makes a `Live` with its agent in this process; what was logged is checked."""
     with ExitStack() as stack:
 
-        def make(load_s: float = 0.05, **settings: Any) -> Live:
+        def make(
+            load_s: float = 0.05, patience: Patience = QUICK, **settings: Any
+        ) -> Live:
             f = three(load_s)
-            agent = make_agent(setup(tmp_path, f, **settings))
+            chosen = replace(setup(tmp_path, f, **settings), patience=patience)
+            agent = make_agent(chosen)
             stack.callback(agent.close)
             return stack.enter_context(live(tmp_path, f, {"n0": Local(agent)}))
 
@@ -132,6 +138,42 @@ def test_failed_loads_are_tried_thrice_and_said(made):
     assert run.phases() == {key("b", 1): "ACTIVE"}
     run.backend.forgive("n0", key("a", 0))
     run.until(lambda: run.table.routable("a") == 1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_wishes_and_deaths(made, seed):
+    """Wishes that change by chance every few milliseconds, engines that die in between,
+    requests that come and go: no GPU is over-committed at any line (the fixture looks),
+    each request ends on a replica that serves, and the last wish is reached."""
+    run = made(load_s=0.01, patience=replace(QUICK, first_retry_s=0.01, tries=1000))
+    rng = np.random.default_rng(seed)
+    held: list[Waiter] = []
+    for _ in range(60):
+        wanted = []
+        for i in range(2):
+            first, second, third = rng.permutation(list("abc"))
+            if rng.random() < 0.7:
+                wanted += [on(str(first), i)]
+                wanted += [on(str(second), i, "WARM")] if rng.random() < 0.5 else []
+            else:
+                wanted += [on(str(llm), i, "WARM") for llm in (second, third)]
+        run.want(*wanted)
+        run.pause(0.06 * rng.random())
+        for llm in "abc":
+            waiter = Waiter(llm=llm, exact_tokens=1, likely_tokens=1, wake=lambda: None)
+            if rng.random() < 0.3 and run.table.take(waiter):
+                held.append(waiter)
+        if held and rng.random() < 0.7:
+            run.table.release(held.pop(int(rng.integers(len(held)))))
+        if rng.random() < 0.15:
+            list(ENGINES.values())[rng.integers(len(ENGINES))].up = False
+    for waiter in held:
+        run.table.release(waiter)
+    run.reach(*wanted)
+    assert run.table.in_flight() == dict.fromkeys(
+        [replica.id for replica in wanted if replica.state == "ACTIVE"], 0
+    )
+    assert len([e for e in run.events() if isinstance(e, PhaseChange)]) > 60
 
 
 def test_eta(made):
