@@ -116,27 +116,28 @@ def _weights(
         head * (config["num_key_value_heads"]),
     )
 
-    def drawn(rows: int, columns: int) -> NDArray[np.float32]:
-        values = rng.standard_normal((rows, columns)) * columns**-0.5
+    # Sharp attention and strong layers keep answers from running in circles.
+    def drawn(rows: int, columns: int, factor: float = 1.0) -> NDArray[np.float32]:
+        values = rng.standard_normal((rows, columns)) * (factor * columns**-0.5)
         return np.asarray(values, np.float32)
 
     ones = np.ones(hidden, np.float32)
-    yield "model.embed_tokens.weight", drawn(len(words), hidden) * np.float32(8)
+    yield "model.embed_tokens.weight", drawn(len(words), hidden, 4)
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
         yield f"{name}.input_layernorm.weight", ones
-        for part, rows in (("q", queries), ("k", keys), ("v", keys)):
-            yield f"{name}.self_attn.{part}_proj.weight", drawn(rows, hidden)
+        for part, rows, factor in (("q", queries, 4), ("k", keys, 4), ("v", keys, 1)):
+            yield f"{name}.self_attn.{part}_proj.weight", drawn(rows, hidden, factor)
             if family == "qwen":
-                yield f"{name}.self_attn.{part}_proj.bias", drawn(rows, 1)[:, 0]
+                yield f"{name}.self_attn.{part}_proj.bias", drawn(rows, 1, 0.1)[:, 0]
         yield f"{name}.self_attn.o_proj.weight", drawn(hidden, queries)
         yield f"{name}.post_attention_layernorm.weight", ones
         yield f"{name}.mlp.gate_proj.weight", drawn(inner, hidden)
         yield f"{name}.mlp.up_proj.weight", drawn(inner, hidden)
-        yield f"{name}.mlp.down_proj.weight", drawn(hidden, inner)
+        yield f"{name}.mlp.down_proj.weight", drawn(hidden, inner, 2)
     yield "model.norm.weight", ones
     # Only words are ever likely: bytes and special tokens have no weight in the end.
-    out = drawn(len(words), hidden) * np.float32(4)
+    out = drawn(len(words), hidden, 4)
     silent = [number for word, number in words.items() if word[0] != "\u0120"]
     out[silent] = 0
     yield "lm_head.weight", out

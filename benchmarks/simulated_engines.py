@@ -1,0 +1,286 @@
+"""How true and how fast the server of simulated engines is.
+
+    PYTHONPATH=. python benchmarks/simulated_engines.py
+
+One server on one core, its clients in this process on another, all streams by raw HTTP
+over kept connections. Pacing: the time from sending a request to its first token, and the
+mean time between its tokens, as the client saw them, against the cost model's (which the
+server tells with each answer), at real time. Capacity: engines whose cost model asks for
+more than a core can say, each token in a chunk of its own where it keeps up (tokens that
+are late are said together, so tokens per second go on rising where chunks do not); then
+whole answers of one token, for requests per second. Then the same with a minute of the cost
+model in a second. Writes benchmarks/results/simulated_engines.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from record import write_result
+
+from foreserve.models.cost import IterationTime
+from foreserve.models.placement import replica_id
+from foreserve.models.problem import ReplicaOption
+from foreserve.models.specs import GpuId
+from foreserve.runtime.engines.simulated import (
+    SimulatedEngine,
+    SimulatedSettings,
+    close_node,
+    node_of,
+)
+
+# About Llama 3.1 8B on an H100.
+TIME = IterationTime(
+    prefill_base_s=6e-3,
+    prefill_s_per_token=2.5e-5,
+    prefill_s_per_token2=1e-10,
+    decode_base_s=6e-3,
+    decode_s_per_seq=5e-5,
+    decode_s_per_context_token=2e-8,
+    relative_error=0.0,
+    source="made up",
+)
+TIMES = re.compile(
+    rb'"arrival_s": ([\d.e-]+), "joined_s": [\d.e-]+, '
+    rb'"first_token_s": ([\d.e-]+), "end_s": ([\d.e-]+)'
+)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What clients saw."""
+
+    ttft_s: list[float] = field(default_factory=list)
+    tpot_s: list[float] = field(default_factory=list)
+    model_ttft_s: list[float] = field(default_factory=list)
+    model_tpot_s: list[float] = field(default_factory=list)
+    requests: int = 0
+    tokens: int = 0
+    chunks: int = 0
+
+
+class Client(asyncio.Protocol):
+    """One connection that asks again as soon as it is answered, while it may."""
+
+    def __init__(self, request: bytes, tokens: int, until_s: float, seen: Seen) -> None:
+        self.request, self.tokens, self.until_s, self.seen = (
+            request,
+            tokens,
+            until_s,
+            seen,
+        )
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.ask()
+
+    def ask(self) -> None:
+        self.sent_s, self.first_s, self.tail = time.perf_counter(), 0.0, b""
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        now_s, seen = time.perf_counter(), self.seen
+        said = data.count(b'"text":"')
+        if said and not self.first_s:
+            self.first_s = now_s
+        seen.chunks += said
+        self.tail = self.tail[-600:] + data
+        if b'"end_s"' not in self.tail or not self.tail.endswith((b"}", b"0\r\n\r\n")):
+            return
+        times = TIMES.search(self.tail)
+        assert times is not None
+        arrival_s, first_s, end_s = map(float, times.groups())
+        gaps = self.tokens - 1
+        seen.requests += 1
+        seen.tokens += self.tokens
+        seen.ttft_s.append(self.first_s - self.sent_s)
+        seen.model_ttft_s.append(first_s - arrival_s)
+        if gaps:
+            seen.tpot_s.append((now_s - self.first_s) / gaps)
+            seen.model_tpot_s.append((end_s - first_s) / gaps)
+        if now_s < self.until_s:
+            self.ask()
+        else:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.done.set_result(None)
+
+
+async def load(
+    engines: list[SimulatedEngine],
+    streams: int,
+    tokens: int,
+    stream: bool,
+    prompt_tokens: int,
+    seconds: float,
+) -> Seen:
+    """``streams`` connections, spread over the engines, for so long."""
+    loop, seen, until_s = (
+        asyncio.get_running_loop(),
+        Seen(),
+        time.perf_counter() + seconds,
+    )
+    waits = []
+    for number in range(streams):
+        engine = engines[number % len(engines)]
+        where = re.match(r"http://([\d.]+):(\d+)(.*)", engine.url)
+        assert where is not None
+        body = {"model": engine.served_name, "prompt": [1] * prompt_tokens}
+        body |= {"max_tokens": tokens, "stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        text = json.dumps(body).encode()
+        head = f"POST {where[3]}/v1/completions HTTP/1.1\r\nhost: x\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
+        request = head.encode() + text
+        _, client = await loop.create_connection(
+            lambda request=request: Client(request, tokens, until_s, seen),
+            where[1],
+            int(where[2]),
+        )
+        waits.append(client.done)
+        await asyncio.sleep(0.003 if stream else 0)  # Not all in step.
+    await asyncio.gather(*waits)
+    return seen
+
+
+def option(llm: str) -> ReplicaOption:
+    return ReplicaOption(
+        llm=llm,
+        gpu_type="h100",
+        tp=1,
+        resident_bytes=16 * 2**30,
+        kv_bytes=40 * 2**30,
+        kv_token_bytes=2**17,
+        concurrency=256,
+        rate_rps=10.0,
+        exec_s=1.0,
+        load_s=0.01,
+        activate_s=0.01,
+        ttft_s=0.1,
+        tpot_s=0.01,
+        time=TIME,
+    )
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(
+    replicas: int,
+    streams: int,
+    *,
+    tokens: int = 64,
+    stream: bool = True,
+    prompt_tokens: int = 200,
+    scale: float = 1.0,
+    tick_ms: float = 1.0,
+    seconds: float,
+    cores: list[int],
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SimulatedSettings(
+            folder=Path(folder), time_scale=scale, tick_s=tick_ms / 1000
+        )
+        engines = []
+        for number in range(replicas):
+            name = f"llm-{number}"
+            replica = replica_id(name, (GpuId(node="n0", index=number),))
+            engine = SimulatedEngine(option(name), replica, settings)
+            engine.start()
+            engine.activate()
+            engines.append(engine)
+        child = node_of(settings).child
+        (server,) = (pid for pid in child.pids() if pid != child.session)
+        os.sched_setaffinity(server, {cores[0]})
+        busy_s, begin_s = cpu_s(server), time.perf_counter()
+        seen = asyncio.run(
+            load(engines, streams, tokens, stream, prompt_tokens, seconds)
+        )
+        wall_s = time.perf_counter() - begin_s
+        busy_s = cpu_s(server) - busy_s
+        rss = Path(f"/proc/{server}/status").read_text()
+        close_node(settings.folder)
+    row: dict[str, Any] = {
+        "replicas": replicas,
+        "streams": streams,
+        "tokens": tokens,
+        "streamed": stream,
+        "scale": scale,
+        "tick_ms": tick_ms,
+        "requests": seen.requests,
+        "requests_per_s": round(seen.requests / wall_s, 1),
+        "tokens_per_s": round(seen.tokens / wall_s),
+        "chunks_per_s": round(seen.chunks / wall_s),
+        "server_core_share": round(busy_s / wall_s, 3),
+        "server_mib": round(int(re.findall(r"VmRSS:\s+(\d+)", rss)[0]) / 1024),
+    }
+    late = 1000 * (np.array(seen.ttft_s) - np.array(seen.model_ttft_s) / scale)
+    row |= {"ttft_late_ms_p50": late, "ttft_late_ms_p99": late}
+    row["ttft_late_ms_p50"], row["ttft_late_ms_p99"] = (
+        round(float(np.percentile(late, q)), 2) for q in (50, 99)
+    )
+    row["model_ttft_ms_p50"] = round(
+        1000 / scale * float(np.median(seen.model_ttft_s)), 2
+    )
+    if seen.tpot_s:
+        model = np.array(seen.model_tpot_s) / scale
+        error = np.abs(np.array(seen.tpot_s) / model - 1)
+        row["model_tpot_ms_p50"] = round(1000 * float(np.median(model)), 3)
+        row["tpot_error_p50"] = round(float(np.percentile(error, 50)), 4)
+        row["tpot_error_p99"] = round(float(np.percentile(error, 99)), 4)
+    return row
+
+
+@click.command()
+@click.option("--seconds", default=5.0, show_default=True, help="Of each row.")
+@click.option("--write/--no-write", default=True)
+def main(seconds: float, write: bool) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, {cores[-1]})
+    plans: dict[str, list[dict[str, Any]]] = {
+        "pacing": [
+            {"replicas": 1, "streams": 1},
+            {"replicas": 1, "streams": 32},
+            {"replicas": 16, "streams": 64},
+            {"replicas": 100, "streams": 100},
+        ],
+        "capacity": [
+            {"replicas": 100, "streams": 200},
+            {"replicas": 100, "streams": 800},
+            {"replicas": 100, "streams": 800, "tick_ms": 20.0},
+            {"replicas": 16, "streams": 64, "tokens": 1, "stream": False, "scale": 1e3},
+        ],
+        "a minute in a second": [
+            {"replicas": 16, "streams": 32, "scale": 60.0, "tick_ms": 20.0},
+            {"replicas": 32, "streams": 128, "scale": 60.0, "tick_ms": 20.0},
+        ],
+    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part, rows in plans.items():
+        found[part] = []
+        for asked in rows:
+            row = measure(**asked, seconds=seconds, cores=cores)
+            found[part].append(row)
+            click.echo(f"{part}: {json.dumps(row)}")
+    if write:
+        write_result("simulated_engines", {"seconds": seconds, **found})
+
+
+if __name__ == "__main__":
+    main()
