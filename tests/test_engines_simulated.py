@@ -370,9 +370,10 @@ def test_what_outlives_owner_and_guard_is_found_again(tmp_path):
     record = json.loads(path.read_text())
     other = tmp_path / "other.process.json"
     other.write_text(json.dumps({**record, "session": bystander.pid}))
+    (tmp_path / "torn.process.json").write_text('{"session": 1')
     assert process.reap(tmp_path) == [session]
     assert members(session) == []
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
-    assert list(tmp_path.glob("*.process.json")) == []
+    assert [p.name for p in tmp_path.glob("*.process.*")] == ["torn.process.broken"]

@@ -268,7 +268,6 @@ def tiny_llms(tmp_path_factory):
         folder=folder / "logs",
         python=PYTHON,
         checkpoints=checkpoints,
-        memory_share=0.05,
         max_num_batched_tokens=4096,
         answers_within_s=10.0,
     )

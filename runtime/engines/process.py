@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from foreserve.models.errors import InvalidInput
-
 GUARD = Path(__file__).with_name("guard.py")
 
 
@@ -124,10 +122,9 @@ def reap(folder: Path) -> list[int]:
     for path in sorted(folder.glob("*.process.json")):
         try:
             record = Record(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InvalidInput(
-                f"not a record of a process: {error}", file=str(path)
-            ) from error
+        except (OSError, ValueError, TypeError):
+            path.rename(path.with_suffix(".broken"))  # It proves nothing.
+            continue
         if record.boot == _boot() and _is_ours(record):
             _end_session(record.session)
             ended.append(record.session)

@@ -47,8 +47,9 @@ class VllmSettings(EngineSettings):
     dtype: str = "bfloat16"
     max_context_tokens: int | None = None
     """Of one request; None: what the LLM was made for, as far as the KV cache holds it."""
-    memory_share: float = 0.9
-    """vLLM's --gpu-memory-utilization, of the machine's memory where there are no GPUs."""
+    memory_share: float = 0.05
+    """vLLM's --gpu-memory-utilization: it does not start if less is free. The KV cache is
+    as large as planned, whatever this is; who fits beside whom is the node's business."""
     arguments: tuple[str, ...] = ()
     """More of them for its command line."""
     start_within_s: float = 600.0
@@ -213,8 +214,8 @@ class VllmEngine:
         if device == "cpu":
             # All servers would take the same core; one thread each, since more spin.
             env["OMP_NUM_THREADS"] = "1"
-            if settings.devices:
-                env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, settings.devices))
+            cores = "|".join(map(str, settings.devices))
+            env["VLLM_CPU_OMP_THREADS_BIND"] = cores or "nobind"
         elif settings.devices:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.devices))
         return env
