@@ -264,6 +264,23 @@ def test_notices_an_engine_that_died_or_hangs(made, fault):
     owner.serve(A)
 
 
+def test_one_miss_is_no_death(made):
+    """Told not to live for the moment of one look, it goes on."""
+    owner = made(patience=Patience(watch_s=0.05))
+    owner.serve(A)
+    looks: list[bool] = []
+
+    def alive() -> bool:
+        looks.append(engine.up and len(looks) != 1)
+        return looks[-1]
+
+    engine = ENGINES[A]
+    engine.alive = alive
+    owner.until(lambda _: len(looks) > 3)
+    assert owner.phases() == {"a": "ACTIVE"}
+    assert looks[:3] == [True, False, True]
+
+
 def test_a_load_that_never_ends_is_ended(made):
     """0.3 s are granted; a load of 60 s counts as failed then."""
     owner = made(
@@ -317,7 +334,7 @@ def test_any_orders_in_any_order(made, seed):
 
     def give(rng: np.random.Generator) -> None:
         for _ in range(150):
-            kind: OrderKind = KINDS[rng.integers(len(KINDS))]
+            kind = KINDS[rng.integers(len(KINDS))]
             key = keys[rng.integers(len(keys))]
             with lock:
                 owner.step += 1

@@ -1,5 +1,5 @@
 """The live backend over simulated engines: agents and engines are processes, requests are
-HTTP. Loads of 0.3 s, tokens every 10 ms."""
+HTTP. Loads of 0.1 s, tokens every 10 ms."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from foreserve.runtime.live.host import Hosted, setups
 from tests.build import cluster, fleet, option
 from tests.live_setup import Live, live, on
 
-QUICK = Patience(watch_s=0.1, hang_s=1.0, first_retry_s=0.1)
+QUICK = Patience(watch_s=0.05, hang_s=1.0, first_retry_s=0.1)
 
 
 @pytest.fixture
 def run(tmp_path) -> Iterator[Live]:
     """Three LLMs on two GPUs that hold two each, beside each other one that serves."""
     options = (
-        option(llm, load_s=0.3, resident_bytes=3000, kv_bytes=2000) for llm in "abc"
+        option(llm, load_s=0.1, resident_bytes=3000, kv_bytes=2000) for llm in "abc"
     )
     f = fleet(*options, on=cluster(memory_bytes=10_000))
     settings = SimulatedSettings(
-        folder=tmp_path, answers_within_s=0.5, stop_grace_s=0.5
+        folder=tmp_path, answers_within_s=0.6, stop_grace_s=0.2
     )
     make = "foreserve.runtime.engines.simulated:make"
     made = setups(f, tmp_path, make, settings, QUICK)

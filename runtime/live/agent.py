@@ -54,6 +54,9 @@ class Patience:
     """Between looks at each engine."""
     hang_s: float = 5.0
     """An engine that does not say for so long whether it lives counts as dead."""
+    misses: int = 2
+    """So many times in a row it must say that it does not live: one may be the machine's
+    being busy."""
     act_factor: float = 5.0
     act_least_s: float = 60.0
     """An action may take this many times what the plan says, and at least so long."""
@@ -107,6 +110,7 @@ class _Life:
     """Of life: asked for, not there yet."""
     asked_s: float = math.inf
     """Since when it has not answered."""
+    misses: int = 0
 
 
 @dataclass(slots=True)
@@ -220,15 +224,16 @@ class NodeAgent:
                 self._failing.pop(key, None)
             self._touch()
 
-    def close(self) -> None:
-        """Stop every engine and return when all are gone."""
+    def close(self, within_s: float = 30.0) -> None:
+        """Stop every engine and return when all are gone, or after ``within_s``."""
         with self._changed:
             self._closed.set()
             lives = list(self._lives.values())
+        until_s = self._now_s() + within_s
         threads = [self._end(life, "the agent stops") for life in lives]
         for thread in threads:
             if thread is not None:
-                thread.join()
+                thread.join(max(0.0, until_s - self._now_s()))
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self._changed:
             self._changed.notify_all()
@@ -530,9 +535,13 @@ class NodeAgent:
             return "it does not answer" if late else ""
         sign, life.sign = life.sign, None
         error = sign.exception()
-        if error is not None:
-            return _line(error)
-        return "" if sign.result() else "it died"
+        if error is None and sign.result():
+            life.misses = 0
+            return ""
+        life.misses += 1
+        if life.misses < self._patience.misses:
+            return ""
+        return "it died" if error is None else _line(error)
 
     def _ask(self, life: _Life) -> bool:
         life.asked_s = self._now_s()
