@@ -8,7 +8,8 @@ the placement repairs the activations it touches: a replica with unmet need take
 if they idle, or from others if those find another place or are worth less. So the cost
 kept here is never below the referee's, whose activation is the best one.
 
-WARM replicas never share a GPU with an ACTIVE one here: there they serve no scenario.
+WARM replicas never share a GPU with an ACTIVE one here: there they serve no scenario. Some
+replicas are fixed: pins, and one that is none, which serves on every closed GPU for good.
 """
 
 from __future__ import annotations
@@ -69,6 +70,16 @@ class Data(NamedTuple):
     demand: Floats
     least: Ints
     """[m] ACTIVE replicas."""
+    after: Ints
+    """[m] ACTIVE replicas left after the loss of a domain (C9)."""
+    spread: Ints
+    """[m] which of the LLMs with such a row, -1 for most."""
+    domain: Ints
+    """[g]"""
+    apart: NDArray[np.int8]
+    """[m, m] 1 for LLMs that may not be on one GPU: with itself none may (C4)."""
+    closed: NDArray[np.int8]
+    """[g]"""
     most: Ints
     """[m] replicas."""
     before: NDArray[np.int8]
@@ -83,6 +94,7 @@ class Layout(NamedTuple):
     """Most replicas on a GPU."""
     each: int
     """Most WARM replicas of an LLM."""
+    domains: int
     run: int
     """[s, g] replica that is activated there; -1 none, -2 ACTIVE there."""
     have: int
@@ -99,6 +111,8 @@ class Layout(NamedTuple):
     """[r] first GPU."""
     active: int
     """[r]"""
+    fixed: int
+    """[r] 1 for those that stay."""
     number: int
     """[m] replicas."""
     warms: int
@@ -107,14 +121,25 @@ class Layout(NamedTuple):
     """[m, each] WARM ones."""
     serving: int
     """[j] ACTIVE replicas."""
+    inside: int
+    """[spread, domain] ACTIVE replicas."""
     unused: int
     """Stack of free numbers, its height first."""
     size: int
 
 
-def layout(scenarios: int, gpus: int, llms: int, options: int, room: int) -> Layout:
-    """``room``: most replicas in all."""
-    slots, each = 12, min(room, 512)
+def layout(
+    scenarios: int,
+    gpus: int,
+    llms: int,
+    options: int,
+    room: int,
+    domains: int,
+    spread: int,
+    slots: int,
+) -> Layout:
+    """``room``: most replicas in all, ``slots``: on a GPU; ``spread``: LLMs with (C9)."""
+    each = min(room, 512)
     sizes = (
         scenarios * gpus,
         scenarios * llms,
@@ -124,14 +149,16 @@ def layout(scenarios: int, gpus: int, llms: int, options: int, room: int) -> Lay
         room,
         room,
         room,
+        room,
         llms,
         llms,
         llms * each,
         options,
+        spread * domains,
         room + 1,
     )
     at = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-    return Layout(slots, each, *at)
+    return Layout(slots, each, domains, *at)
 
 
 LOOK, TRY = 64, 12
@@ -140,15 +167,21 @@ LOOK, TRY = 64, 12
 
 @compiled
 def empty(d: Data, at: Layout) -> Ints:
-    """The state without replicas."""
+    """The state without replicas, but for number 0 on the closed GPUs."""
     st = np.zeros(at.size, np.int64)
     st[at.run : at.have] = -1
     st[at.free : at.option] = d.usable
     st[at.option : at.start] = -1
     room = at.start - at.option
-    st[at.unused] = room
+    st[at.unused] = room - 1
     for i in range(room):
         st[at.unused + 1 + i] = room - 1 - i
+    st[at.active], st[at.fixed] = 1, 1
+    for g in range(len(d.rent)):
+        if d.closed[g]:
+            st[at.residents + g] = 1
+            for s in range(len(d.chance)):
+                st[at.run + s * len(d.rent) + g] = -2
     return st
 
 
@@ -331,6 +364,44 @@ def demand_cost(d, at, st, m):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def left(d, at, st, m):  # type: ignore[no-untyped-def]
+    """ACTIVE replicas of an LLM with (C9) after the worst loss of a domain."""
+    total, worst = 0, 0
+    base = at.inside + d.spread[m] * at.domains
+    for i in range(base, base + at.domains):
+        total += st[i]
+        worst = max(worst, st[i])
+    return total - worst
+
+
+@compiled
+def serving_of(d, at, st, m):  # type: ignore[no-untyped-def]
+    """ACTIVE replicas of an LLM."""
+    total = 0
+    for j in range(d.first_option[m], d.first_option[m + 1]):
+        total += st[at.serving + j]
+    return total
+
+
+@compiled
+def obeys(d, at, st):  # type: ignore[no-untyped-def]
+    """Whether no LLM has too few ACTIVE replicas (C9, C10); all else holds always."""
+    for m in range(len(d.loss)):
+        if serving_of(d, at, st, m) < d.least[m]:
+            return False
+        if d.after[m] and left(d, at, st, m) < d.after[m]:
+            return False
+    return True
+
+
+@compiled
+def count_domain(d, at, st, jp, jv, m, g, change):  # type: ignore[no-untyped-def]
+    if d.after[m]:
+        i = at.inside + d.spread[m] * at.domains + d.domain[g]
+        put(st, jp, jv, i, st[i] + change)
+
+
+@compiled
 def hold(d, at, st, jp, jv, j, g, active):  # type: ignore[no-untyped-def]
     """A new replica of option j from GPU g on, which must fit; its number, and load and
     rent."""
@@ -341,6 +412,7 @@ def hold(d, at, st, jp, jv, j, g, active):  # type: ignore[no-untyped-def]
     put(st, jp, jv, at.option + r, j)
     put(st, jp, jv, at.start + r, g)
     put(st, jp, jv, at.active + r, active)
+    put(st, jp, jv, at.fixed + r, 0)
     put(st, jp, jv, at.number + m, st[at.number + m] + 1)
     if not active:
         n = st[at.warms + m]
@@ -438,6 +510,7 @@ def add_active(d, at, st, jp, jv, j, g):  # type: ignore[no-untyped-def]
     _, more = hold(d, at, st, jp, jv, j, g, 1)
     total += more
     put(st, jp, jv, at.serving + j, st[at.serving + j] + 1)
+    count_domain(d, at, st, jp, jv, m, g, 1)
     total += demand_cost(d, at, st, m)
     if d.before[j, g] == 2:
         total -= d.demote
@@ -464,6 +537,7 @@ def drop_active(d, at, st, jp, jv, r, moved):  # type: ignore[no-untyped-def]
     m = d.llm[j]
     total = -demand_cost(d, at, st, m)
     put(st, jp, jv, at.serving + j, st[at.serving + j] - 1)
+    count_domain(d, at, st, jp, jv, m, g, -1)
     total += demand_cost(d, at, st, m)
     if d.before[j, g] == 2:
         total += d.demote
@@ -489,20 +563,30 @@ def room_for(d, at, st, j, g):  # type: ignore[no-untyped-def]
     for k in range(g, g + d.tp[j]):
         if st[at.residents + k] and st[at.active + st[at.held + k * at.slots]]:
             return 2
-        if st[at.free + k] < d.resident[j] or st[at.residents + k] >= at.slots:
-            answer = 1
+        fixed, num_bytes = 0, d.usable[k]
         for i in range(st[at.residents + k]):
             r = st[at.held + k * at.slots + i]
-            if d.llm[st[at.option + r]] == d.llm[j]:
+            o = st[at.option + r]
+            if d.apart[d.llm[o], d.llm[j]]:
                 return 2
+            if st[at.fixed + r]:
+                fixed += 1
+                num_bytes -= d.resident[o]
+        if num_bytes < d.resident[j] or fixed >= at.slots:
+            return 2
+        if st[at.free + k] < d.resident[j] or st[at.residents + k] >= at.slots:
+            answer = 1
     return answer
 
 
 @compiled
-def serves_in(d, at, st, g, size):  # type: ignore[no-untyped-def]
+def taken(d, at, st, g, size):  # type: ignore[no-untyped-def]
+    """Whether a GPU of a block serves, or holds what stays."""
     for k in range(g, g + size):
-        if st[at.residents + k] and st[at.active + st[at.held + k * at.slots]]:
-            return True
+        for i in range(st[at.residents + k]):
+            r = st[at.held + k * at.slots + i]
+            if st[at.active + r] or st[at.fixed + r]:
+                return True
     return False
 
 
@@ -540,6 +624,8 @@ def clear(d, at, st, jp, jv, rng, j, g, active, moved, gone):  # type: ignore[no
         ):
             pick = draw(rng, st[at.residents + k])
             r = st[at.held + k * at.slots + pick]
+            if st[at.fixed + r]:
+                continue
             if n < len(gone):
                 gone[n] = st[at.option + r]
             n += 1
@@ -569,20 +655,43 @@ def rehome(d, at, st, jp, jv, rng, n, moved, gone, tries):  # type: ignore[no-un
 
 
 @compiled
+def promise(d, at, st, j, g):  # type: ignore[no-untyped-def]
+    """Loss that a WARM replica of j would cover in scenarios in which its GPUs idle."""
+    total = 0.0
+    m = d.llm[j]
+    gpus, llms = len(d.rent), len(d.loss)
+    for s in range(len(d.chance)):
+        missing = d.need[s, m] - st[at.have + s * llms + m]
+        if missing <= 0:
+            continue
+        base = at.run + s * gpus
+        idle = True
+        for k in range(g, g + d.tp[j]):
+            if st[base + k] != -1:
+                idle = False
+                break
+        if idle:
+            total += d.chance[s] * min(missing, d.units[j])
+    return total * d.loss[m]
+
+
+@compiled
 def insert(d, at, st, jp, jv, rng, j, moved, gone, tries):  # type: ignore[no-untyped-def]
     """A WARM replica of j at a random place; others make room. 1e300 if there is none."""
     m = d.llm[j]
     full = st[at.number + m] >= d.most[m] or st[at.warms + m] >= at.each
     if full or st[at.unused] < 1:
         return 1e300
-    place = -1
+    place, most = -1, -1.0
     for _ in range(tries):
         g = block_for(d, rng, j)
         room = room_for(d, at, st, j, g)
         if room < 2:
-            place = g
-            if room == 0:
-                break
+            worth = promise(d, at, st, j, g)
+            if room == 1:
+                worth *= 0.5
+            if worth > most:
+                place, most = g, worth
     if place < 0:
         return 1e300
     n, total = clear(d, at, st, jp, jv, rng, j, place, False, moved, gone)
@@ -600,7 +709,7 @@ def insert_active(d, at, st, jp, jv, rng, j, moved, gone, tries):  # type: ignor
         g = block_for(d, rng, j)
         if d.resident[j] + d.extra[j] > d.usable[g]:
             continue
-        if not serves_in(d, at, st, g, d.tp[j]):
+        if not taken(d, at, st, g, d.tp[j]):
             count = 0
             for k in range(g, g + d.tp[j]):
                 count += st[at.residents + k]
@@ -652,7 +761,7 @@ def step(d, at, st, jp, jv, rng, moved, gone, warm_of, kinds):  # type: ignore[n
         r = draw(rng, room)
         if st[at.option + r] >= 0:
             break
-    if r < 0 or st[at.option + r] < 0:
+    if r < 0 or st[at.option + r] < 0 or st[at.fixed + r]:
         r = -1
     if kind < 85:
         if r < 0 or st[at.active + r]:
@@ -676,17 +785,16 @@ def step(d, at, st, jp, jv, rng, moved, gone, warm_of, kinds):  # type: ignore[n
         return 1e300
     j = st[at.option + r]
     m = d.llm[j]
-    actives = 0
-    for o in range(d.first_option[m], d.first_option[m + 1]):
-        actives += st[at.serving + o]
-    if kind < 93:
-        if actives <= d.least[m]:
-            return 1e300
-        return drop_active(d, at, st, jp, jv, r, moved)
+    if kind < 93 and serving_of(d, at, st, m) <= d.least[m]:
+        return 1e300
     total = drop_active(d, at, st, jp, jv, r, moved)
-    if kind < 97:
-        j = d.first_option[m] + draw(rng, d.first_option[m + 1] - d.first_option[m])
-    return total + insert_active(d, at, st, jp, jv, rng, j, moved, gone, tries)
+    if kind >= 93:
+        if kind < 97:
+            j = d.first_option[m] + draw(rng, d.first_option[m + 1] - d.first_option[m])
+        total += insert_active(d, at, st, jp, jv, rng, j, moved, gone, tries)
+    if d.after[m] and left(d, at, st, m) < d.after[m]:
+        return 1e300
+    return total
 
 
 @compiled
@@ -708,12 +816,48 @@ def search(d, at, st, jp, jv, rng, moved, gone, warm_of, kinds, heat, moves):  #
 
 
 @compiled
+def empty_block(d, at, st, j, n, b):  # type: ignore[no-untyped-def]
+    """Whether the b-th block of a node is free for an ACTIVE replica of j."""
+    g = d.node_gpu[n] + b * d.tp[j]
+    for k in range(g, g + d.tp[j]):
+        if st[at.residents + k]:
+            return False
+    return d.resident[j] + d.extra[j] <= d.usable[g]
+
+
+@compiled
+def apart_from_its_own(d, at, st, j):  # type: ignore[no-untyped-def]
+    """First GPU of a block free for an ACTIVE replica of j, in the domain with the fewest
+    of its LLM; -1 if there is none."""
+    best, fewest = -1, 1 << 30
+    base = at.inside + d.spread[d.llm[j]] * at.domains
+    for i in range(d.first_node[j], d.first_node[j + 1]):
+        n = d.nodes[i]
+        here = st[base + d.domain[d.node_gpu[n]]]
+        if here < fewest:
+            for b in range(d.node_size[n] // d.tp[j]):
+                if empty_block(d, at, st, j, n, b):
+                    best, fewest = d.node_gpu[n] + b * d.tp[j], here
+                    break
+    return best
+
+
+@compiled
 def lay(d, at, st, jp, jv, j, count, active, skip, moved):  # type: ignore[no-untyped-def]
     """Up to ``count`` replicas of j on blocks with room (ACTIVE ones on empty blocks), from
     the ``skip``-th node on. How many, and the change of cost."""
     m, size = d.llm[j], d.tp[j]
     placed, total = 0, 0.0
     first, last = d.first_node[j], d.first_node[j + 1]
+    if active and d.after[m]:
+        while placed < count and st[at.number + m] < d.most[m] and st[at.unused] > 0:
+            g = apart_from_its_own(d, at, st, j)
+            if g < 0:
+                break
+            jp[0] = 1
+            total += add_active(d, at, st, jp, jv, j, g)
+            placed += 1
+        return placed, total
     for i in range(last - first):
         n = d.nodes[first + (skip + i) % (last - first)]
         for b in range(d.node_size[n] // size):
@@ -721,14 +865,9 @@ def lay(d, at, st, jp, jv, j, count, active, skip, moved):  # type: ignore[no-un
             if placed == count or full or st[at.warms + m] >= at.each:
                 return placed, total
             g = d.node_gpu[n] + b * size
-            room = True
-            if active:
-                for k in range(g, g + size):
-                    room = room and st[at.residents + k] == 0
-                room = room and d.resident[j] + d.extra[j] <= d.usable[g]
-            else:
-                room = room_for(d, at, st, j, g) == 0
-            if not room:
+            if active and not empty_block(d, at, st, j, n, b):
+                continue
+            if not active and room_for(d, at, st, j, g) > 0:
                 continue
             jp[0] = 1
             if active:
@@ -741,18 +880,17 @@ def lay(d, at, st, jp, jv, j, count, active, skip, moved):  # type: ignore[no-un
 
 @compiled
 def cover(d, at, st, jp, jv, moved, order):  # type: ignore[no-untyped-def]
-    """ACTIVE replicas for LLMs in this order, each the one that saves most per GPU, until
-    the demand is served; then up to the least number of each. The change of cost."""
+    """ACTIVE replicas for LLMs in this order, each the one that saves most per GPU, up to
+    the least number of each; then until the demand is served. The change of cost."""
     total = 0.0
-    for floor in (False, True):
+    for floor in (True, False):
         for m in order:
             barred = np.zeros(d.first_option[m + 1] - d.first_option[m], np.bool_)
             while True:
-                actives, best, chosen = 0, 1e300 if floor else 0.0, -1
+                best, chosen = 1e300 if floor else 0.0, -1
                 rate = 0.0
                 now = demand_cost(d, at, st, m)
                 for j in range(d.first_option[m], d.first_option[m + 1]):
-                    actives += st[at.serving + j]
                     rate += st[at.serving + j] * d.rate[j]
                     if barred[j - d.first_option[m]]:
                         continue
@@ -761,7 +899,11 @@ def cover(d, at, st, jp, jv, moved, order):  # type: ignore[no-untyped-def]
                     st[at.serving + j] -= 1
                     if change / d.tp[j] < best:
                         best, chosen = change / d.tp[j], j
-                enough = actives >= d.least[m] if floor else rate >= d.demand[m]
+                enough = rate >= d.demand[m]
+                if floor:
+                    enough = serving_of(d, at, st, m) >= d.least[m]
+                    if d.after[m]:
+                        enough = enough and left(d, at, st, m) >= d.after[m]
                 if chosen < 0 or enough:
                     break
                 placed, change = lay(d, at, st, jp, jv, chosen, 1, True, 0, moved)

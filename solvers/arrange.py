@@ -31,20 +31,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-import highspy
 import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.problem import Problem
-from foreserve.solvers.counts import CountModel, Ledger, infeasible, run, safe
+from foreserve.solvers.counts import CountModel
+from foreserve.solvers.ledger import (
+    INFINITE,
+    Ledger,
+    branch,
+    found_any,
+    infeasible,
+    run,
+    safe,
+)
 from foreserve.solvers.patterns import best_set, good_sets
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Dual = tuple[Floats, Floats, Floats]
 """Prices of instances run, of WARM counts, and of spare GPUs by class."""
-INFINITE = highspy.kHighsInf
-FEASIBLE = highspy.SolutionStatus.kSolutionStatusFeasible
 WIDTH = 0.1
 """How far prices of the LP may be from the best so far, as a share."""
 SMOOTH = 0.5
@@ -386,23 +392,18 @@ class PatternModel:
         that may come in parts. ``rounds``: at most so many, of at
         most 1,000 nodes each times that."""
         solver, best = self.master, None
-        for j in [*self.ledger.active, *self.ledger.spare]:
-            solver.changeColIntegrality(j, highspy.HighsVarType.kInteger)
-        solver.setOptionValue("random_seed", seed % 2**31)
-        solver.setOptionValue("mip_rel_gap", gap)
-        if rounds is not None:
-            solver.setOptionValue("mip_max_nodes", int(1000 * rounds))
+        kept = [*self.ledger.active, *self.ledger.spare]
+        nodes = None if rounds is None else int(1000 * rounds)
         done, seen = 0, set[tuple[int, ...]]()
         while perf_counter() < until_s and (rounds is None or done < rounds):
             done += 1
-            run(solver, BRANCH * (until_s - perf_counter()))
+            limit_s = BRANCH * (until_s - perf_counter())
+            bound = branch(solver, kept, limit_s, gap, seed, nodes)
             if infeasible(solver):
                 self.feasible = False
                 return None
-            info = solver.getInfo()
-            if np.isfinite(info.mip_dual_bound):
-                self.bound = max(self.bound, safe(info.mip_dual_bound))
-            if info.primal_solution_status != FEASIBLE:
+            self.bound = max(self.bound, bound)
+            if not found_any(solver):
                 break
             values = solver.getSolution().col_value
             counts = tuple(round(values[j]) for j in self.ledger.active)
@@ -413,7 +414,7 @@ class PatternModel:
             if found is None and best is None:
                 # No time for their patterns: those of parts must do.
                 return Arranged(
-                    value=info.objective_function_value,
+                    value=solver.getInfo().objective_function_value,
                     active=np.array(counts, np.float64),
                     patterns=self._parts,
                 )

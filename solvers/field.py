@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foreserve.models.placement import Placement, Replica, State
+from foreserve.models.placement import Placement, Replica, ReplicaId, State
 from foreserve.models.problem import Problem, ReplicaOption
+from foreserve.models.rules import Held
 from foreserve.solvers import anneal
 from foreserve.solvers.anneal import Data
 from foreserve.solvers.arrange import Arranged, Pattern
-from foreserve.solvers.counts import CountModel, needs
+from foreserve.solvers.counts import CountModel
+from foreserve.solvers.ledger import needs
 from foreserve.solvers.shares import with_shares
 
 MACHINE: Any = anneal
@@ -22,6 +24,8 @@ NOTES = 1 << 20
 """Writes that one move may take back."""
 CROWD = 6
 """Replicas per GPU, on average, that there is room for."""
+SLOTS = 12
+"""Most replicas on one GPU."""
 
 
 class Field:
@@ -46,7 +50,10 @@ class Field:
             len(self.gpus),
             llms,
             len(self.options),
-            len(self.gpus) * CROWD,
+            len(self.gpus) * CROWD + 1,
+            1 + int(self.data.domain.max()),
+            1 + int(self.data.spread.max()),
+            min(SLOTS, problem.fleet.rules.max_llms_per_gpu or SLOTS),
         )
         self._notes = np.ones(NOTES, np.int64), np.zeros(NOTES, np.int64)
         self._rng = np.random.default_rng(seed).integers(1, 2**63, 1, np.uint64)
@@ -56,12 +63,39 @@ class Field:
         self.clear()
 
     def clear(self) -> None:
-        """No replicas."""
+        """No replicas but pins; ``pinned``: whether all could be held."""
         d = self.data
         self.state = anneal.empty(d, self.layout)
         stopped = sum(r.state == "ACTIVE" for r in self.before.replicas) * d.demote
         missing = float(d.chance @ (d.need @ d.loss))
         self.cost = float(d.demand @ d.lost) + missing + stopped
+        self.cost += self.problem.prices.replan_s
+        self.pinned = all([self._pin(held) for held in self.problem.fleet.rules.held])
+
+    def _pin(self, held: Held) -> bool:
+        """Hold a pin for good, ACTIVE where that is left open and there is demand."""
+        fleet = self.problem.fleet
+        if not fleet.is_candidate(ReplicaId(llm=held.llm, gpus=held.gpus)):
+            return False
+        kind = fleet.cluster.type_of(held.gpus[0]).name
+        j = self.at.get((held.llm, kind, len(held.gpus)))
+        if j is None:
+            return False
+        d, at, g = self.data, self.layout, self.number[held.gpus[0]]
+        active = held.state == "ACTIVE" or (
+            held.state is None and bool(d.demand[d.llm[j]] > 0)
+        )
+        if not self.fits(j, g, active):
+            return False
+        self.add(j, g, active)
+        place = at.held + g * at.slots + int(self.state[at.residents + g]) - 1
+        self.state[at.fixed + self.state[place]] = 1
+        return True
+
+    def obeys(self) -> bool:
+        """Whether every row holds: of those that are not kept at all times, least numbers
+        of ACTIVE replicas (C9, C10) and pins."""
+        return self.pinned and bool(MACHINE.obeys(self.data, self.layout, self.state))
 
     def search(self, heat: float, moves: int, *, actives: bool = True) -> None:
         """Random moves, also of ACTIVE replicas or not; ``heat`` is the rise in cost that
@@ -134,6 +168,8 @@ class Field:
         largest groups first, on the first blocks that have room; demand that rounding left
         is covered. Then patterns on spare GPUs, or WARM counts likewise."""
         left = np.floor(counts.active + 1e-6).astype(int)
+        for replica in self.placement().replicas:  # pins
+            left[model.column_of(replica)] -= replica.state == "ACTIVE"
         for replica in self.before.replicas:
             if self.problem.fleet.is_candidate(replica.id):
                 c, g = model.column_of(replica), self.number[replica.gpus[0]]
@@ -231,6 +267,12 @@ class Field:
         weight = np.array([m.weight for m in fleet.llms])
         prices = problem.prices
         hour = second / 3600 * prices.usd_s
+        domain_of = cluster.domain_of
+        domains = {name: i for i, name in enumerate(dict.fromkeys(domain_of.values()))}
+        after = _ints(m.min_after_loss for m in fleet.llms)
+        apart = np.eye(len(fleet.llms), dtype=np.int8)
+        for one, other in ((number[a], number[b]) for a, b in fleet.rules.apart):
+            apart[one, other] = apart[other, one] = 1
         return Data(
             tp=_ints(o.tp for o in self.options),
             units=_ints(
@@ -258,6 +300,14 @@ class Field:
             lost=weight * second * _floats(m.unserved_s for m in fleet.llms),
             demand=_floats(row[self.epoch] for row in problem.demand_rps),
             least=_ints(m.min_active for m in fleet.llms),
+            after=after,
+            spread=np.where(after > 0, np.cumsum(after > 0) - 1, -1),
+            domain=_ints(domains[domain_of[gpu.node]] for gpu in self.gpus),
+            apart=apart,
+            closed=np.isin(
+                np.arange(len(self.gpus)),
+                [self.number[g] for g in fleet.rules.closed if g in self.number],
+            ).astype(np.int8),
             most=_ints(
                 1 << 30 if m.max_replicas is None else m.max_replicas
                 for m in fleet.llms

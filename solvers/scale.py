@@ -35,16 +35,20 @@ from foreserve.solvers.result import (
     SolveOptions,
     SolveReport,
 )
-from foreserve.solvers.shares import perfect_bound
+from foreserve.solvers.shares import perfect_bound, with_shares
 
-RELAX, BRANCH = (0.2, 0.08), (0.35, 0.25)
-"""Shares of an epoch's time for patterns in parts, and for whole counts: with few kinds of
-counts, and with more than `MANY`."""
+RELAX, BRANCH = 0.2, 0.35
+"""Shares of an epoch's time for patterns in parts, and for whole counts with patterns."""
 MANY = 200
+"""With more kinds of counts than this, patterns take too long: counts alone."""
+ALONE = 0.15
+"""Share of the time for a bound by whole counts alone."""
+ENOUGH = 1e-3
+"""Relative gap at which that search is done."""
 DIVE = 0.1
-"""Most of its time for whole patterns."""
+"""Most of its time for whole patterns, or counts."""
 BRANCH_COLUMNS = 600
-"""With more kinds of counts than this, patterns take too long: counts are all there is."""
+"""With more kinds of counts than this, the bound is that of counts in parts."""
 LARGE = 2_000
 """GPUs from which on one start is searched, and without heat."""
 JUDGED = 0.2
@@ -215,37 +219,57 @@ class _Run:
         if given is not None:
             field.take(given)
         field.cover()
-        self._tell(epoch, field.cost, None)
+        if field.obeys():
+            self._tell(epoch, field.cost, None)
         model = CountModel(self.problem, epoch, switching=epoch == 0)
         arranged, bound = self._arrange(epoch, model, span_s)
         if not self.feasible:
             return None
         self.bound += bound
         self._tell(epoch, None, bound)
-        starts = [(field.state.copy(), field.cost)]
+        starts = [(field.state.copy(), field.cost)] if field.obeys() else []
         if self.greedy is not None:
             field.clear()
             field.take(self.greedy[epoch])
-            starts.append((field.state.copy(), field.cost))
-        least = min(starts, key=lambda start: start[1])
+            if field.obeys():
+                starts.append((field.state.copy(), field.cost))
         if arranged is not None:
             field.clear()
             field.set_out(model, arranged)
-            self._tell(epoch, field.cost, None)
             self.message += f"set out {field.cost:.6g}, "
-            now_s = perf_counter()
-            end_s = until_s - SECOND * (until_s - now_s)
-            # Good whole counts are soon forgotten in heat; rough ones must move.
-            rough = np.abs(arranged.active - arranged.active.round()) > 1e-6
-            moving = bool(rough.any()) or len(model.columns) > MANY
-            found = self._anneal(epoch, field, bound, end_s, HOT, actives=moving)
-            least = min(least, found, key=lambda start: start[1])
+            if field.obeys():
+                self._tell(epoch, field.cost, None)
+                now_s = perf_counter()
+                end_s = until_s - SECOND * (until_s - now_s)
+                # Good whole counts are soon forgotten in heat; rough ones must move.
+                rough = np.abs(arranged.active - arranged.active.round()) > 1e-6
+                moving = bool(rough.any()) or len(model.columns) > MANY
+                starts.append(
+                    self._anneal(epoch, field, bound, end_s, HOT, actives=moving)
+                )
+        if not starts:
+            return None if self.greedy is None else self.greedy[epoch]
+        least = min(starts, key=lambda start: start[1])
         hot = HOT if arranged is None else WARM
         field.state, field.cost = least[0].copy(), least[1]
         found = self._anneal(epoch, field, bound, until_s, hot, actives=True)
-        least = min(least, found, key=lambda start: start[1])
-        field.state, field.cost = least
-        return field.placement()
+        field.state, field.cost = min((least, found), key=lambda start: start[1])
+        return self._or_stay(epoch, before, field)
+
+    def _or_stay(self, epoch: int, before: Placement, field: Field) -> Placement:
+        """What the search found, or where any change has a price (O4) what was there."""
+        found = field.placement()
+        if not self.problem.prices.replan_s:
+            return found
+        stay = with_shares(self.problem, epoch, before)
+        if any(referee.fleet_violations(self.problem.fleet, stay)):
+            return found
+
+        def cost(placement: Placement) -> float:
+            terms = referee.TERMS.values()
+            return sum(term(self.problem, epoch, before, placement) for term in terms)
+
+        return min((found, stay), key=cost)
 
     def _arrange(
         self, epoch: int, model: CountModel, span_s: float
@@ -253,24 +277,32 @@ class _Run:
         """Counts and patterns, and the bound."""
         options, work = self.options, self.options.work_limit
         began_s, forever = perf_counter(), float("inf")
-        many = len(model.columns) > MANY
-        parts_s, whole_s = RELAX[many] * span_s, BRANCH[many] * span_s
-        first = model.relax(forever if work else RELAX[0] * span_s)
+        parts_s, whole_s = RELAX * span_s, BRANCH * span_s
+        first = model.relax(forever if work else RELAX * span_s)
         self.feasible = self.feasible and model.feasible
         if first is None:
             return None, 0.0
-        counted = Arranged(value=first.bound, active=first.active, warm=first.warm)
-        if len(model.columns) > BRANCH_COLUMNS:
-            return counted, first.bound
+        self.message += f"relaxed {first.bound:.6g} at {self._now_s():.2f} s, "
+        many = len(model.columns) > MANY
+        dived = model.dive(forever if work else DIVE * span_s) if many else None
+        best, bound = dived or first, first.bound
+        found = Arranged(value=best.bound, active=best.active, warm=best.warm)
+        if MANY < len(model.columns) <= BRANCH_COLUMNS:
+            limit_s = forever if work else ALONE * span_s
+            gap, nodes = max(ENOUGH, options.gap), int(1000 * work) if work else None
+            bound = max(bound, model.whole(limit_s, gap, options.seed, nodes))
+            self.feasible = self.feasible and model.feasible
+            self.message += f"bound {bound:.6g} at {self._now_s():.2f} s, "
+        if many:
+            return found, bound
         patterns = PatternModel(self.problem, epoch, model, switching=epoch == 0)
         until_s = forever if work else began_s + parts_s
-        found = patterns.relax(until_s, first.prices, options.gap, work) or counted
-        self.message += f"relaxed {patterns.bound:.6g} at {self._now_s():.2f} s, "
+        found = patterns.relax(until_s, first.prices, options.gap, work) or found
+        self.message += f"patterns {patterns.bound:.6g} at {self._now_s():.2f} s, "
         if patterns.feasible:
             until_s = forever if work else began_s + parts_s + whole_s
             whole = patterns.whole(until_s, options.gap, options.seed, work)
-            # Many kinds: whole counts of a few cuts make worse starts than parts.
-            if whole is not None and not many:
+            if whole is not None:
                 until_s = forever if work else perf_counter() + DIVE * span_s
                 found = patterns.dive(whole, until_s)
                 self.message += f"whole {found.value:.6g}, "
