@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import Literal
 
@@ -114,9 +115,11 @@ class LivePolicy:
         history: Demand | None = None,
         first: Plan | None = None,
         keep_alive_s: float = 30.0,
+        adopted: Callable[[Plan], None] = lambda plan: None,
     ) -> None:
         """``wake`` ends the controller's wait; ``first``: what to follow until the first
-        proposal is carried out (its epochs, repeated), else nothing is planned then."""
+        proposal is carried out, else nothing is planned then; ``adopted`` hears of each
+        plan that is carried out from now on, in the thread that decides."""
         self.scenario, self.fleet, self.arrivals = scenario, fleet, arrivals
         self.mode: Mode = mode
         self.generation = 0
@@ -125,6 +128,9 @@ class LivePolicy:
         """All of them, the latest last."""
         self.pending: Proposal | None = None
         """Waits for approval."""
+        self.observed = Observed(now_s=0.0)
+        """What the last decision saw."""
+        self._adopted = adopted
         self._history, self._keep_alive_s = history, keep_alive_s
         self._wake, self._now_s = wake, now_s
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -143,14 +149,26 @@ class LivePolicy:
         return self
 
     def __exit__(self, *ending: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the planner's thread, and its solver with it."""
         self._jobs.put(None)
         self._thread.join(timeout=5.0)
+
+    @property
+    def plan_id(self) -> str | None:
+        """Of the plan that is carried out; None while there is none."""
+        if self._first is None and self.generation == 0:
+            return None
+        return _id(self.plan.at(self._now_s()).placement)
 
     def next_review_s(self, now_s: float) -> float:
         end_s = (math.floor(now_s / self.scenario.epoch) + 1) * self.scenario.epoch
         return min(self._rule.next_review_s(now_s), end_s)
 
     def decide(self, now_s: float, observed: Observed) -> Placement:
+        self.observed = observed
         index = math.floor(now_s / self.scenario.epoch)
         for llm, count in in_system(observed).items():
             self._peaks[llm] = max(count, self._peaks.get(llm, 0.0))
@@ -216,6 +234,7 @@ class LivePolicy:
         self.generation += 1
         self.plan = self._plan(index, chosen.placement, chosen.demand)
         self._rule = planned(self.plan, self._keep_alive_s)
+        self._adopted(self.plan)
 
     def _plan(
         self, index: int, placement: Placement | None, demand: tuple[LlmDemand, ...]
@@ -297,7 +316,7 @@ class LivePolicy:
         except Exception as error:  # a planner that fails must not end the serving
             failed = f"{type(error).__name__}: {error}"
         return Proposal(
-            id="" if placement is None else digest(placement)[:12],
+            id="" if placement is None else _id(placement),
             epoch=job.epoch,
             at_s=job.at_s,
             took_s=self._now_s() - job.at_s,
@@ -307,3 +326,8 @@ class LivePolicy:
             report=report,
             failed=failed,
         )
+
+
+@lru_cache(maxsize=64)
+def _id(placement: Placement) -> str:
+    return digest(placement)[:12]

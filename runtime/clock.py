@@ -91,18 +91,19 @@ class VirtualClock:
 class SystemClock:
     """Seconds since it was made; `wake` may be called from any thread."""
 
-    def __init__(self) -> None:
-        self._start_s = time.monotonic()
+    def __init__(self, rate: float = 1.0) -> None:
+        """``rate``: seconds that pass on it in a real one."""
+        self._start_s, self._rate = time.monotonic(), rate
         self._woken = threading.Event()
 
     def now_s(self) -> float:
-        return time.monotonic() - self._start_s
+        return (time.monotonic() - self._start_s) * self._rate
 
     def wake(self) -> None:
         self._woken.set()
 
     def wait(self, until_s: float) -> None:
-        left_s = max(0.0, until_s - self.now_s())
+        left_s = max(0.0, until_s - self.now_s()) / self._rate
         # Longer waits overflow the lock's timeout; returning early is always allowed.
         self._woken.wait(min(left_s, threading.TIMEOUT_MAX))
         self._woken.clear()

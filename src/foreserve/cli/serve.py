@@ -1,0 +1,337 @@
+"""`plan serve`: an OpenAI-compatible endpoint whose cluster re-plans itself; and what to
+ask of one that runs: `plan status`, `plan approve`, `plan stop`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from foreserve.cli.common import (
+    consoles,
+    echo_json,
+    json_option,
+    quiet_option,
+    read_history,
+    read_scenario,
+)
+from foreserve.models.errors import ForeserveError, InvalidInput
+
+if TYPE_CHECKING:
+    from foreserve.cli.serving import Serving
+    from foreserve.planner.scenario import Scenario
+    from foreserve.runtime.engines.base import EngineSettings
+
+STATE = ".foreserve"
+state_option = click.option(
+    "--state",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path(STATE),
+    show_default=True,
+    help="Folder of the cluster's logs, journal, plan and sockets.",
+)
+
+
+@click.command(
+    epilog="Example: plan serve --scenario sample:fleet-day --engine simulated "
+    "--port 8000"
+)
+@click.option("--scenario", required=True, help="Scenario YAML, or sample:NAME.")
+@click.option(
+    "--plan",
+    "plan_path",
+    type=click.Path(),
+    help="Follow this plan until the first new one.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "simulated"]),
+    default="vllm",
+    show_default=True,
+    help="What answers: vLLM, or servers that keep its pace and compute nothing.",
+)
+@click.option("--replan", metavar="5m", help="Epoch; default: the scenario's.")
+@click.option(
+    "--mode",
+    type=click.Choice(["observe", "recommend", "automatic"]),
+    default="automatic",
+    show_default=True,
+    help="Plans are made but not used; used once approved; or used.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="On the loopback interface.  [default: a free one]",
+)
+@click.option(
+    "--keys", type=click.Path(path_type=Path), help="File of API keys, as hashes."
+)
+@click.option("--insecure", is_flag=True, help="No keys, although others can reach it.")
+@click.option(
+    "--time-scale",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    help="Of simulated engines: seconds of theirs in one of ours.",
+)
+@click.option("--python", help="Interpreter that has vLLM.  [default: this one]")
+@click.option(
+    "--keep-engines", is_flag=True, help="Leave agents and engines when it stops."
+)
+@state_option
+@quiet_option
+def serve(
+    scenario: str,
+    plan_path: str | None,
+    engine: str,
+    replan: str | None,
+    mode: Any,
+    host: str,
+    port: int,
+    admin_port: int,
+    keys: Path | None,
+    insecure: bool,
+    time_scale: float,
+    python: str | None,
+    keep_engines: bool,
+    folder: Path,
+    quiet: bool,
+) -> int:
+    """Serve the scenario's LLMs behind one OpenAI-compatible endpoint.
+
+    Every epoch is planned anew from the requests that have come; the plan that is
+    carried out is kept in the state folder, so that the next start goes on with it.
+    Ends with SIGINT or SIGTERM: what was accepted is answered first.
+    """
+    serving = make(
+        scenario,
+        plan_path,
+        engine,
+        replan,
+        folder,
+        time_scale,
+        python,
+        mode=mode,
+        host=host,
+        port=port,
+        admin_port=admin_port,
+        keys=keys,
+        insecure=insecure,
+    )
+    out, _ = consoles(quiet)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    serving.start()
+    llms = ", ".join(llm.name for llm in serving.fleet.llms)
+    out.print(f"serving {llms}")
+    out.print(f"  http://{host}:{serving.server.port}/v1")
+    out.print(f"  plan status --state {folder}")
+    while not ended.wait(0.5) and serving.failed is None:
+        pass
+    out.print("stopping: what was accepted is answered first")
+    serving.stop(engines=not keep_engines)
+    if serving.failed is not None:
+        raise ForeserveError(f"the controller ended: {serving.failed}")
+    return 0
+
+
+def make(
+    scenario: str,
+    plan_path: str | None,
+    engine: str,
+    replan: str | None,
+    folder: Path,
+    time_scale: float = 1.0,
+    python: str | None = None,
+    *,
+    keys: Path | None = None,
+    **options: Any,
+) -> Serving:
+    """All parts of a serving cluster, nothing of it started."""
+    try:
+        from foreserve.cli.serving import ServeOptions, Serving
+    except ImportError as error:
+        raise InvalidInput(
+            f"serving needs {error.name}", hint="pip install 'foreserve[serve]'"
+        ) from None
+    from foreserve.models.codec import load_plan
+    from foreserve.models.quantities import parse_seconds
+    from foreserve.planner.fleet import build_fleet, request_lengths
+    from foreserve.planner.online import Arrivals
+    from foreserve.runtime.gateway.keys import read_keys
+
+    wanted = read_scenario(scenario)
+    if replan is not None:
+        try:
+            epoch_s = float(str(parse_seconds(replan)))
+        except ValueError:
+            raise InvalidInput(f"{replan!r} is no time", field="--replan") from None
+        wanted = replace(wanted, epoch=epoch_s)
+    history = read_history(wanted, {})
+    first = None if plan_path is None else load_plan(plan_path)
+    if first is None:
+        nobody = Arrivals([llm.name for llm in wanted.models]).trace()
+        fleet = build_fleet(wanted, request_lengths(wanted, nobody, history))
+    else:
+        fleet = first.fleet
+    settings = engine_settings(wanted, engine, folder, time_scale, python)
+    return Serving(
+        wanted,
+        fleet,
+        ServeOptions(
+            folder=folder,
+            engine=engine,
+            settings=settings,
+            keys=None if keys is None else read_keys(keys),
+            keep_alive_s=wanted.runtime.keep_alive,
+            time_scale=time_scale,
+            **options,
+        ),
+        first=first,
+        history=history,
+    )
+
+
+def engine_settings(
+    scenario: Scenario, engine: str, folder: Path, time_scale: float, python: str | None
+) -> EngineSettings:
+    """What the agents need to make engines of this kind."""
+    from foreserve.models import catalog
+    from foreserve.runtime.engines.simulated import SimulatedSettings
+    from foreserve.runtime.engines.vllm import VllmSettings, device_of
+
+    if engine == "simulated":
+        return SimulatedSettings(folder=folder, time_scale=time_scale)
+    if time_scale != 1:
+        raise InvalidInput("only simulated engines have a --time-scale")
+    checkpoints = {}
+    for part in scenario.models:
+        source = part.llm or part.name
+        if catalog.is_path(source):
+            path = Path(source)
+            checkpoints[part.name] = str(
+                (path if path.is_dir() else path.parent).resolve()
+            )
+        else:
+            checkpoints[part.name] = source
+    settings = VllmSettings(folder=folder, checkpoints=checkpoints)
+    if python is not None:
+        settings = replace(settings, python=python)
+    device_of(settings.python)  # `InvalidInput` where there is no vLLM
+    return settings
+
+
+@click.command(epilog="Example: plan status --state .foreserve")
+@state_option
+@json_option
+def status(folder: Path, as_json: bool) -> int:
+    """What a serving cluster holds, wants and waits for."""
+    from rich.table import Table
+
+    seen = ask(folder, "GET", "status")
+    if as_json:
+        echo_json(seen)
+        return 0
+    out, _ = consoles(False)
+    plan = seen["plan_id"] or "none yet"
+    out.print(
+        f"plan {plan}, generation {seen['generation']}, mode {seen['mode']}, "
+        f"up for {seen['now_s']:.0f} s"
+    )
+    states = {row["replica"]: row["state"] for row in seen["wanted"]}
+    table = Table("replica", "GPUs", "is", "wanted", "requests", box=None)
+    for row in seen["observed"]:
+        table.add_row(
+            row["llm"],
+            ", ".join(row["gpus"]),
+            row["phase"],
+            states.pop(row["replica"], "gone"),
+            str(row["in_flight"]),
+        )
+    for replica, state in states.items():
+        table.add_row(replica, "", "absent", state, "")
+    out.print(table)
+    for llm, count in seen["waiting"].items():
+        out.print(f"{count} requests wait for {llm}")
+    for node in seen["nodes"]:
+        if node["error"]:
+            out.print(f"node {node['node']}: {node['error']}")
+    for trouble in seen["troubles"]:
+        out.print(f"{trouble['replica']} failed: {trouble['reason']}")
+    for proposal in seen["proposals"][-3:]:
+        what = proposal["failed"] or f"{len(proposal['replicas'])} replicas"
+        out.print(
+            f"planned epoch {proposal['epoch']} in {proposal['took_s']:.1f} s "
+            f"({proposal['id'] or 'nothing'}): {what}"
+        )
+    return 0
+
+
+@click.command(epilog="Example: plan approve 3f2a9c01d4b5 --state .foreserve")
+@click.argument("plan_id")
+@state_option
+@json_option
+def approve(plan_id: str, folder: Path, as_json: bool) -> int:
+    """Carry out a proposed plan, in mode ``recommend``."""
+    done = ask(folder, "POST", f"plans/{plan_id}/approve")
+    if as_json:
+        echo_json(done)
+    else:
+        click.echo(f"plan {plan_id} is carried out")
+    return 0
+
+
+@click.command(epilog="Example: plan stop --state .foreserve")
+@state_option
+@json_option
+def stop(folder: Path, as_json: bool) -> int:
+    """End a serving cluster, after what it has accepted is answered."""
+    about = _about(folder)
+    os.kill(about["pid"], signal.SIGTERM)
+    if as_json:
+        echo_json({"pid": about["pid"]})
+    else:
+        click.echo(f"process {about['pid']} is stopping")
+    return 0
+
+
+def ask(folder: Path, method: str, path: str) -> Any:
+    """What the admin port of the cluster in ``folder`` answers."""
+    about = _about(folder)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{about['admin_port']}/admin/v1/{path}",
+        method=method,
+        headers={"authorization": f"Bearer {about['token']}"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10.0) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        told = json.loads(error.read() or b"{}").get("error", {})
+        raise InvalidInput(told.get("message", str(error))) from None
+    except OSError as error:
+        raise ForeserveError(
+            f"{folder}: the cluster does not answer: {error}"
+        ) from None
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / "admin.json"
+    if not path.exists():
+        raise InvalidInput(
+            "no cluster serves from here", file=str(folder), hint="plan serve --state"
+        )
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found

@@ -1,0 +1,416 @@
+"""A cluster that serves: gateway, planner, controller and agents, put together.
+
+State lives in one folder: agents' logs and sockets, the plan that is carried out, the
+journal, and how to reach the admin port. Whoever starts again over the same folder finds
+the agents, and goes on with that plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foreserve.models.codec import dump_json, load_plan, to_json, to_plain, write_text
+from foreserve.models.observed import Observed
+from foreserve.models.placement import Placement, Replica, ReplicaId
+from foreserve.models.plan import Plan
+from foreserve.models.problem import Fleet
+from foreserve.planner.online import Arrivals, LivePolicy, Mode, Proposal
+from foreserve.planner.scenario import Scenario
+from foreserve.runtime.clock import SystemClock
+from foreserve.runtime.controller import Controller
+from foreserve.runtime.engines.base import ENGINES, EngineSettings
+from foreserve.runtime.gateway.admin import NotThere, Stale, admin_app
+from foreserve.runtime.gateway.app import public_app
+from foreserve.runtime.gateway.gateway import Gateway, Settings
+from foreserve.runtime.gateway.job import ServedLlm
+from foreserve.runtime.gateway.keys import ApiKey, hashed
+from foreserve.runtime.gateway.server import Server
+from foreserve.runtime.gateway.table import RequestRecord, RoutingTable
+from foreserve.runtime.journal import Event, RequestEnd, RequestEnds, Started
+from foreserve.runtime.live.backend import LiveBackend
+from foreserve.runtime.live.binding import Binding
+from foreserve.runtime.live.host import Hosted, NodeSetup
+from foreserve.runtime.live.intents import IntentLog
+from foreserve.traces.trace import Demand
+
+SHOWN = 20
+"""Proposals that the admin port tells of."""
+REVIEW_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Where and how to serve."""
+
+    folder: Path
+    engine: str = "simulated"
+    settings: EngineSettings | None = None
+    """Of the engines; its folder is replaced by each node's."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    admin_port: int = 0
+    mode: Mode = "automatic"
+    keys: tuple[ApiKey, ...] | None = None
+    insecure: bool = False
+    keep_alive_s: float = 30.0
+    time_scale: float = 1.0
+    """Seconds that pass for the cluster in a real one (simulated engines only)."""
+
+
+class LiveJournal:
+    """A run's journal as it grows: one line an event, from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._log = path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+        self._requests = 0
+
+    def record(self, event: Event | RequestEnds) -> None:
+        if isinstance(event, RequestEnds):
+            return
+        plain = {"event": type(event).__name__, **to_plain(event)}
+        with self._lock:
+            self._log.write(json.dumps(plain, sort_keys=True) + "\n")
+            self._log.flush()
+
+    def ended(self, record: RequestRecord) -> None:
+        """A request has ended."""
+        with self._lock:
+            number, self._requests = self._requests, self._requests + 1
+        self.record(
+            RequestEnd(
+                at_s=record.end_s,
+                request=number,
+                llm=record.llm,
+                arrival_s=record.arrival_s,
+                input_tokens=record.input_tokens,
+                output_tokens=record.output_tokens,
+                result=record.result,
+                first_token_s=record.first_token_s,
+                gpus=None if record.replica is None else record.replica.gpus,
+                reason=record.reason,
+            )
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._log.close()
+
+
+class Serving:
+    """All of it. `start`, then `stop` once; it is the admin port's `Operator` too."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        fleet: Fleet,
+        options: ServeOptions,
+        *,
+        first: Plan | None = None,
+        history: Demand | None = None,
+    ) -> None:
+        self.fleet, self.options = fleet, options
+        folder = options.folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock_file = IntentLog(folder / "controller.log")
+        self.clock = SystemClock(options.time_scale)
+        self.journal = LiveJournal(folder / "journal.jsonl")
+        self.arrivals = Arrivals([llm.name for llm in fleet.llms])
+        self.table = RoutingTable(
+            self.clock.now_s, on_need=self.clock.wake, ended=self._ended
+        )
+        self.backend = LiveBackend(
+            fleet=fleet,
+            clock=self.clock,
+            table=self.table,
+            nodes={node.name: self._hosted(node.name) for node in fleet.cluster.nodes},
+            log=self._lock_file,
+            journal=self.journal,
+        )
+        self.table.eta = self.backend.eta
+        self.policy = LivePolicy(
+            scenario=scenario,
+            fleet=fleet,
+            arrivals=self.arrivals,
+            wake=self.clock.wake,
+            now_s=self.clock.now_s,
+            mode=options.mode,
+            history=history,
+            first=first or self._last_plan(),
+            keep_alive_s=options.keep_alive_s,
+            adopted=self._keep,
+        )
+        self.controller = Controller(
+            policy=self.policy,
+            backend=self.backend,
+            clock=self.clock,
+            fleet=fleet,
+            journal=self.journal,
+        )
+        self.gateway = Gateway(
+            table=self.table,
+            llms={
+                llm.name: ServedLlm(
+                    slo_ttft_s=llm.slo.ttft_s, slo_tpot_s=llm.slo.tpot_s
+                )
+                for llm in fleet.llms
+            },
+            rng=np.random.default_rng(),
+            settings=Settings(),
+            keys=options.keys,
+            plan_id=lambda: self.policy.plan_id,
+            state=self._state,
+        )
+        self.token = secrets.token_urlsafe(24)
+        self.server = Server(
+            self.gateway,
+            public_app(self.gateway),
+            host=options.host,
+            port=options.port,
+            admin=admin_app(self, hashed(self.token)),
+            admin_port=options.admin_port,
+            open_to_all=options.insecure,
+        )
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._control, name="controller")
+        self.failed: BaseException | None = None
+        """What ended the controller, if it was not asked to end."""
+
+    def _hosted(self, node: str) -> Hosted:
+        folder, options = self.options.folder / node, self.options
+        settings = options.settings or EngineSettings(folder=folder)
+        # All logical nodes are on this machine: its devices are dealt out in order.
+        begin = 0
+        for other in self.fleet.cluster.nodes:
+            if other.name == node:
+                break
+            begin += other.gpus
+        own = self.fleet.cluster.node_by_name[node]
+        devices = range(begin, begin + own.gpus)
+        return Hosted(
+            NodeSetup(
+                node=node,
+                folder=folder,
+                fleet=self.fleet,
+                make=ENGINES[options.engine],
+                settings=replace(settings, folder=folder),
+                binding=Binding.of_node(own, devices),
+            )
+        )
+
+    def start(self) -> None:
+        """Reach the agents, then serve; returns when both ports answer."""
+        self.journal.record(
+            Started(at_s=self.clock.now_s(), policy="live", start_s=0.0, end_s=0.0)
+        )
+        self.backend.start()
+        self._thread.start()
+        self.server.start()
+        about = {
+            "pid": os.getpid(),
+            "host": self.options.host,
+            "port": self.server.port,
+            "admin_port": self.server.admin_port,
+            "token": self.token,
+        }
+        path = self.options.folder / "admin.json"
+        write_text(path, dump_json(about))
+        path.chmod(0o600)
+
+    def stop(self, grace_s: float = 30.0, *, engines: bool = True) -> None:
+        """Answer what was accepted, then end; agents and engines too if ``engines``."""
+        self.server.stop(grace_s)
+        self._stopping.set()
+        self.clock.wake()
+        self._thread.join()
+        self.policy.close()
+        self.backend.close(stop_engines=engines)
+        self.journal.close()
+        self._lock_file.close()
+        (self.options.folder / "admin.json").unlink(missing_ok=True)
+
+    def _control(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self.controller.turn(self.clock.now_s() + REVIEW_S)
+        except BaseException as error:
+            self.failed = error
+            raise
+
+    def _ended(self, record: RequestRecord) -> None:
+        self.journal.ended(record)
+        if record.reason != "client_left" or record.output_tokens:
+            self.arrivals.add(
+                record.arrival_s,
+                record.llm,
+                record.input_tokens,
+                record.output_tokens,
+            )
+
+    def _keep(self, plan: Plan) -> None:
+        """The plan that is carried out from now on, for whoever starts again."""
+        write_text(self.options.folder / "plan.json", to_json(plan))
+
+    def _last_plan(self) -> Plan | None:
+        path = self.options.folder / "plan.json"
+        if not path.exists():
+            return None
+        plan = load_plan(path)
+        return plan if plan.fleet == self.fleet else None
+
+    def _state(self, llm: str) -> str:
+        """Of an LLM that nobody serves now."""
+        phases = {r.phase for r in self._observed.replicas if r.llm == llm}
+        for phase, state in (
+            ("ACTIVATING", "activating"),
+            ("WARM", "warm"),
+            ("LOADING", "loading"),
+            ("DRAINING", "draining"),
+        ):
+            if phase in phases:
+                return state
+        hopeless = any(t.id.llm == llm for t in self.backend.troubles())
+        return "failed" if hopeless else "absent"
+
+    @property
+    def _observed(self) -> Observed:
+        return self.policy.observed
+
+    # The admin port.
+
+    def status(self) -> Mapping[str, Any]:
+        seen, desired = self._observed, self.controller.desired or Placement()
+        return {
+            "now_s": self.clock.now_s(),
+            "mode": self.policy.mode,
+            "generation": self.policy.generation,
+            "plan_id": self.policy.plan_id,
+            "failed": None if self.failed is None else str(self.failed),
+            "nodes": [
+                {"node": n.node, "error": n.error, "age_s": n.age_s}
+                for n in self.backend.status()
+            ],
+            "wanted": [_replica(r) for r in desired.replicas],
+            "observed": [
+                {
+                    "replica": str(r.id),
+                    "llm": r.llm,
+                    "gpus": [str(gpu) for gpu in r.gpus],
+                    "phase": r.phase,
+                    "in_flight": r.in_flight,
+                }
+                for r in seen.replicas
+            ],
+            "waiting": dict(seen.waiting),
+            "lost_gpus": sorted(map(str, seen.lost_gpus)),
+            "troubles": [
+                {"replica": str(t.id), "failures": t.failures, "reason": t.reason}
+                for t in self.backend.troubles()
+            ],
+            "proposals": [_proposal(p) for p in self.policy.proposals[-SHOWN:]],
+        }
+
+    def plans(self) -> Mapping[str, Any]:
+        pending = self.policy.pending
+        epoch = self.policy.plan.at(self.clock.now_s())
+        return {
+            "current": {
+                "id": self.policy.plan_id,
+                "replicas": [_replica(r) for r in epoch.placement.replicas],
+            },
+            "proposed": None if pending is None else _proposal(pending),
+        }
+
+    def approve(self, plan_id: str, generation: int | None) -> Mapping[str, Any]:
+        if generation is not None and generation != self.policy.generation:
+            raise Stale(
+                f"the generation is {self.policy.generation}, not {generation}: look "
+                "at the plan again"
+            )
+        if not self.policy.approve(plan_id):
+            raise NotThere(f"no proposed plan {plan_id!r}")
+        return {"action": secrets.token_hex(8), "plan_id": plan_id}
+
+    def mode(self) -> Mode:
+        return self.policy.mode
+
+    def set_mode(self, mode: Mode) -> None:
+        self.policy.set_mode(mode)
+
+    def engines(self) -> Sequence[Mapping[str, Any]]:
+        return [
+            {
+                "node": node.node,
+                "replica": str(row.id),
+                "phase": row.phase,
+                "url": row.url,
+            }
+            for node in self.backend.status()
+            if node.report is not None
+            for row in node.report.rows
+        ]
+
+    def ledger(self) -> Sequence[Mapping[str, Any]]:
+        rows = []
+        for node in self.backend.status():
+            if node.report is None:
+                continue
+            for gpu, usable in sorted(node.report.usable_bytes.items()):
+                free = node.report.free_bytes[gpu]
+                rows += [
+                    {
+                        "node": node.node,
+                        "device": str(gpu),
+                        "kind": kind,
+                        "bytes": count,
+                    }
+                    for kind, count in (
+                        ("usable", usable),
+                        ("booked", usable - free),
+                        ("free", free),
+                    )
+                ]
+        return rows
+
+    def tick(self) -> Mapping[str, Any]:
+        self.clock.wake()
+        return {"action": secrets.token_hex(8)}
+
+
+def _replica(replica: Replica) -> Mapping[str, Any]:
+    key: ReplicaId = replica.id
+    return {
+        "replica": str(key),
+        "llm": replica.llm,
+        "gpus": [str(gpu) for gpu in replica.gpus],
+        "state": replica.state,
+        "traffic_share": replica.traffic_share,
+    }
+
+
+def _proposal(proposal: Proposal) -> Mapping[str, Any]:
+    report = proposal.report
+    placement = proposal.placement
+    return {
+        "id": proposal.id,
+        "epoch": proposal.epoch,
+        "at_s": proposal.at_s,
+        "took_s": proposal.took_s,
+        "reasons": [reason.text for reason in proposal.reasons],
+        "failed": proposal.failed,
+        "status": None if report is None else report.status.value,
+        "objective": None if report is None else report.objective,
+        "bound": None if report is None else report.bound,
+        "replicas": []
+        if placement is None
+        else [_replica(r) for r in placement.replicas],
+    }
