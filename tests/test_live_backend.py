@@ -15,7 +15,7 @@ import pytest
 from foreserve.models.placement import Action
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.gateway.table import RoutingTable, Waiter
-from foreserve.runtime.journal import Decision, Journal, PhaseChange
+from foreserve.runtime.journal import Decision, Faulted, Journal, PhaseChange
 from foreserve.runtime.live.agent import Patience
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.check import check
@@ -53,6 +53,11 @@ def story(run: Live, llm: str) -> list[str | None]:
     times = [change.at_s for change in changes]
     assert times == sorted(times)
     return [change.phase for change in changes if change.llm == llm]
+
+
+def faults(run: Live) -> list[tuple[str, str]]:
+    """Kinds and targets of the faults that the journal has."""
+    return [(e.kind, e.target) for e in run.events() if isinstance(e, Faulted)]
 
 
 def test_switches_without_a_gap(made):
@@ -113,6 +118,7 @@ def test_a_dead_engine_is_replaced(made):
     assert ENGINES[key("a", 0)] is not dead
     changes = [e for e in run.events() if isinstance(e, PhaseChange) and e.llm == "a"]
     assert [c.phase for c in changes if c.lost] == [None]
+    assert faults(run) == [("replica-crash", "a@n0/0x1")]
     assert story(run, "b") == ["LOADING", "WARM", "ACTIVATING", "ACTIVE"]
 
 
@@ -131,6 +137,7 @@ def test_failed_loads_are_tried_thrice_and_said(made):
         if action.llm == "a"
     ]
     assert len(loads) == 3
+    assert faults(run) == [("load-failure", "a@n0/0x1")] * 3
     assert loads[1] - loads[0] >= 0.1
     assert loads[2] - loads[1] >= 0.2
     assert run.backend.eta("a") == (math.inf, math.inf)

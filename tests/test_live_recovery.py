@@ -16,6 +16,7 @@ import pytest
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines.process import Child
+from foreserve.runtime.journal import Faulted
 from foreserve.runtime.live.check import check
 from foreserve.runtime.live.host import Hosted, make_agent
 from foreserve.runtime.live.messages import Link
@@ -84,6 +85,8 @@ def test_kill_9_of_an_agent(folder):
         assert run.table.routable() == 0
         assert run.until(lambda: run.table.routable() == 2) < 8.0
         assert pid_of_agent(folder) != agent
+    (fault,) = [event for event in run.events() if isinstance(event, Faulted)]
+    assert (fault.kind, fault.target, fault.replicas) == ("node-loss", "n0", 2)
 
 
 def test_an_agent_that_hangs_is_lost_and_comes_back(folder, monkeypatch):

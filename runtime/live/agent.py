@@ -436,9 +436,8 @@ class NodeAgent:
     ) -> None:
         """Change phase: checked against the table, written down, told."""
         now_s = self._now_s()
-        check_move(
-            life.id, life.story[-1][1] if life.story else None, phase, life.story
-        )
+        before = life.story[-1][1] if life.story else None
+        check_move(life.id, before, phase, life.story)
         life.story.append((now_s, phase))
         if phase is not None:
             life.phase = phase
@@ -458,6 +457,7 @@ class NodeAgent:
             version=self._version,
             id=life.id,
             phase=phase,
+            before=before,
             ago_s=0.0,
             lost=lost,
             done=done,

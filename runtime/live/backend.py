@@ -20,13 +20,14 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from foreserve.models.errors import ForeserveError
+from foreserve.models.faults import FaultKind
 from foreserve.models.observed import Observed, ObservedReplica, Phase
 from foreserve.models.placement import Action, ReplicaId
 from foreserve.models.problem import Fleet
 from foreserve.models.specs import GpuId
 from foreserve.runtime.clock import Clock, SystemClock
 from foreserve.runtime.gateway.table import Routable
-from foreserve.runtime.journal import PhaseChange, Recorder
+from foreserve.runtime.journal import Faulted, PhaseChange, Recorder
 from foreserve.runtime.live.eta import Estimate, StepTimes, soonest
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.messages import (
@@ -110,8 +111,8 @@ class LiveBackend:
         times: StepTimes | None = None,
     ) -> None:
         """``nodes``: by name, what opens a link to its agent, which may take seconds and
-        raise `LinkLost`. ``journal`` is told of phases from `observe`. ``times``: what is
-        known of how long steps take."""
+        raise `LinkLost`. ``journal`` is told of phases and faults, by `observe`.
+        ``times``: what is known of how long steps take."""
         self.fleet, self.clock, self.table = fleet, clock, table
         self.times = times or StepTimes()
         self._log, self._journal = log, journal
@@ -121,7 +122,7 @@ class LiveBackend:
         self._step = 0
         self._lock = threading.RLock()
         self._nodes = {name: _Node(name, open_) for name, open_ in nodes.items()}
-        self._notes: list[PhaseChange] = []
+        self._notes: list[PhaseChange | Faulted] = []
         self._told_s = 0.0
         self.published: tuple[Routable, ...] = ()
         """Who is routable, as the table was told last."""
@@ -381,7 +382,13 @@ class LiveBackend:
         self.clock.wake()
 
     def _moved(self, move: Move, now_s: float) -> None:
-        self._note(move.id, move.phase, now_s - move.ago_s, lost=move.lost)
+        at_s = now_s - move.ago_s
+        if move.lost:
+            loads = move.before == "LOADING"
+            kind: FaultKind = "load-failure" if loads else "replica-crash"
+            fault = Faulted(at_s=at_s, kind=kind, target=str(move.id), replicas=1)
+            self._notes.append(fault)
+        self._note(move.id, move.phase, at_s, lost=move.lost)
         option = self.fleet.option_of(move.id.llm, move.id.gpus)
         if move.done == "activate":
             self.times.note("activate", option.activate_s, move.took_s)
@@ -405,9 +412,14 @@ class LiveBackend:
                 return
             node.lost = True
             now_s = self.clock.now_s()
-            if node.report is not None:
-                for row in node.report.rows:
-                    self._note(row.id, None, now_s, lost=True)
+            rows = node.report.rows if node.report is not None else ()
+            self._notes.append(
+                Faulted(
+                    at_s=now_s, kind="node-loss", target=node.name, replicas=len(rows)
+                )
+            )
+            for row in rows:
+                self._note(row.id, None, now_s, lost=True)
             node.pending.clear()
             self._publish()
         self.clock.wake()

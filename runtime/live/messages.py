@@ -73,6 +73,7 @@ class Move:
     """Of the agent's state: moves are told in this order."""
     id: ReplicaId
     phase: Phase | None
+    before: Phase | None
     ago_s: float
     lost: bool = False
     """Gone without having been asked to."""
