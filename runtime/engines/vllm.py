@@ -34,6 +34,8 @@ from foreserve.runtime.engines.process import Child
 
 QUESTION = "Count from one to ten:"
 ANSWER_TOKENS = 8
+LARGEST_BLOCK = 128
+"""Tokens in a block of KV memory: on CPUs, which have the largest."""
 FREED_SHARE = 0.5
 """Of its KV memory, that has to be seen gone for a sleep to count as real."""
 
@@ -201,7 +203,9 @@ class VllmEngine:
         except (OSError, ValueError):
             return None  # Not a folder of that kind: vLLM knows best.
         stated = config.get("max_position_embeddings")
-        return min(stated, self.room_tokens) if isinstance(stated, int) else None
+        # It keeps a block to itself, and gives out whole ones.
+        room = (self.room_tokens // LARGEST_BLOCK - 1) * LARGEST_BLOCK
+        return min(stated, room) if isinstance(stated, int) else None
 
     def _environment(self, device: Device) -> dict[str, str]:
         settings = self.settings
