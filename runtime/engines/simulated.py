@@ -123,6 +123,13 @@ def node_of(settings: SimulatedSettings) -> SimulatedNode:
         return node
 
 
+def prepare(settings: EngineSettings) -> None:
+    """Have the node's server running, so that its first load does not wait for it."""
+    if not isinstance(settings, SimulatedSettings):
+        raise TypeError("simulated engines need SimulatedSettings")
+    node_of(settings).call("GET", "/health", wait_s=30.0)
+
+
 def close_node(folder: Path) -> None:
     """End the server of the node, and all engines in it."""
     with _lock:
@@ -163,12 +170,16 @@ class SimulatedEngine:
         return self.option.kv_bytes // self.option.kv_token_bytes
 
     def start(self) -> None:
-        node = node_of(self.settings)
+        try:
+            node = node_of(self.settings)
+        except OSError as error:
+            raise EngineFailed(f"simulated engine: {error}") from error
         with self._guard:
             if self._stopped:
                 raise EngineFailed("stopped before it was started")
             self._node = node
-            self._number = node.call("POST", "/engines", self._spec())["number"]
+            made = node.call("POST", "/engines", self._spec(), wait_s=30.0)
+            self._number = made["number"]
         load_s = self.option.load_s / self.settings.time_scale
         self._call("POST", "load", wait_s=10 * load_s + 60)
 

@@ -114,18 +114,21 @@ class VllmEngine:
     # --- its life ------------------------------------------------------------------------
 
     def start(self) -> None:
-        device = device_of(self.settings.python)
         with self._lock:
             if self._stopped.is_set():
                 raise EngineFailed("vLLM: stopped before it was started")
-            self._port = _free_port()
-            self._child = Child(
-                self._command(device),
-                self.settings.folder,
-                re.sub(r"[^\w.-]", "_", str(self.replica)),
-                grace_s=self.settings.stop_grace_s,
-                env=self._environment(device),
-            )
+            try:
+                device = device_of(self.settings.python)
+                self._port = _free_port()
+                self._child = Child(
+                    self._command(device),
+                    self.settings.folder,
+                    re.sub(r"[^\w.-]", "_", str(self.replica)),
+                    grace_s=self.settings.stop_grace_s,
+                    env=self._environment(device),
+                )
+            except (InvalidInput, OSError) as error:
+                raise EngineFailed(f"vLLM: {error}") from error
         self._wait_until_ready()
         self.room_tokens = self._measured_room()
         self._answer = self._ask()
