@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import secrets
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -111,12 +109,13 @@ def dispatch(agent: NodeAgent, name: str, args: tuple[Any, ...]) -> Any:
 
 def serve(file: Path) -> None:
     """Be the agent of a pickled setup, until the call `close`."""
+    os.umask(0o077)  # nobody else may write to the socket, and so connect
     setup: NodeSetup = pickle.loads(file.read_bytes())
     agent = make_agent(setup)
-    address, key = _socket_of(setup), _key_of(setup)
+    address = _socket_of(setup)
     address.unlink(missing_ok=True)
     closed = threading.Event()
-    with Listener(str(address), "AF_UNIX", backlog=16, authkey=key) as listener:
+    with Listener(str(address), "AF_UNIX", backlog=16) as listener:
         threading.Thread(
             target=_accept, args=(listener, agent, closed), daemon=True
         ).start()
@@ -125,8 +124,8 @@ def serve(file: Path) -> None:
 
 
 def _accept(listener: Listener, agent: NodeAgent, closed: threading.Event) -> None:
-    while True:
-        with suppress(Exception):  # a caller that cannot say who it is
+    while not closed.is_set():
+        with suppress(OSError):  # a caller that has gone already
             caller = listener.accept()
             threading.Thread(
                 target=_answer, args=(caller, agent, closed), daemon=True
@@ -153,16 +152,6 @@ def _socket_of(setup: NodeSetup) -> Path:
     if len(os.fsencode(path)) > 100:
         raise InvalidInput(f"{path}: too long for a socket's name")
     return path
-
-
-def _key_of(setup: NodeSetup) -> bytes:
-    """The secret of the folder, made by whoever comes first."""
-    path = setup.folder / "key"
-    with suppress(FileExistsError):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        os.write(file, secrets.token_hex(32).encode())
-        os.close(file)
-    return path.read_bytes()
 
 
 # --- the controller's end ----------------------------------------------------------------
@@ -196,7 +185,7 @@ class Hosted:
         self._pid: int | None = None
         folder = setup.folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._address, self._key = _socket_of(setup), _key_of(setup)
+        self._address = _socket_of(setup)
         self._file = folder / f"{setup.node}.setup"
         self._out = folder / f"{setup.node}.out"
 
@@ -212,12 +201,8 @@ class Hosted:
 
     def _connect(self) -> Link | None:
         try:
-            # The client itself would wait for ever for a process that is stopped.
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(1.0)
-                probe.connect(str(self._address))
-            return _SocketLink(Client(str(self._address), "AF_UNIX", authkey=self._key))
-        except (OSError, EOFError):
+            return _SocketLink(Client(str(self._address), "AF_UNIX"))
+        except OSError:
             return None
 
     def _start(self) -> None:
