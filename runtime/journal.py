@@ -245,6 +245,17 @@ class Recorder(Protocol):
     def record(self, event: Event | RequestEnds) -> None: ...
 
 
+def line_of(event: Event) -> str:
+    """An event as its line in a journal, without the line's end."""
+    return json.dumps(
+        {"event": _NAMES[type(event)], **to_plain(event)},
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
+    )
+
+
 class Journal:
     """Writes events as JSON lines: to ``path``, or to ``lines`` where there is none.
 
@@ -272,14 +283,7 @@ class Journal:
             for end in event.events():
                 self.record(end)
             return
-        plain = {"event": _NAMES[type(event)], **to_plain(event)}
-        line = json.dumps(
-            plain,
-            sort_keys=True,
-            separators=(",", ":"),
-            ensure_ascii=False,
-            allow_nan=False,
-        )
+        line = line_of(event)
         if self._path is None:
             self.lines.append(line)
         elif self._out is None:

@@ -139,7 +139,7 @@ def test_it_stops_when_told_and_leaves_nothing_behind(served: Served) -> None:
     assert not (served.folder / "st/admin.json").exists()
     assert not list((served.folder / "st").glob("*/*.sock"))
     lines = (served.folder / "st/journal.jsonl").read_text().splitlines()
-    ends = [json.loads(line) for line in lines if "RequestEnd" in line]
+    ends = [json.loads(line) for line in lines if '"event":"request"' in line]
     assert [end["result"] for end in ends] == ["finished"]
     after = plan("status", "--state", "st", cwd=served.folder)
     assert after.returncode == 2

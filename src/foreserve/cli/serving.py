@@ -7,7 +7,6 @@ the agents, and goes on with that plan.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from foreserve.models.codec import dump_json, load_plan, to_json, to_plain, write_text
+from foreserve.models.codec import dump_json, load_plan, to_json, write_text
 from foreserve.models.observed import Observed
 from foreserve.models.placement import Placement, Replica, ReplicaId
 from foreserve.models.plan import Plan
@@ -35,7 +34,13 @@ from foreserve.runtime.gateway.job import ServedLlm
 from foreserve.runtime.gateway.keys import ApiKey, hashed
 from foreserve.runtime.gateway.server import Server
 from foreserve.runtime.gateway.table import RequestRecord, RoutingTable
-from foreserve.runtime.journal import Event, RequestEnd, RequestEnds, Started
+from foreserve.runtime.journal import (
+    Event,
+    RequestEnd,
+    RequestEnds,
+    Started,
+    line_of,
+)
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.binding import Binding
 from foreserve.runtime.live.host import Hosted, NodeSetup
@@ -77,9 +82,9 @@ class LiveJournal:
     def record(self, event: Event | RequestEnds) -> None:
         if isinstance(event, RequestEnds):
             return
-        plain = {"event": type(event).__name__, **to_plain(event)}
+        line = line_of(event)
         with self._lock:
-            self._log.write(json.dumps(plain, sort_keys=True) + "\n")
+            self._log.write(line + "\n")
             self._log.flush()
 
     def ended(self, record: RequestRecord) -> None:
