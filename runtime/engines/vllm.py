@@ -131,7 +131,8 @@ class VllmEngine:
                 raise EngineFailed(f"vLLM: {error}") from error
         self._wait_until_ready()
         self.room_tokens = self._measured_room()
-        self._answer = self._ask()
+        # The first request may take long: vLLM warms up with it.
+        self._answer = self._ask(self.settings.start_within_s)
         # Elsewhere `/sleep` answers as if it had been done.
         sleeps = device == "cuda" and self._fall_asleep()
         self.capabilities = Capabilities(real_sleep=sleeps)
@@ -139,7 +140,7 @@ class VllmEngine:
     def activate(self) -> None:
         if self.capabilities.real_sleep:
             self._call("POST", "/wake_up?tags=kv_cache")
-        answer = self._ask()
+        answer = self._ask(10 * self.settings.answers_within_s)
         if answer != self._answer:
             raise EngineFailed(
                 f"vLLM canary: answered {answer!r}, at its start {self._answer!r}"
@@ -254,7 +255,7 @@ class VllmEngine:
                     return int(blocks[1]) * int(size[1])
         return self.room_tokens
 
-    def _ask(self) -> str:
+    def _ask(self, within_s: float) -> str:
         """Its answer to the known question."""
         question = {
             "model": self.served_name,
@@ -263,7 +264,6 @@ class VllmEngine:
             "temperature": 0,
             "ignore_eos": True,
         }
-        within_s = 10 * self.settings.answers_within_s
         told = self._call("POST", "/v1/completions", question, within_s=within_s)
         try:
             answer = json.loads(told)
