@@ -76,11 +76,11 @@ CARRIES: Mapping[str, frozenset[str]] = {
     "milp": EVERYTHING,
     "highs": EVERYTHING,
     "cpsat": EVERYTHING - {"sharing"},
-    "scale": frozenset(),
+    "scale": frozenset({"min_after_loss", "rules", "replan"}),
     "greedy": EVERYTHING,
 }
 """Which of the rows that a problem may ask for on top (`models.problem.OPTIONAL`) each
-solver knows; greedy obeys them all, but may find no placement that does. One of your own
+solver knows; greedy and `scale` obey theirs, but may find no placement. One of your own
 is trusted to know all: the referee looks at its answers."""
 
 DEFAULTS = SolveOptions()

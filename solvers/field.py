@@ -151,9 +151,12 @@ class Field:
         else:
             self.cost += MACHINE.add_warm(*shared, self._moved)
 
-    def take(self, placement: Placement) -> None:
-        """As much of a placement as this space has, ACTIVE replicas first."""
+    def take(self, placement: Placement, *, cover: bool = False) -> None:
+        """As much of a placement as this space has, ACTIVE replicas first; with `cover`
+        before the WARM ones."""
         for active in (True, False):
+            if cover and not active:
+                self.cover()
             for replica in placement.replicas:
                 wanted = (replica.state == "ACTIVE") == active
                 if wanted and self.problem.fleet.is_candidate(replica.id):

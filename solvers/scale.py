@@ -1,10 +1,15 @@
 """Counts for the bound, annealing for the plan: the solver whose cost grows slowest.
 
 Per epoch, given the placement before: the relaxation over counts per class of nodes
-(`counts`) bounds the cost, cut and then branched as far as its share of the time goes;
-its counts, set out on blocks, and the start are both annealed (`anneal`), the better one
-to the end. The bound of several epochs is the sum of theirs, where (O4) counts in the
-first one alone, since the others may follow any placement.
+(`counts`) bounds the cost, made stronger by patterns of spare GPUs (`arrange`) or, where
+there are many kinds of counts, by whole counts alone; what it found, set out on blocks, is
+annealed (`anneal`), then the best of that and of the starts. The bound of several epochs
+is the sum of theirs, where (O4) counts in the first one alone, since the others may follow
+any placement.
+
+Of the rows that are asked for on top, the search obeys (C9) and (C10); a start that does
+not is not taken. A price of every change (O4) is looked at in the end. The bound knows
+none of them: fewer rows and terms, a lower bound.
 
 ``work_limit`` counts thousands of moves per epoch (and nodes of the branching).
 """
@@ -27,7 +32,7 @@ from foreserve.solvers.arrange import Arranged, PatternModel
 from foreserve.solvers.counts import CountModel
 from foreserve.solvers.field import Field
 from foreserve.solvers.index import candidate_count
-from foreserve.solvers.judge import best_of
+from foreserve.solvers.judge import best_of, in_space
 from foreserve.solvers.result import (
     Progress,
     Schedule,
@@ -120,8 +125,7 @@ def quick(
     before = problem.initial
     for epoch in range(problem.num_epochs):
         field = Field(problem, epoch, before, options.seed)
-        field.take(before)
-        field.cover()
+        field.take(before, cover=True)
         field.search(0.0, QUICK_MOVES)
         before = field.placement()
         schedule.append(before)
@@ -216,9 +220,7 @@ class _Run:
         """The best placement found until then; adds to the bound."""
         options, span_s = self.options, until_s - perf_counter()
         field = Field(self.problem, epoch, before, options.seed + 1009 * epoch)
-        if given is not None:
-            field.take(given)
-        field.cover()
+        field.take(given or Placement(), cover=True)
         if field.obeys():
             self._tell(epoch, field.cost, None)
         model = CountModel(self.problem, epoch, switching=epoch == 0)
@@ -261,13 +263,15 @@ class _Run:
         found = field.placement()
         if not self.problem.prices.replan_s:
             return found
-        stay = with_shares(self.problem, epoch, before)
-        if any(referee.fleet_violations(self.problem.fleet, stay)):
+        problem = self.problem
+        suits = in_space(problem, (before,))
+        if not suits or any(referee.fleet_violations(problem.fleet, before)):
             return found
+        stay = with_shares(problem, epoch, before)
 
         def cost(placement: Placement) -> float:
             terms = referee.TERMS.values()
-            return sum(term(self.problem, epoch, before, placement) for term in terms)
+            return sum(term(problem, epoch, before, placement) for term in terms)
 
         return min((found, stay), key=cost)
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from foreserve.models import recourse, referee
+from foreserve.models.placement import Placement
 from foreserve.models.plan import Status
 from foreserve.models.specs import Node
-from foreserve.solvers.arrange import PatternModel
+from foreserve.solvers.arrange import Arranged, PatternModel
 from foreserve.solvers.base import solve
 from foreserve.solvers.counts import CountModel
 from foreserve.solvers.field import Field
@@ -20,7 +21,7 @@ from foreserve.solvers.patterns import NEAR, best_set, good_sets
 from foreserve.solvers.result import SolveOptions
 from tests import oracle
 from tests.build import cluster, fleet, option
-from tests.problems import problem, realistic, tiny
+from tests.problems import asking, problem, realistic, tiny
 
 WORK = SolveOptions(time_limit_s=60.0, work_limit=3, gap=0.0, in_process=True)
 
@@ -137,6 +138,45 @@ def test_the_search_knows_what_its_placement_costs(seed: int) -> None:
     again = Field(p, 0, p.initial, seed)
     again.take(placement)
     assert again.placement() == placement
+
+
+@pytest.mark.parametrize("seed", (3, 5, 6))
+def test_the_search_obeys_rules(seed: int) -> None:
+    """Pins, closed GPUs, LLMs apart, most LLMs on a GPU, replicas left after the loss of a
+    node: from nothing, from another placement and from counts, after thousands of moves
+    every row holds; where one cannot, the search says so."""
+    rng = np.random.default_rng(seed)
+    p = asking(rng, "rules", "min_after_loss", problem=realistic(rng, 10, [8, 4, 4], 6))
+    field = Field(p, 0, p.initial, seed)
+    plain = realistic(np.random.default_rng(seed), 10, [8, 4, 4], 6)
+    other = solve(plain, "greedy", WORK).schedule
+    assert other is not None
+    counts = CountModel(p, 0, switching=True)
+    relaxed = counts.relax(60.0)
+    assert relaxed is not None
+    closed = set(p.fleet.rules.closed)
+    assert counts.classes[0].open_gpus == 8 - len(closed)
+    arranged = Arranged(value=0.0, active=relaxed.active, warm=relaxed.warm)
+    for start in ("nothing", "other", "counts"):
+        field.clear()
+        if start == "counts":
+            field.set_out(counts, arranged)
+        else:
+            taken = other[0] if start == "other" else Placement()
+            field.take(taken, cover=True)
+        assert field.obeys()
+        field.search(field.unit(), 2_000)
+        field.search(0.0, 2_000)
+        assert field.obeys()
+        placement = field.placement()
+        assert referee.violations(p, (placement,)) == ()
+        total = referee.cost(p, (placement,)).total
+        assert total - 1e-6 <= field.cost <= 1.1 * total + 1e-6
+    llms = (replace(p.fleet.llms[0], min_active=99), *p.fleet.llms[1:])
+    p = replace(p, fleet=replace(p.fleet, llms=llms))
+    field = Field(p, 0, p.initial, seed)
+    field.cover()
+    assert not field.obeys()
 
 
 @pytest.mark.parametrize("seed", range(3))
