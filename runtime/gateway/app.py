@@ -17,21 +17,29 @@ from foreserve.runtime.gateway.errors import ApiError
 from foreserve.runtime.gateway.gateway import Gateway
 from foreserve.runtime.gateway.job import Receive, Scope, Send
 
-Handler = Callable[[Request], Awaitable[Response]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class _Post:
-    """A POST answered without Starlette's wrapping, for speed."""
-
-    def __init__(self, gateway: Gateway, path: str) -> None:
-        self._gateway, self._path = gateway, path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._gateway.post(self._path, scope, receive, send)
+POSTS = ("/v1/chat/completions", "/v1/completions")
 
 
-def public_app(gateway: Gateway) -> Starlette:
+def public_app(gateway: Gateway) -> App:
     """The public port's ASGI application."""
+    rest = _rest(gateway)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # Requests for tokens go past Starlette: they are many, and wait for every step.
+        if scope["path"] in POSTS and scope["method"] == "POST":
+            await gateway.post(scope["path"], scope, receive, send)
+        else:
+            await rest(scope, receive, send)
+
+    return app
+
+
+def _rest(gateway: Gateway) -> Starlette:
+    async def elsewhere(_: Request) -> Response:
+        raise HTTPException(405, headers={"allow": "POST"})
 
     async def models(request: Request) -> Response:
         key = gateway.keys.check(request.scope["headers"])
@@ -70,10 +78,7 @@ def public_app(gateway: Gateway) -> Starlette:
 
     app = Starlette(
         routes=[
-            *(
-                Route(path, _Post(gateway, path), methods=["POST"])
-                for path in ("/v1/chat/completions", "/v1/completions")
-            ),
+            *(Route(path, elsewhere) for path in POSTS),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),

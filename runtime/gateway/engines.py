@@ -100,6 +100,8 @@ class Engines:
 
 async def finish(response: aiohttp.ClientResponse) -> None:
     """Read to the end behind the last event, so that the connection can be used again."""
+    if response.content.at_eof():
+        return
     with suppress(aiohttp.ClientError, TimeoutError):
         async with asyncio.timeout(END_S):
             async for _ in response.content.iter_any():

@@ -13,22 +13,57 @@ from typing import Any
 
 import uvicorn
 import uvloop
-from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from foreserve.models.errors import InvalidInput
+from foreserve.runtime.gateway.app import App
 from foreserve.runtime.gateway.errors import ApiError
 from foreserve.runtime.gateway.gateway import Gateway
 
 HEADER_BYTES = 32 << 10
 HEADER_S = 10.0
 """For the head of a request to arrive, from its first byte on."""
+CONTINUE = b"HTTP/1.1 100 "
 REST_S = 2.0
 """For the rest of a body whose request has been answered already."""
 
 
+class _Joined:
+    """A transport that sends the head of an answer together with what follows it, so that
+    the client wakes up once. For one answer."""
+
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._transport, self._loop = transport, loop
+        self._head: bytes | None = None
+        self._begun = False
+
+    def write(self, data: bytes) -> None:
+        if not self._begun and not data.startswith(CONTINUE):
+            self._head, self._begun = data, True
+            self._loop.call_soon(self._flush)
+            return
+        if self._head is not None:
+            data, self._head = self._head + data, None
+        self._transport.write(data)
+
+    def _flush(self) -> None:
+        # Nothing has followed: the answer has no body, or not yet.
+        if self._head is not None:
+            self.write(b"")
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's, with limits on the head of a request, and errors that are JSON."""
+    """uvicorn's, with limits on the head of a request, errors that are JSON, and fewer
+    writes."""
 
     _guard: TimerHandle | None = None
     _head_bytes = 0
@@ -53,6 +88,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         self._unwatch()
         super().on_headers_complete()
+        # Its task has not begun yet.
+        self.cycle.transport = _Joined(self.transport, self.loop)  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         self._whole = self._in_head = True
@@ -108,11 +145,11 @@ class Server:
     def __init__(
         self,
         gateway: Gateway,
-        public: Starlette,
+        public: App,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        admin: Starlette | None = None,
+        admin: App | None = None,
         admin_host: str = "127.0.0.1",
         admin_port: int = 0,
         open_to_all: bool = False,
@@ -181,7 +218,7 @@ class Server:
             await self._gateway.close()
 
 
-def _config(app: Starlette) -> uvicorn.Config:
+def _config(app: App) -> uvicorn.Config:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     served: Callable[..., Any] = app
     return uvicorn.Config(
@@ -199,7 +236,8 @@ def _config(app: Starlette) -> uvicorn.Config:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # Without naming TCP, some event loops would not send small pieces at once.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
