@@ -19,10 +19,10 @@ needs_ray = pytest.mark.skipif(
 
 @needs_ray
 def test_on_ray(tmp_path):
-    """Three LLMs on two nodes, a switch; then the process of one agent is killed, later
-    stopped for a while: its node is lost within 5 s, the other one goes on serving, and
-    all of it comes back. A second controller finds everything as the first one left it.
-    The logs have no fault."""
+    """Three LLMs on two nodes, a switch; then the process of one agent is killed: its
+    node is lost within 5 s, the other one goes on serving, and all of it comes back. A
+    second controller finds everything as the first one left it. The logs have no fault.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "tests.live_ray", str(tmp_path)],
         capture_output=True,
@@ -35,7 +35,6 @@ def test_on_ray(tmp_path):
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["routable_then"] == ["n1"]
     assert seen["lost_s"] < 5.0
-    assert seen["hang_lost_s"] < 5.0
     assert (seen["generation"], seen["same"]) == (2, True)
     found = check(tmp_path)
     assert found.faults == []
