@@ -219,7 +219,7 @@ class Server:
 
 
 def _config(app: App) -> uvicorn.Config:
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     served: Callable[..., Any] = app
     return uvicorn.Config(
         served,
