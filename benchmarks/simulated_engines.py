@@ -26,8 +26,10 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 from record import write_result
 
+from foreserve.cli.common import read_traces
 from foreserve.models.cost import IterationTime
 from foreserve.models.placement import replica_id
 from foreserve.models.problem import ReplicaOption
@@ -38,6 +40,8 @@ from foreserve.runtime.engines.simulated import (
     close_node,
     node_of,
 )
+from foreserve.runtime.simulated.engine import EngineLimits
+from foreserve.runtime.simulated.replay import replay
 
 # About Llama 3.1 8B on an H100.
 TIME = IterationTime(
@@ -136,25 +140,145 @@ async def load(
     waits = []
     for number in range(streams):
         engine = engines[number % len(engines)]
-        where = re.match(r"http://([\d.]+):(\d+)(.*)", engine.url)
-        assert where is not None
-        body = {"model": engine.served_name, "prompt": [1] * prompt_tokens}
-        body |= {"max_tokens": tokens, "stream": stream}
-        if stream:
-            body["stream_options"] = {"include_usage": True}
-        text = json.dumps(body).encode()
-        head = f"POST {where[3]}/v1/completions HTTP/1.1\r\nhost: x\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
-        request = head.encode() + text
+        request, host, port = asking(engine, prompt_tokens, tokens, stream)
         _, client = await loop.create_connection(
             lambda request=request: Client(request, tokens, until_s, seen),
-            where[1],
-            int(where[2]),
+            host,
+            port,
         )
         waits.append(client.done)
-        await asyncio.sleep(0.003 if stream else 0)  # Not all in step.
+        await asyncio.sleep(min(0.003, 0.5 / streams))  # Not all in step.
     await asyncio.gather(*waits)
     return seen
+
+
+class OpenLoop(asyncio.Protocol):
+    """One request on a connection of its own, at its time."""
+
+    def __init__(self, request: bytes) -> None:
+        self.request, self.tail = request, b""
+        self.first_s = self.last_s = 0.0
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        transport.write(self.request)  # type: ignore[attr-defined]
+
+    def data_received(self, data: bytes) -> None:
+        self.last_s = time.perf_counter()
+        if not self.first_s and b'"text":"' in data:
+            self.first_s = self.last_s
+        self.tail = self.tail[-600:] + data
+        if self.tail.endswith(b"0\r\n\r\n"):
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.done.set_result(None)
+
+
+async def send_all(
+    engines: list[SimulatedEngine], rows: list[tuple[float, int, int]], scale: float
+) -> NDArray[np.float64]:
+    """By request: TTFT and end as the client saw them, then as the engine says; all in
+    seconds of the trace, from the request's arrival."""
+    begin_s, waits, sent = time.perf_counter(), [], []
+    loop = asyncio.get_running_loop()
+    for number, (arrival_s, given, asked) in enumerate(rows):
+        pause_s = begin_s + arrival_s / scale - time.perf_counter()
+        if pause_s > 0:
+            await asyncio.sleep(pause_s)
+        engine = engines[number % len(engines)]
+        request, host, port = asking(engine, given, asked, True)
+        due_s = begin_s + arrival_s / scale
+        waits.append(
+            loop.create_task(
+                loop.create_connection(lambda r=request: OpenLoop(r), host, port)
+            )
+        )
+        sent.append(due_s)
+    clients = [client for _, client in await asyncio.gather(*waits)]
+    await asyncio.gather(*(client.done for client in clients))
+    found = []
+    for client, due_s in zip(clients, sent, strict=True):
+        times = TIMES.search(client.tail)
+        assert times is not None
+        arrival_s, first_s, end_s = map(float, times.groups())
+        seen = [scale * (client.first_s - due_s), scale * (client.last_s - due_s)]
+        found.append([*seen, first_s - arrival_s, end_s - arrival_s])
+    return np.array(found)
+
+
+def same_trace(scale: float, cores: list[int], span_s: float = 600.0) -> dict[str, Any]:
+    recorded = read_traces(["sample:azure-2023"], {})
+    own = recorded.llm == recorded.llms.index("conv")
+    arrivals = recorded.arrival_s[own]
+    count = int(np.searchsorted(arrivals, arrivals[0] + span_s))
+    rows = [
+        (float(a - arrivals[0]), int(i), int(o))
+        for a, i, o in zip(
+            arrivals[:count],
+            recorded.input_tokens[own][:count],
+            recorded.output_tokens[own][:count],
+            strict=True,
+        )
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SimulatedSettings(
+            folder=Path(folder), time_scale=scale, tick_s=0.005
+        )
+        engines, _ = started(settings, 4, cores)
+        found = asyncio.run(send_all(engines, rows, scale))
+        close_node(settings.folder)
+    room = engines[0].room_tokens
+    limits = EngineLimits(max_num_seqs=256)
+    simulated = replay(TIME, room, limits, rows, replicas=4)
+    arrival_s = np.array([row[0] for row in rows])
+    first_s = simulated.first_token_s - arrival_s
+    columns = {
+        "clients": found[:, :2],
+        "engines": found[:, 2:],
+        "simulator": np.stack([first_s, simulated.end_s - arrival_s], 1),
+    }
+    row: dict[str, Any] = {"scale": scale, "requests": count}
+    for who, values in columns.items():
+        for what, each in zip(("ttft", "e2e"), values.T, strict=True):
+            for q in (50, 99):
+                row[f"{who}_{what}_p{q}_s"] = round(float(np.percentile(each, q)), 4)
+    return row
+
+
+def started(
+    settings: SimulatedSettings, replicas: int, cores: list[int]
+) -> tuple[list[SimulatedEngine], int]:
+    """Engines that serve, and their server's process, alone on the first core."""
+    engines = []
+    for number in range(replicas):
+        name = f"llm-{number}"
+        replica = replica_id(name, (GpuId(node="n0", index=number),))
+        engine = SimulatedEngine(option(name), replica, settings)
+        engine.start()
+        engine.activate()
+        engines.append(engine)
+    child = node_of(settings).child
+    (server,) = (pid for pid in child.pids() if pid != child.session)
+    os.sched_setaffinity(server, {cores[0]})
+    return engines, server
+
+
+def asking(
+    engine: SimulatedEngine, prompt_tokens: int, tokens: int, stream: bool
+) -> tuple[bytes, str, int]:
+    """A request as bytes, and where it goes."""
+    where = re.match(r"http://([\d.]+):(\d+)(.*)", engine.url)
+    assert where is not None
+    body: dict[str, Any] = {"model": engine.served_name, "prompt": [1] * prompt_tokens}
+    body |= {"max_tokens": tokens, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    text = json.dumps(body, separators=(",", ":")).encode()
+    head = f"POST {where[3]}/v1/completions HTTP/1.1\r\nhost: x\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
+    return head.encode() + text, where[1], int(where[2])
 
 
 def option(llm: str) -> ReplicaOption:
@@ -197,17 +321,7 @@ def measure(
         settings = SimulatedSettings(
             folder=Path(folder), time_scale=scale, tick_s=tick_ms / 1000
         )
-        engines = []
-        for number in range(replicas):
-            name = f"llm-{number}"
-            replica = replica_id(name, (GpuId(node="n0", index=number),))
-            engine = SimulatedEngine(option(name), replica, settings)
-            engine.start()
-            engine.activate()
-            engines.append(engine)
-        child = node_of(settings).child
-        (server,) = (pid for pid in child.pids() if pid != child.session)
-        os.sched_setaffinity(server, {cores[0]})
+        engines, server = started(settings, replicas, cores)
         busy_s, begin_s = cpu_s(server), time.perf_counter()
         seen = asyncio.run(
             load(engines, streams, tokens, stream, prompt_tokens, seconds)
@@ -228,6 +342,7 @@ def measure(
         "tokens_per_s": round(seen.tokens / wall_s),
         "chunks_per_s": round(seen.chunks / wall_s),
         "server_core_share": round(busy_s / wall_s, 3),
+        "server_us_per_chunk": round(1e6 * busy_s / max(1, seen.chunks), 1),
         "server_mib": round(int(re.findall(r"VmRSS:\s+(\d+)", rss)[0]) / 1024),
     }
     late = 1000 * (np.array(seen.ttft_s) - np.array(seen.model_ttft_s) / scale)
@@ -262,8 +377,8 @@ def main(seconds: float, write: bool) -> None:
         ],
         "capacity": [
             {"replicas": 100, "streams": 200},
-            {"replicas": 100, "streams": 800},
-            {"replicas": 100, "streams": 800, "tick_ms": 20.0},
+            {"replicas": 100, "streams": 500},
+            {"replicas": 100, "streams": 500, "tick_ms": 20.0},
             {"replicas": 16, "streams": 64, "tokens": 1, "stream": False, "scale": 1e3},
         ],
         "a minute in a second": [
@@ -278,6 +393,11 @@ def main(seconds: float, write: bool) -> None:
             row = measure(**asked, seconds=seconds, cores=cores)
             found[part].append(row)
             click.echo(f"{part}: {json.dumps(row)}")
+    found["same trace"] = []
+    for scale in (20.0, 60.0):
+        row = same_trace(scale, cores)
+        found["same trace"].append(row)
+        click.echo(f"same trace: {json.dumps(row)}")
     if write:
         write_result("simulated_engines", {"seconds": seconds, **found})
 
