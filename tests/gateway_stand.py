@@ -54,8 +54,9 @@ class Stand:
         self.needs = 0
         self.eta = (1.0, 2.0)
         self.failed: list[str] = []
+        settings: Settings = options.pop("settings", Settings())
         self.table = RoutingTable(
-            time.monotonic,
+            lambda: time.monotonic() * settings.time_scale,
             on_need=self._need,
             eta=lambda llm: self.eta,
             ended=self.records.append,
@@ -66,7 +67,7 @@ class Stand:
             table=self.table,
             llms=options.pop("llms", llms),
             rng=np.random.default_rng(0),
-            settings=options.pop("settings", Settings()),
+            settings=settings,
             keys=options.pop("keys", None),
             plan_id=options.pop("plan_id", lambda: "p1"),
             state=options.pop("state", lambda llm: "absent"),

@@ -342,6 +342,18 @@ def test_a_client_chooses_how_long_to_wait(one, header):
     assert one.chat({"X-Foreserve-Max-Wait": "nan"}).status_code == 400
 
 
+def test_a_clock_that_runs_faster():
+    """Twenty seconds in one: held for 4 s is held for 0.2, and a wait of 100 s is over in
+    5, which is what a client is told."""
+    with stand(0, settings=Settings(time_scale=20.0)) as empty:
+        empty.eta = (0.0, 0.0)
+        began_s = time.monotonic()
+        assert empty.chat({"X-Foreserve-Max-Wait": "4"}).status_code == 503
+        assert 0.2 <= time.monotonic() - began_s < 2.0
+        empty.eta = (50.0, 100.0)
+        assert int(empty.chat().headers["retry-after"]) in (5, 6)
+
+
 def test_a_client_that_leaves_while_held_is_no_demand(one):
     """Its place in the queue is gone within a second."""
     one.table.publish([])

@@ -46,7 +46,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Limits of the public port."""
+    """Limits of the public port. Waits and deadlines are in seconds of the table's clock,
+    as are the headers that set them; bodies and silence in real ones."""
+
+    time_scale: float = 1.0
+    """Seconds of the table's clock in a real one."""
 
     hold_s: float = 30.0
     """A request that no replica can take is held if it is predicted (90th percentile) to
@@ -173,7 +177,7 @@ class Gateway:
         watcher = asyncio.create_task(watch())
         error: ApiError | None = None
         try:
-            async with asyncio.timeout(job.deadline_s):
+            async with asyncio.timeout(job.deadline_s / self.settings.time_scale):
                 await self._answer(job)
         except ApiError as refused:
             error = refused
@@ -215,7 +219,8 @@ class Gateway:
             except (EngineLost, BrokenStream) as error:
                 lost = str(error)
                 self.table.shun(waiter, lost)
-                loop.call_later(SHUN_S + 0.01, self.table.serve, llm)
+                shunned_s = SHUN_S / self.settings.time_scale
+                loop.call_later(shunned_s + 0.01, self.table.serve, llm)
                 if job.started:
                     break
             finally:
@@ -264,7 +269,7 @@ class Gateway:
         self._held[waiter] = event
         try:
             table.join(waiter)
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s / self.settings.time_scale):
                 await event.wait()
         except TimeoutError:
             if waiter.seat is None and not waiter.never:
@@ -412,7 +417,7 @@ class Gateway:
             type_,
             code,
             message,
-            headers=errors.retry_after(said.p90_s, spread),
+            headers=errors.retry_after(said.p90_s / self.settings.time_scale, spread),
             facts=facts,
         )
 

@@ -170,7 +170,7 @@ class Serving:
                 for llm in fleet.llms
             },
             rng=np.random.default_rng(),
-            settings=Settings(),
+            settings=Settings(time_scale=options.time_scale),
             keys=options.keys,
             plan_id=lambda: self.policy.plan_id,
             state=self._state,
