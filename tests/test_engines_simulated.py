@@ -134,11 +134,14 @@ def test_answers_when_the_cost_model_says(engine):
 
 
 def test_chat_streams_as_openai_does(engine):
-    """One id for the whole stream, the role first, a reason at the end, usage last."""
+    """One id for the whole stream, the role first, a reason at the end, usage last. A text
+    in parts counts as well."""
     chunks = list(
         client(engine).chat.completions.create(
             model=engine.served_name,
-            messages=[{"role": "user", "content": "one two"}],
+            messages=[
+                {"role": "user", "content": [{"type": "text", "text": "one two"}]}
+            ],
             stream=True,
             stream_options={"include_usage": True},
         )

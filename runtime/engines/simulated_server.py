@@ -291,7 +291,7 @@ class Connection(asyncio.Protocol):
             )
         except Refused as refused:
             self._refuse(refused)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             self._refuse(Refused(400, f"{type(error).__name__}: {error}"))
 
     # --- routes --------------------------------------------------------------------------
@@ -570,11 +570,18 @@ def _prompt(asked: dict[str, Any], chat: bool) -> tuple[int, str]:
     messages = asked.get("messages")
     if not (isinstance(messages, list) and messages):
         raise Refused(400, "messages: expected a list")
-    texts = [m.get("content") for m in messages if isinstance(m, dict)]
-    told = [text for text in texts if isinstance(text, str)]
-    if len(told) < len(messages):
+    text = "\n".join(_content(message) for message in messages)
+    return len(text.split()), text
+
+
+def _content(message: Any) -> str:
+    """The text of a message, or of its parts."""
+    content = message["content"]
+    if isinstance(content, list):
+        return "\n".join(str(part["text"]) for part in content)
+    if not isinstance(content, str):
         raise Refused(400, "messages: each needs a text as content")
-    return sum(text.count(" ") + 1 for text in told), "\n".join(told)
+    return content
 
 
 def _frame(engine: Engine, chat: bool, stream: bool) -> tuple[bytes, bytes]:
