@@ -12,18 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foreserve.models.placement import Action
+from foreserve.models.observed import Observed, ObservedReplica
+from foreserve.models.placement import Action, Placement, ReplicaId
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.gateway.table import RoutingTable, Waiter
 from foreserve.runtime.journal import Decision, Faulted, Journal, PhaseChange
 from foreserve.runtime.live import views
 from foreserve.runtime.live.agent import Patience
+from foreserve.runtime.live.awake import always_awake
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.check import check
 from foreserve.runtime.live.host import Local, make_agent
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.messages import Link, LinkLost
-from tests.build import gpu
+from foreserve.runtime.reconcile import reconcile
+from tests.build import cluster, gpu
 from tests.live_engines import ENGINES
 from tests.live_setup import QUICK, Live, key, live, on, setup, three
 
@@ -81,6 +84,24 @@ def test_switches_without_a_gap(made):
     lives = ["LOADING", "WARM", "ACTIVATING", "ACTIVE"]
     assert story(run, "a") == [*lives, "DRAINING", "WARM", None]
     assert story(run, "b") == story(run, "c") == lives
+
+
+def test_engines_that_cannot_sleep(tmp_path):
+    """Of GPUs of 80 bytes, one engine of 50 fits each, asleep or not. With the fleet as the
+    books see it, c comes when a has gone, and no order is refused on the way; the engines
+    are made with the KV memory that they really have."""
+    real = replace(three(), cluster=cluster(memory_bytes=80))
+    f = always_awake(real)
+    chosen = replace(setup(tmp_path, f, real_sleep=False), made_with=real)
+    agent = make_agent(chosen)
+    with live(tmp_path, f, {"n0": Local(agent)}) as run:
+        run.reach(on("a", 0), on("b", 1))
+        assert {row["reserved_bytes"] for row in views.engines(run.backend)} == {50}
+        run.reach(on("c", 0), on("b", 1))
+        assert ENGINES[key("c", 0)].option.kv_bytes == 20
+    agent.close()
+    assert '"event": "refused"' not in (tmp_path / "n0.log").read_text()
+    assert check(tmp_path).faults == []
 
 
 def test_an_idle_replica_says_so(made):
@@ -146,6 +167,27 @@ def test_failed_loads_are_tried_thrice_and_said(made):
     assert run.phases() == {key("b", 1): "ACTIVE"}
     run.backend.forgive("n0", key("a", 0))
     run.until(lambda: run.table.routable("a") == 1)
+
+
+def test_reconcile_leaves_busy_replicas_alone():
+    """a is to serve on n0/1 in place of n0/0, and c to come: while a's new place is busy,
+    only c is loaded, and the old a goes on; after that a is loaded as well. A busy
+    replica is not dropped either."""
+    f, old, c = three(), on("a", 0), on("c", 0, "WARM")
+    desired = Placement(replicas=(on("a", 1), c))
+    serving = ObservedReplica(llm="a", gpus=old.gpus, phase="ACTIVE")
+    observed = Observed(now_s=0.0, replicas=(serving,))
+
+    def steps(*busy: ReplicaId) -> set[tuple[str, ReplicaId]]:
+        now = replace(observed, busy=frozenset(busy))
+        return {(a.kind, a.replica) for a in reconcile(desired, now, f)}
+
+    assert steps(key("a", 1)) == {("load", c.id)}
+    assert steps() == {("load", c.id), ("load", key("a", 1))}
+    leaving = ObservedReplica(llm="b", gpus=(gpu(1),), phase="WARM")
+    observed = replace(observed, replicas=(serving, leaving))
+    assert ("drop", key("b", 1)) in steps()
+    assert ("drop", key("b", 1)) not in steps(key("b", 1))
 
 
 def test_any_wishes_and_deaths(made):

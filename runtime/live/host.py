@@ -51,6 +51,8 @@ class NodeSetup:
     agent alone: processes that are on record there are ended when it starts."""
     binding: Binding = field(default_factory=Binding)
     patience: Patience = field(default_factory=Patience)
+    made_with: Fleet | None = None
+    """Whose options the engines are made with; None: ``fleet``, by which is booked."""
 
 
 def setups(
@@ -59,6 +61,7 @@ def setups(
     make: str,
     settings: EngineSettings,
     patience: Patience | None = None,
+    made_with: Fleet | None = None,
 ) -> dict[str, NodeSetup]:
     """One setup for each node of ``fleet``, all logs in ``folder``, the engines' folders in
     there by node; bound to nothing."""
@@ -70,6 +73,7 @@ def setups(
             make=make,
             settings=replace(settings, folder=folder / node.name),
             patience=patience or Patience(),
+            made_with=made_with,
         )
         for node in fleet.cluster.nodes
     }
@@ -84,6 +88,8 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
     factory: MakeEngine = getattr(importlib.import_module(module), name)
 
     def make(option: ReplicaOption, key: ReplicaId) -> Engine:
+        if setup.made_with is not None:
+            option = setup.made_with.option_of(key.llm, key.gpus)
         devices = setup.binding.of(key.gpus)
         return factory(option, key, replace(setup.settings, devices=devices))
 
