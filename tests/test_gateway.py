@@ -245,6 +245,19 @@ def test_an_engine_that_dies_before_the_first_token_is_retried():
         assert two.failed == ["ServerDisconnectedError", "ClientPayloadError"]
 
 
+def test_an_engine_that_hangs():
+    """Silent for longer than is allowed: before the first token another is asked, after
+    it the stream ends with an error; the one that hangs is rid of both."""
+    with stand(2, settings=Settings(silence_s=0.3)) as two:
+        answer = two.chat(stream=True, echo={"wait_s": 9, "once": "hang"})
+        assert answer.text.endswith("data: [DONE]\n\n")
+        answer = two.chat(stream=True, echo={"gap_s": 9})
+        assert "engine_lost" in answer.text
+        assert "[DONE]" not in answer.text
+        wait_for(lambda: sum(engine.left for engine in two.engines) == 2, within_s=1.0)
+        assert two.failed == ["SocketTimeoutError", "SocketTimeoutError"]
+
+
 def test_an_engine_that_answers_500_is_a_bad_gateway(one):
     """502 with `engine_error`, and no second try of what may have killed it."""
     answer = one.chat(echo={"status": 500})
