@@ -42,7 +42,7 @@ from foreserve.solvers.result import (
 )
 from foreserve.solvers.shares import perfect_bound, with_shares
 
-RELAX, BRANCH = 0.2, 0.35
+RELAX, BRANCH = 0.35, 0.2
 """Shares of an epoch's time for patterns in parts, and for whole counts with patterns."""
 MANY = 200
 """With more kinds of counts than this, patterns take too long: counts alone."""
@@ -56,7 +56,7 @@ BRANCH_COLUMNS = 600
 """With more kinds of counts than this, the bound is that of counts in parts."""
 LARGE = 2_000
 """GPUs from which on one start is searched, and without heat."""
-JUDGED = 0.2
+JUDGED = 0.15
 """Share of the time, with so many GPUs, that is left to cost the schedule in the end."""
 SECOND = 0.15
 """Share of the search in which ACTIVE replicas move too, once whole counts were set out."""
