@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import resource
 import socket
 import threading
 from asyncio import TimerHandle
@@ -175,6 +176,9 @@ class Server:
 
     def start(self) -> None:
         """Serve; returns when both ports answer."""
+        # A stream needs two files, and many systems begin with 1,024.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._thread.start()
         self._up.wait()
 
