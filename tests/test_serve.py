@@ -137,7 +137,7 @@ def test_it_stops_when_told_and_leaves_nothing_behind(served: Served) -> None:
     assert done.returncode == 0
     assert served.process.wait(60.0) == 0
     assert not (served.folder / "st/admin.json").exists()
-    assert not list((served.folder / "st").glob("*/*.sock"))
+    assert not list((served.folder / "st").rglob("*.sock"))
     lines = (served.folder / "st/journal.jsonl").read_text().splitlines()
     ends = [json.loads(line) for line in lines if '"event":"request"' in line]
     assert [end["result"] for end in ends] == ["finished"]

@@ -197,6 +197,7 @@ def make(
             keys=None if keys is None else read_keys(keys),
             keep_alive_s=wanted.runtime.keep_alive,
             time_scale=time_scale,
+            sleeps=engine == "simulated" or on_gpus(settings),
             **options,
         ),
         first=first,
@@ -231,6 +232,13 @@ def engine_settings(
         settings = replace(settings, python=python)
     device_of(settings.python)  # `InvalidInput` where there is no vLLM
     return settings
+
+
+def on_gpus(settings: EngineSettings) -> bool:
+    """Whether vLLM runs on GPUs, where its sleep is real."""
+    from foreserve.runtime.engines.vllm import VllmSettings, device_of
+
+    return isinstance(settings, VllmSettings) and device_of(settings.python) == "cuda"
 
 
 @click.command(epilog="Example: plan status --state .foreserve")

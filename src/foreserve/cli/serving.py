@@ -41,9 +41,10 @@ from foreserve.runtime.journal import (
     Started,
     line_of,
 )
+from foreserve.runtime.live.awake import always_awake
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.binding import Binding
-from foreserve.runtime.live.host import Hosted, NodeSetup
+from foreserve.runtime.live.host import Hosted, setups
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.traces.trace import Demand
 
@@ -69,6 +70,8 @@ class ServeOptions:
     keep_alive_s: float = 30.0
     time_scale: float = 1.0
     """Seconds that pass for the cluster in a real one (simulated engines only)."""
+    sleeps: bool = True
+    """Whether WARM engines hold no KV memory; where they do, the books say so too."""
 
 
 class LiveJournal:
@@ -123,6 +126,8 @@ class Serving:
         first: Plan | None = None,
         history: Demand | None = None,
     ) -> None:
+        self.made_with = fleet
+        fleet = fleet if options.sleeps else always_awake(fleet)
         self.fleet, self.options = fleet, options
         folder = options.folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -137,7 +142,7 @@ class Serving:
             fleet=fleet,
             clock=self.clock,
             table=self.table,
-            nodes={node.name: self._hosted(node.name) for node in fleet.cluster.nodes},
+            nodes=self._agents(),
             log=self._lock_file,
             journal=self.journal,
         )
@@ -190,27 +195,22 @@ class Serving:
         self.failed: BaseException | None = None
         """What ended the controller, if it was not asked to end."""
 
-    def _hosted(self, node: str) -> Hosted:
-        folder, options = self.options.folder / node, self.options
-        settings = options.settings or EngineSettings(folder=folder)
-        # All logical nodes are on this machine: its devices are dealt out in order.
-        begin = 0
-        for other in self.fleet.cluster.nodes:
-            if other.name == node:
-                break
-            begin += other.gpus
-        own = self.fleet.cluster.node_by_name[node]
-        devices = range(begin, begin + own.gpus)
-        return Hosted(
-            NodeSetup(
-                node=node,
-                folder=folder,
-                fleet=self.fleet,
-                make=ENGINES[options.engine],
-                settings=replace(settings, folder=folder),
-                binding=Binding.of_node(own, devices),
-            )
+    def _agents(self) -> dict[str, Hosted]:
+        """By node. All are on this machine: its devices are dealt out in order."""
+        folder, options = self.options.folder, self.options
+        made = setups(
+            self.fleet,
+            folder,
+            ENGINES[options.engine],
+            options.settings or EngineSettings(folder=folder),
+            made_with=self.made_with,
         )
+        found, begin = {}, 0
+        for node in self.fleet.cluster.nodes:
+            binding = Binding.of_node(node, range(begin, begin + node.gpus))
+            found[node.name] = Hosted(replace(made[node.name], binding=binding))
+            begin += node.gpus
+        return found
 
     def start(self) -> None:
         """Reach the agents, then serve; returns when both ports answer."""
