@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from foreserve.models.errors import InvalidInput
+from foreserve.runtime.gateway import server
 from foreserve.runtime.gateway.gateway import Settings
 from foreserve.runtime.gateway.job import ServedLlm
 from foreserve.runtime.gateway.keys import ApiKey, hashed
@@ -489,6 +490,26 @@ def test_http_itself_is_guarded(one):
     assert b" 431 " in one.raw(large)
     two = b"POST /v1/completions HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n"
     assert b" 400 " in one.raw(two)
+
+
+def test_slow_heads_and_rests_end(one, monkeypatch):
+    """A head that does not come, a line end and nothing more, a body nobody wants any more:
+    none keeps its connection."""
+    monkeypatch.setattr(server, "HEADER_S", 0.1)
+    monkeypatch.setattr(server, "REST_S", 0.1)
+    assert b" 408 " in one.raw(b"GET /health HT")
+    assert b" 408 " in one.raw(b"\r\n")
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n"
+    )
+    assert b" 413 " in one.raw(head + b"x")
+
+
+def test_a_head_without_a_body_is_sent(one):
+    """HEAD is answered on a connection that stays open, and the next request after it."""
+    first = b"HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    last = b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    assert one.raw(first + last).count(b"HTTP/1.1 200 OK") == 2
 
 
 def test_keys():
