@@ -42,7 +42,7 @@ from foreserve.solvers.result import (
 )
 from foreserve.solvers.shares import perfect_bound, with_shares
 
-RELAX, BRANCH = 0.35, 0.2
+RELAX, BRANCH = 0.3, 0.3
 """Shares of an epoch's time for patterns in parts, and for whole counts with patterns."""
 MANY = 200
 """With more kinds of counts than this, patterns take too long: counts alone."""
