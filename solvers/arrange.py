@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -46,6 +45,7 @@ from foreserve.solvers.ledger import (
     safe,
 )
 from foreserve.solvers.patterns import best_set, good_sets
+from foreserve.solvers.spares import Arranged, Pattern, spare_items
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -68,48 +68,6 @@ DIVE = 0.15
 """Share of the amounts in parts that a step of `dive` makes whole."""
 FEW = 24
 """Most columns that one price vector adds per class."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Spares:
-    """Items and memory of one class's spare GPUs."""
-
-    columns: list[int]
-    """[item] number of its column."""
-    cover: Floats
-    """[item, scenario] instances that one GPU's part of it covers."""
-    row: Ints
-    """[item, scenario] row of (LLM, scenario); where it has none, ``cover`` is 0."""
-    load: Floats
-    """[item] cost of loading one GPU's part, where it does not depend on the counts."""
-    held: Ints
-    """[item] its row of counts, -1 for most."""
-    part: Floats
-    """[item] 1 / tp."""
-    weight: Ints
-    llm: Ints
-    usable: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pattern:
-    """What a spare GPU of class ``group`` holds, by numbers of columns."""
-
-    group: int
-    columns: tuple[int, ...]
-    amount: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arranged:
-    """ACTIVE counts by column, and patterns for the spare GPUs."""
-
-    value: float
-    """What they cost, or would if patterns came in parts."""
-    active: Floats
-    patterns: tuple[Pattern, ...] = ()
-    warm: Floats | None = None
-    """WARM counts by column, where there are no patterns."""
 
 
 class PatternModel:
@@ -139,7 +97,7 @@ class PatternModel:
         self.ledger, outer = ledgers
         self.needs = self.ledger.needs
         self.bound, self.feasible = 0.0, self.ledger.feasible
-        self.spares = [self._spares(c) for c in range(len(self.classes))]
+        self.spares = [spare_items(self.ledger, c) for c in range(len(self.classes))]
         self.lp = self.ledger.hand_over()
         self._box = [self._artificial(r) for r in range(len(self.needs))]
         self._first = self.lp.getNumCol()
@@ -153,45 +111,6 @@ class PatternModel:
         self._known: set[Key] = set()
         self._cuts: list[tuple[Floats, Floats]] = []
         self._parts: tuple[Pattern, ...] = ()
-
-    def _spares(self, c: int) -> Spares:
-        usable = self.classes[c].usable
-        row_of = {(s, m): r for r, (s, m, *_) in enumerate(self.needs)}
-        scenarios = 1 + max((s for s, *_ in self.needs), default=-1)
-        asked = {m for _, m, *_ in self.needs}
-        own = [
-            j
-            for j, column in enumerate(self.columns)
-            if column.group == c
-            and column.llm in asked
-            and column.option.resident_bytes <= usable
-        ]
-        cover = np.zeros((len(own), scenarios))
-        row = np.zeros((len(own), scenarios), np.int64)
-        for i, j in enumerate(own):
-            column = self.columns[j]
-            for s in range(scenarios):
-                r = row_of.get((s, column.llm))
-                if r is not None:
-                    row[i, s] = r
-                    counted = min(column.units, self.needs[r][2])
-                    cover[i, s] = counted / column.option.tp
-        held = {j: h for h, j in enumerate(self.tied)}
-        tps = np.array([self.columns[j].option.tp for j in own], np.float64)
-        load = [0.0 if j in held else self.ledger.load[j] for j in own]
-        return Spares(
-            columns=own,
-            cover=cover,
-            row=row,
-            load=np.array(load) / tps,
-            held=np.array([held.get(j, -1) for j in own], np.int64),
-            part=1 / tps,
-            weight=np.array(
-                [max(1, self.columns[j].option.resident_bytes) for j in own], np.int64
-            ),
-            llm=np.array([self.columns[j].llm for j in own], np.int64),
-            usable=usable,
-        )
 
     def _artificial(self, row: int) -> tuple[int, int]:
         """Columns that keep the price of a row between limits: more, and less of it."""

@@ -13,10 +13,10 @@ from foreserve.models.problem import Problem, ReplicaOption
 from foreserve.models.rules import Held
 from foreserve.solvers import anneal
 from foreserve.solvers.anneal import Data
-from foreserve.solvers.arrange import Arranged, Pattern
 from foreserve.solvers.counts import CountModel
 from foreserve.solvers.ledger import needs
 from foreserve.solvers.shares import with_shares
+from foreserve.solvers.spares import Arranged, Pattern
 
 MACHINE: Any = anneal
 """Compiled functions, typed by what they are called with."""

@@ -28,7 +28,7 @@ from foreserve.models.plan import Status, relative_gap
 from foreserve.models.problem import Fleet, Problem, ReplicaOption, ServedLlm
 from foreserve.models.specs import ClusterSpec, GpuType, Node
 from foreserve.solvers import greedy
-from foreserve.solvers.arrange import Arranged, PatternModel
+from foreserve.solvers.arrange import PatternModel
 from foreserve.solvers.counts import CountModel
 from foreserve.solvers.field import Field
 from foreserve.solvers.index import candidate_count
@@ -41,6 +41,7 @@ from foreserve.solvers.result import (
     SolveReport,
 )
 from foreserve.solvers.shares import perfect_bound, with_shares
+from foreserve.solvers.spares import Arranged
 
 RELAX, BRANCH = 0.3, 0.3
 """Shares of an epoch's time for patterns in parts, and for whole counts with patterns."""
