@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python benchmarks/simulated_engines.py
 
-One server on one core, its clients in this process on another, all streams by raw HTTP
+One server on one core, its clients in this process on another (what others took of the
+server's core meanwhile is told in each row), all streams by raw HTTP
 over kept connections. Pacing: the time from sending a request to its first token, and the
 mean time between its tokens, as the client saw them, against the cost model's (which the
 server tells with each answer), at real time. Capacity: engines whose cost model asks for
@@ -305,6 +306,15 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def busy_core_s(core: int) -> float:
+    """Seconds that a core has worked, for whomever."""
+    for line in Path("/proc/stat").read_text().splitlines():
+        if line.startswith(f"cpu{core} "):
+            user, nice, system, _, _, irq, soft = map(int, line.split()[1:8])
+            return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+    raise ValueError(f"no core {core}")
+
+
 def measure(
     replicas: int,
     streams: int,
@@ -322,12 +332,14 @@ def measure(
             folder=Path(folder), time_scale=scale, tick_s=tick_ms / 1000
         )
         engines, server = started(settings, replicas, cores)
+        core_s = busy_core_s(cores[0])
         busy_s, begin_s = cpu_s(server), time.perf_counter()
         seen = asyncio.run(
             load(engines, streams, tokens, stream, prompt_tokens, seconds)
         )
         wall_s = time.perf_counter() - begin_s
         busy_s = cpu_s(server) - busy_s
+        core_s = busy_core_s(cores[0]) - core_s
         rss = Path(f"/proc/{server}/status").read_text()
         close_node(settings.folder)
     row: dict[str, Any] = {
@@ -342,6 +354,7 @@ def measure(
         "tokens_per_s": round(seen.tokens / wall_s),
         "chunks_per_s": round(seen.chunks / wall_s),
         "server_core_share": round(busy_s / wall_s, 3),
+        "others_core_share": round(max(0.0, core_s - busy_s) / wall_s, 3),
         "server_us_per_chunk": round(1e6 * busy_s / max(1, seen.chunks), 1),
         "server_mib": round(int(re.findall(r"VmRSS:\s+(\d+)", rss)[0]) / 1024),
     }
