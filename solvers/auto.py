@@ -9,14 +9,14 @@ scenarios (`benchmarks/exact_solvers.py`; means over four problems, two at 16 x 
 The sizes are about 800, 1,100, 2,700 and 12,300 binary choices; HiGHS is `highs`, Pyomo's
 `milp` is slower at each. Beyond that neither gets near its bound, and `scale` does
 (docs/solving_at_scale.md). Rows that have to be asked for (`models.problem.OPTIONAL`) are
-for HiGHS.
+for HiGHS, whatever the size, unless `scale` knows them.
 """
 
 from __future__ import annotations
 
 from foreserve.models.problem import Problem, asks_for
 from foreserve.solvers import cpsat, direct, scale
-from foreserve.solvers.base import Solver
+from foreserve.solvers.base import CARRIES, Solver
 from foreserve.solvers.index import candidate_count, index
 from foreserve.solvers.result import Schedule, Solved, SolveOptions
 
@@ -30,20 +30,19 @@ def solve(
     problem: Problem, options: SolveOptions, start: Schedule | None = None
 ) -> Solved:
     """As the chosen solver, whose name the report carries."""
-    solver: Solver = scale.solve
     if options.lexicographic:
         # Pyomo takes half a second to import, and nothing else here needs it.
         from foreserve.solvers import milp_solve
 
-        solver = milp_solve.solve
-    elif asks_for(problem):
-        solver = direct.solve
-    elif candidate_count(problem.fleet) <= SCALE_CHOICES:
-        count = choices(problem)
-        if count <= CPSAT_CHOICES:
-            solver = cpsat.solve
-        elif count <= SCALE_CHOICES:
-            solver = direct.solve
+        return milp_solve.solve(problem, options, start)
+    asked = asks_for(problem)
+    many = candidate_count(problem.fleet) > SCALE_CHOICES
+    count = SCALE_CHOICES + 1 if many else choices(problem)
+    solver: Solver = direct.solve
+    if count <= CPSAT_CHOICES and not asked:
+        solver = cpsat.solve
+    elif count > SCALE_CHOICES and asked <= CARRIES["scale"]:
+        solver = scale.solve
     return solver(problem, options, start)
 
 
