@@ -8,6 +8,7 @@ and `stop` may come at any time, also while another call is under way.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -115,6 +116,15 @@ ENGINES: Mapping[str, str] = {
     "vllm": "foreserve.runtime.engines.vllm:make",
 }
 """Kinds of engines, by dotted name; imported when used."""
+
+
+def prepare(module: str, settings: EngineSettings) -> None:
+    """Have ready what the node's engines share, if their module has something of that kind
+    (its own ``prepare``). What fails now will fail the first load, too."""
+    ahead = getattr(import_module(module), "prepare", None)
+    if ahead is not None:
+        with suppress(EngineFailed, OSError):
+            ahead(settings)
 
 
 def maker(kind: str) -> MakeEngine:

@@ -23,7 +23,12 @@ from foreserve.models.errors import ForeserveError, InvalidInput
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.runtime.clock import SystemClock
-from foreserve.runtime.engines.base import Engine, EngineSettings, MakeEngine
+from foreserve.runtime.engines.base import (
+    Engine,
+    EngineSettings,
+    MakeEngine,
+    prepare,
+)
 from foreserve.runtime.engines.process import reap
 from foreserve.runtime.live.agent import NodeAgent, Patience
 from foreserve.runtime.live.binding import Binding
@@ -86,6 +91,7 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
     reap(setup.settings.folder)
     module, _, name = setup.make.partition(":")
     factory: MakeEngine = getattr(importlib.import_module(module), name)
+    prepare(module, setup.settings)
 
     def make(option: ReplicaOption, key: ReplicaId) -> Engine:
         if setup.made_with is not None:
