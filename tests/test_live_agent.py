@@ -409,6 +409,7 @@ LOADED = [
         (intent(step=2, held=101), "holds 101 of 100 bytes"),
         (intent(step=2, generation=0), "obeys generation 0"),
         ("{", "not a JSON line"),
+        ('{"event":"dance"}', "no event of an agent: 'dance'"),
     ],
 )
 def test_the_check_finds_what_cannot_be(tmp_path, monkeypatch, capsys, line, fault):

@@ -97,7 +97,11 @@ class _Agent:
         self.capacity: dict[str, int] = {}
         self._forget()
         for self.number, line in enumerate(lines, start=1):
-            getattr(self, f"_{line['event']}")(line)
+            obey = getattr(self, f"_{line.get('event')}", None)
+            if obey is None:
+                self._fault(f"no event of an agent: {line.get('event')!r}")
+            else:
+                obey(line)
 
     def _forget(self) -> None:
         self.held: dict[Key, int] = {}
