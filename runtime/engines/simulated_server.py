@@ -31,6 +31,13 @@ from foreserve.models.cost import IterationTime
 from foreserve.runtime.engines.batch import Batch, Job
 from foreserve.runtime.engines.series import Series
 from foreserve.runtime.engines.simulated import gibberish, seed_of, words
+from foreserve.runtime.engines.simulated_bodies import (
+    Refused,
+    chunk,
+    frame,
+    object_of,
+    prompt_of,
+)
 
 MOST_BODY_BYTES = 64 * 1024**2
 REASONS = {
@@ -41,14 +48,6 @@ REASONS = {
 }
 REASONS |= {413: b"Content Too Large", 500: b"Internal Server Error"}
 REASONS |= {503: b"Service Unavailable"}
-
-
-class Refused(Exception):
-    """A request that gets an error for an answer."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 @dataclass(slots=True, eq=False)
@@ -309,12 +308,12 @@ class Connection(asyncio.Protocol):
                 return
             self._route_engine(engine, method, rest, body)
         elif (method, path) == ("POST", "/engines"):
-            engine = Engine(node, node.made, _object(body))
+            engine = Engine(node, node.made, object_of(body))
             node.engines[node.made] = engine
             node.made += 1
             self._json({"number": engine.number})
         elif (method, path) == ("POST", "/fail"):
-            what = _object(body)
+            what = object_of(body)
             node.load_failures[what["llm"]] += what.get("times", 1)
             self._json({})
         elif (method, path) == ("GET", "/health"):
@@ -387,7 +386,7 @@ class Connection(asyncio.Protocol):
         self._json({})
 
     def _fail(self, engine: Engine, body: bytes) -> None:
-        what = _object(body)
+        what = object_of(body)
         if what["kind"] == "die":
             del self.node.engines[engine.number]
             engine.stop()
@@ -413,14 +412,14 @@ class Connection(asyncio.Protocol):
         self._json({"object": "list", "data": [card]})
 
     def _complete(self, engine: Engine, body: bytes, *, chat: bool) -> None:
-        asked = _object(body)
+        asked = object_of(body)
         if asked.get("model") != engine.name:
             raise Refused(404, f"The model `{asked.get('model')}` does not exist.")
         if not engine.awake:
             raise Refused(503, "the engine sleeps")
         if asked.get("n") not in (None, 1):
             raise Refused(400, "n: only 1 is simulated")
-        tokens, text = _prompt(asked, chat)
+        tokens, text = prompt_of(asked, chat)
         seed = seed_of(engine.name, text)
         wanted = asked.get("max_completion_tokens") or asked.get("max_tokens")
         length = int(wanted or max(1, round(engine.spec["output_tokens"])))
@@ -434,7 +433,9 @@ class Connection(asyncio.Protocol):
                 f"{engine.spec['room_tokens']}",
                 "context_length_exceeded",
             )
-        head, tail = _frame(engine, chat, stream)
+        self.node.answers += 1
+        number = f"{engine.number}-{self.node.answers}"
+        head, tail = frame(engine.name, number, chat, stream)
         answer = Answer(
             connection=self,
             job=job,
@@ -455,7 +456,7 @@ class Connection(asyncio.Protocol):
         """Stream what it has beyond what was said; its last token is for `end`."""
         text = words(answer.seed, answer.said, given).encode()
         begin = self._begin_stream(answer) if answer.said == 0 else b""
-        self._transport.write(begin + _chunk(answer.head + text + answer.tail))
+        self._transport.write(begin + chunk(answer.head + text + answer.tail))
         answer.said = given
 
     def end(self, answer: Answer) -> None:
@@ -482,12 +483,12 @@ class Connection(asyncio.Protocol):
             self._send(200, answer.head + text + last + b"," + extra[1:])
             return
         begin = self._begin_stream(answer) if answer.said == 0 else b""
-        parts = [begin, _chunk(answer.head + text + last)]
+        parts = [begin, chunk(answer.head + text + last)]
         if answer.usage:
             extra = json.dumps({"usage": usage, "simulated": times}).encode()
             opening = answer.head[: answer.head.index(b'"choices":')]
-            parts.append(_chunk(opening + b'"choices":[],' + extra[1:] + b"\n\n"))
-        parts.append(_chunk(b"data: [DONE]\n\n"))
+            parts.append(chunk(opening + b'"choices":[],' + extra[1:] + b"\n\n"))
+        parts.append(chunk(b"data: [DONE]\n\n"))
         parts.append(b"0\r\n\r\n")
         self._transport.write(b"".join(parts))
         self._rest()
@@ -500,7 +501,7 @@ class Connection(asyncio.Protocol):
         if not answer.chat:
             return head
         role = answer.head.replace(b'"delta":{', b'"delta":{"role":"assistant",')
-        return head + _chunk(role + answer.tail)
+        return head + chunk(role + answer.tail)
 
     def abort(self) -> None:
         self._transport.abort()
@@ -542,72 +543,6 @@ class Connection(asyncio.Protocol):
         """The request is answered."""
         if not self._keep_alive:
             self._transport.close()
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except ValueError as error:
-        raise Refused(400, f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Refused(400, "expected a JSON object")
-    return value
-
-
-def _prompt(asked: dict[str, Any], chat: bool) -> tuple[int, str]:
-    """How many tokens it has, and what it says."""
-    if not chat:
-        prompt = asked.get("prompt")
-        if isinstance(prompt, str) and prompt:
-            return prompt.count(" ") + 1, prompt
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-            return len(prompt), str(prompt[:16])
-        raise Refused(400, "prompt: expected a text, or a list of token ids")
-    messages = asked.get("messages")
-    if not (isinstance(messages, list) and messages):
-        raise Refused(400, "messages: expected a list")
-    text = "\n".join(_content(message) for message in messages)
-    return len(text.split()), text
-
-
-def _content(message: Any) -> str:
-    """The text of a message, or of its parts."""
-    content = message["content"]
-    if isinstance(content, list):
-        return "\n".join(str(part["text"]) for part in content)
-    if not isinstance(content, str):
-        raise Refused(400, "messages: each needs a text as content")
-    return content
-
-
-def _frame(engine: Engine, chat: bool, stream: bool) -> tuple[bytes, bytes]:
-    """What stands before and after the text in a chunk, or in the whole answer."""
-    name = json.dumps(engine.name)
-    engine.node.answers += 1
-    ident = f"{'chatcmpl' if chat else 'cmpl'}-{engine.number}-{engine.node.answers}"
-    kind = "chat.completion" if chat else "text_completion"
-    if stream:
-        kind += ".chunk" if chat else ""
-    opening = (
-        f'{{"id":"{ident}","object":"{kind}","created":0,"model":{name},"choices":['
-    )
-    if not chat:
-        head, tail = '{"index":0,"text":"', '","logprobs":null,"finish_reason":null}]'
-    elif stream:
-        head, tail = (
-            '{"index":0,"delta":{"content":"',
-            '"},"logprobs":null,"finish_reason":null}]',
-        )
-    else:
-        head = '{"index":0,"message":{"role":"assistant","content":"'
-        tail = '"},"logprobs":null,"finish_reason":null}]'
-    if stream:
-        return f"data: {opening}{head}".encode(), f"{tail}}}\n\n".encode()
-    return f"{opening}{head}".encode(), tail.encode()
 
 
 async def serve(listener: socket.socket, scale: float, tick_s: float) -> None:
