@@ -204,6 +204,7 @@ def test_a_client_that_leaves_is_cancelled_at_the_engine(one):
         sock.close()
         wait_for(lambda old=before: one.engines[0].left == old + 1, within_s=1.0)
         assert one.last().reason == "client_left"
+        wait_for(lambda: not one.engines[0].working)
     assert not any(one.table.in_flight().values())
 
 
