@@ -7,6 +7,7 @@ the agents, and goes on with that plan.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import threading
@@ -283,8 +284,8 @@ class Serving:
         ):
             if phase in phases:
                 return state
-        hopeless = any(t.id.llm == llm for t in self.backend.troubles())
-        return "failed" if hopeless else "absent"
+        # Infinite only where no replica of it may be tried any more.
+        return "failed" if math.isinf(self.backend.eta(llm)[0]) else "absent"
 
     @property
     def _observed(self) -> Observed:
