@@ -155,6 +155,11 @@ class Fleet(Record):
         return {llm.name: llm for llm in self.llms}
 
     @cached_property
+    def number_of(self) -> Mapping[str, int]:
+        """Of each LLM: its row in demand and loads."""
+        return {llm.name: number for number, llm in enumerate(self.llms)}
+
+    @cached_property
     def _option_by_key(self) -> Mapping[tuple[str, str, int], ReplicaOption]:
         return {(o.llm, o.gpu_type, o.tp): o for o in self.options}
 
@@ -314,6 +319,11 @@ class Problem(Record):
         group that slows it down."""
         reference_s = self.fleet.reference_s(option.llm)
         return self.prices.slower_s * (option.exec_s * slowdown - reference_s)
+
+    def served_rps(self, replica: Replica, epoch: int) -> float:
+        """What ``replica`` is planned to serve of its LLM's demand."""
+        row = self.demand_rps[self.fleet.number_of[replica.llm]]
+        return row[epoch] * replica.traffic_share
 
     def need(self, scenario: int, llm: int, epoch: int) -> int:
         """Instances in all that the peak of ``scenario`` asks for (before ACTIVE ones)."""

@@ -140,19 +140,18 @@ def c5_demand(
         if shares > 1 + SHARE_TOLERANCE:
             yield f"traffic shares of {llm.name!r} sum to {shares}"
     for gpus, members in placement.groups.items():
-        names = ", ".join(sorted(map(str, gpus)))
         load = booked(problem, epoch, members)
         most = 1.0 if sharing is None else sharing.most_booked
         if load > most + SHARE_TOLERANCE:
+            names = ", ".join(sorted(map(str, gpus)))
             yield f"GPUs {names} are booked at {load:.3f} of their rate, {most:g} at most"
         if sharing is None:
             continue
         slowdown = sharing.slowdown(load * sharing.booked_load)
         for replica in members:
-            index = next(i for i, m in enumerate(fleet.llms) if m.name == replica.llm)
-            rate_rps = problem.demand_rps[index][epoch] * replica.traffic_share
-            held = fleet.option_of(replica.llm, gpus).held_tokens(rate_rps, slowdown)
-            room = fleet.option_of(replica.llm, gpus).reserved_tokens
+            option = fleet.option_of(replica.llm, gpus)
+            held = option.held_tokens(problem.served_rps(replica, epoch), slowdown)
+            room = option.reserved_tokens
             if held > room * (1 + SHARE_TOLERANCE):
                 yield f"{replica.id}: {held:.0f} tokens in flight, KV for {room:.0f}"
 
@@ -360,14 +359,13 @@ def o3_slowdown(
     """Delay of served requests beyond the LLM's fastest option alone, priced: e_mk - e_m,
     and with `Sharing` e_mk / (1 - level) - e_m at the level of the group's load."""
     fleet, total = problem.fleet, 0.0
-    number = {llm.name: index for index, llm in enumerate(fleet.llms)}
     for gpus, members in placement.groups.items():
         slowdown = 1.0
         if fleet.sharing is not None:
             load = booked(problem, epoch, members) * fleet.sharing.booked_load
             slowdown = fleet.sharing.slowdown(load)
         for replica in members:
-            index = number[replica.llm]
+            index = fleet.number_of[replica.llm]
             requests = problem.demand_rps[index][epoch] * problem.epoch_s
             delay_s = problem.slower_s(fleet.option_of(replica.llm, gpus), slowdown)
             weight = fleet.llms[index].weight
@@ -378,11 +376,8 @@ def o3_slowdown(
 def booked(problem: Problem, epoch: int, members: Sequence[Replica]) -> float:
     """Parts of their rates that the members of a group are booked for, summed."""
     fleet = problem.fleet
-    number = {llm.name: index for index, llm in enumerate(fleet.llms)}
     return sum(
-        problem.demand_rps[number[r.llm]][epoch]
-        * r.traffic_share
-        / fleet.option_of(r.llm, r.gpus).rate_rps
+        problem.served_rps(r, epoch) / fleet.option_of(r.llm, r.gpus).rate_rps
         for r in members
     )
 

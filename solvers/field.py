@@ -247,7 +247,7 @@ class Field:
     def _data(self) -> Data:
         problem, fleet = self.problem, self.problem.fleet
         cluster, second = fleet.cluster, self.problem.epoch_s
-        number = {llm.name: m for m, llm in enumerate(fleet.llms)}
+        number = fleet.number_of
         llm = np.array([number[o.llm] for o in self.options], np.int64)
         first_gpu = np.cumsum([0, *(node.gpus for node in cluster.nodes)])
         on, first_node = [], [0]
@@ -345,9 +345,8 @@ def _dealt(
 def _options(problem: Problem) -> list[ReplicaOption]:
     """Options that fit some node, those of an LLM together and the fastest first."""
     fleet = problem.fleet
-    number = {llm.name: m for m, llm in enumerate(fleet.llms)}
     fitting = [o for o in fleet.options if _nodes(problem, o)]
-    return sorted(fitting, key=lambda o: (number[o.llm], o.exec_s))
+    return sorted(fitting, key=lambda o: (fleet.number_of[o.llm], o.exec_s))
 
 
 def _nodes(problem: Problem, option: ReplicaOption) -> list[int]:

@@ -186,7 +186,7 @@ def index(problem: Problem) -> Index:
     fleet, prices = problem.fleet, problem.prices
     replicas = list(fleet.candidates())
     keys = [ReplicaId(llm=option.llm, gpus=block) for option, block in replicas]
-    number = {llm.name: m for m, llm in enumerate(fleet.llms)}
+    number = fleet.number_of
     llm = [number[option.llm] for option, _ in replicas]
     gpus = {gpu: g for g, gpu in enumerate(fleet.cluster.gpus)}
     on: list[list[int]] = [[] for _ in gpus]

@@ -97,7 +97,6 @@ def columns(problem: Problem, classes: list[Group], switching: bool) -> list[Col
     """Every option in every class that holds it; what was there before counts only with
     ``switching``."""
     fleet = problem.fleet
-    number = {llm.name: i for i, llm in enumerate(fleet.llms)}
     class_of = {name: c for c, group in enumerate(classes) for name in group.nodes}
     before: dict[tuple[int, str, int], list[int]] = {}
     for replica in problem.initial.replicas if switching else ():
@@ -121,7 +120,7 @@ def columns(problem: Problem, classes: list[Group], switching: bool) -> list[Col
             found.append(
                 Column(
                     group=c,
-                    llm=number[option.llm],
+                    llm=fleet.number_of[option.llm],
                     option=option,
                     units=option.instances(llm.instance_concurrency),
                     resident=held[0],

@@ -145,10 +145,10 @@ def plan_epoch(
     the loads of LLMs that give a reason raised, and lost GPUs closed. The demand that the
     first epoch was planned for comes with it."""
     forecast = problems.forecast(index)
-    names = [llm.name for llm in problems.fleet.llms]
     for reason in reasons:
         if reason.llm is not None:
-            forecast = _raised(forecast, names.index(reason.llm), reason.factor)
+            row = problems.fleet.number_of[reason.llm]
+            forecast = _raised(forecast, row, reason.factor)
     window = problems.window(index, before)
     window[0] = replace(problems.at(index, before, forecast), epoch_s=max(1.0, left_s))
     step = rolling.step([_without(problem, lost_gpus) for problem in window], before)
