@@ -11,24 +11,22 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from foreserve.cli.operating import Operating
 from foreserve.models.codec import dump_json, load_plan, to_json, write_text
 from foreserve.models.observed import Observed
-from foreserve.models.placement import Placement, Replica, ReplicaId
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet
-from foreserve.planner.online import Arrivals, LivePolicy, Mode, Proposal
+from foreserve.planner.online import Arrivals, LivePolicy, Mode
 from foreserve.planner.scenario import Scenario
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.controller import Controller
 from foreserve.runtime.engines.base import ENGINES, EngineSettings
-from foreserve.runtime.gateway.admin import NotThere, Stale, admin_app
+from foreserve.runtime.gateway.admin import admin_app
 from foreserve.runtime.gateway.app import public_app
 from foreserve.runtime.gateway.gateway import Gateway, Settings
 from foreserve.runtime.gateway.job import ServedLlm
@@ -49,8 +47,6 @@ from foreserve.runtime.live.host import Hosted, setups
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.traces.trace import Demand
 
-SHOWN = 20
-"""Proposals that the admin port tells of."""
 REVIEW_S = 3600.0
 
 
@@ -116,7 +112,7 @@ class LiveJournal:
 
 
 class Serving:
-    """All of it. `start`, then `stop` once; it is the admin port's `Operator` too."""
+    """All of it. `start`, then `stop` once."""
 
     def __init__(
         self,
@@ -181,20 +177,27 @@ class Serving:
             plan_id=lambda: self.policy.plan_id,
             state=self._state,
         )
+        self.failed: BaseException | None = None
+        """What ended the controller, if it was not asked to end."""
+        self.operator = Operating(
+            clock=self.clock,
+            policy=self.policy,
+            controller=self.controller,
+            backend=self.backend,
+            failed=lambda: self.failed,
+        )
         self.token = secrets.token_urlsafe(24)
         self.server = Server(
             self.gateway,
             public_app(self.gateway),
             host=options.host,
             port=options.port,
-            admin=admin_app(self, hashed(self.token)),
+            admin=admin_app(self.operator, hashed(self.token)),
             admin_port=options.admin_port,
             open_to_all=options.insecure,
         )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._control, name="controller")
-        self.failed: BaseException | None = None
-        """What ended the controller, if it was not asked to end."""
 
     def _agents(self) -> dict[str, Hosted]:
         """By node. All are on this machine: its devices are dealt out in order."""
@@ -290,133 +293,3 @@ class Serving:
     @property
     def _observed(self) -> Observed:
         return self.policy.observed
-
-    # The admin port.
-
-    def status(self) -> Mapping[str, Any]:
-        seen, desired = self._observed, self.controller.desired or Placement()
-        return {
-            "now_s": self.clock.now_s(),
-            "mode": self.policy.mode,
-            "generation": self.policy.generation,
-            "plan_id": self.policy.plan_id,
-            "failed": None if self.failed is None else str(self.failed),
-            "nodes": [
-                {"node": n.node, "error": n.error, "age_s": n.age_s}
-                for n in self.backend.status()
-            ],
-            "wanted": [_replica(r) for r in desired.replicas],
-            "observed": [
-                {
-                    "replica": str(r.id),
-                    "llm": r.llm,
-                    "gpus": [str(gpu) for gpu in r.gpus],
-                    "phase": r.phase,
-                    "in_flight": r.in_flight,
-                }
-                for r in seen.replicas
-            ],
-            "waiting": dict(seen.waiting),
-            "lost_gpus": sorted(map(str, seen.lost_gpus)),
-            "troubles": [
-                {"replica": str(t.id), "failures": t.failures, "reason": t.reason}
-                for t in self.backend.troubles()
-            ],
-            "proposals": [_proposal(p) for p in self.policy.proposals[-SHOWN:]],
-        }
-
-    def plans(self) -> Mapping[str, Any]:
-        pending = self.policy.pending
-        epoch = self.policy.plan.at(self.clock.now_s())
-        return {
-            "current": {
-                "id": self.policy.plan_id,
-                "replicas": [_replica(r) for r in epoch.placement.replicas],
-            },
-            "proposed": None if pending is None else _proposal(pending),
-        }
-
-    def approve(self, plan_id: str, generation: int | None) -> Mapping[str, Any]:
-        if generation is not None and generation != self.policy.generation:
-            raise Stale(
-                f"the generation is {self.policy.generation}, not {generation}: look "
-                "at the plan again"
-            )
-        if not self.policy.approve(plan_id):
-            raise NotThere(f"no proposed plan {plan_id!r}")
-        return {"action": secrets.token_hex(8), "plan_id": plan_id}
-
-    def mode(self) -> Mode:
-        return self.policy.mode
-
-    def set_mode(self, mode: Mode) -> None:
-        self.policy.set_mode(mode)
-
-    def engines(self) -> Sequence[Mapping[str, Any]]:
-        return [
-            {
-                "node": node.node,
-                "replica": str(row.id),
-                "phase": row.phase,
-                "url": row.url,
-            }
-            for node in self.backend.status()
-            if node.report is not None
-            for row in node.report.rows
-        ]
-
-    def ledger(self) -> Sequence[Mapping[str, Any]]:
-        rows = []
-        for node in self.backend.status():
-            if node.report is None:
-                continue
-            for gpu, usable in sorted(node.report.usable_bytes.items()):
-                free = node.report.free_bytes[gpu]
-                rows += [
-                    {
-                        "node": node.node,
-                        "device": str(gpu),
-                        "kind": kind,
-                        "bytes": count,
-                    }
-                    for kind, count in (
-                        ("usable", usable),
-                        ("booked", usable - free),
-                        ("free", free),
-                    )
-                ]
-        return rows
-
-    def tick(self) -> Mapping[str, Any]:
-        self.clock.wake()
-        return {"action": secrets.token_hex(8)}
-
-
-def _replica(replica: Replica) -> Mapping[str, Any]:
-    key: ReplicaId = replica.id
-    return {
-        "replica": str(key),
-        "llm": replica.llm,
-        "gpus": [str(gpu) for gpu in replica.gpus],
-        "state": replica.state,
-        "traffic_share": replica.traffic_share,
-    }
-
-
-def _proposal(proposal: Proposal) -> Mapping[str, Any]:
-    report = proposal.report
-    placement = proposal.placement
-    return {
-        "id": proposal.id,
-        "epoch": proposal.epoch,
-        "at_s": proposal.at_s,
-        "took_s": proposal.took_s,
-        "reasons": [reason.text for reason in proposal.reasons],
-        "failed": proposal.failed,
-        "status": None if report is None else report.status.value,
-        "objective": None if report is None else report.objective,
-        "bound": None if report is None else report.bound,
-        "replicas": []
-        if placement is None
-        else [_replica(r) for r in placement.replicas],
-    }
