@@ -16,10 +16,10 @@ from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.controller import Controller
 from foreserve.runtime.gateway.table import RoutingTable, Waiter
 from foreserve.runtime.journal import Event, Journal, parse
-from foreserve.runtime.live.agent import Patience
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.host import NodeSetup, Open
 from foreserve.runtime.live.intents import IntentLog
+from foreserve.runtime.live.patience import Patience
 from tests.build import cluster, fleet, gpu, option
 from tests.live_engines import Waiting
 

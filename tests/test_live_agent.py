@@ -16,12 +16,13 @@ from foreserve.models.errors import ForeserveError, InvalidInput
 from foreserve.models.placement import ReplicaId, replica_id
 from foreserve.models.specs import Node
 from foreserve.runtime.clock import SystemClock
-from foreserve.runtime.live.agent import NodeAgent, Patience
+from foreserve.runtime.live.agent import NodeAgent
 from foreserve.runtime.live.binding import Binding, Device
 from foreserve.runtime.live.check import check, main
 from foreserve.runtime.live.host import NodeSetup, make_agent
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.messages import NodeReport, Order, OrderKind
+from foreserve.runtime.live.patience import Patience
 from tests.build import fleet, gpu, option
 from tests.live_engines import ENGINES, Waiting
 

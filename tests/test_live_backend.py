@@ -18,13 +18,13 @@ from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.gateway.table import RoutingTable, Waiter
 from foreserve.runtime.journal import Decision, Faulted, Journal, PhaseChange
 from foreserve.runtime.live import views
-from foreserve.runtime.live.agent import Patience
 from foreserve.runtime.live.awake import always_awake
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.check import check
 from foreserve.runtime.live.host import Local, make_agent
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.messages import Link, LinkLost
+from foreserve.runtime.live.patience import Patience
 from foreserve.runtime.reconcile import reconcile
 from tests.build import cluster, gpu
 from tests.live_engines import ENGINES

@@ -16,9 +16,9 @@ import pytest
 
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines.simulated import SimulatedSettings
-from foreserve.runtime.live.agent import Patience
 from foreserve.runtime.live.check import check
 from foreserve.runtime.live.host import Hosted, setups
+from foreserve.runtime.live.patience import Patience
 from tests.build import cluster, fleet, option
 from tests.live_setup import Live, live, on
 

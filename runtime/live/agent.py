@@ -14,12 +14,10 @@ own behind a socket, and inside a Ray actor. What holds:
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from foreserve.models.errors import ForeserveError
@@ -28,96 +26,17 @@ from foreserve.models.placement import Kind, ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.runtime.clock import Clock, SystemClock
 from foreserve.runtime.engines.base import Engine
-from foreserve.runtime.ledger import Ledger, OverCommitted, phase_bytes
+from foreserve.runtime.ledger import Ledger, OverCommitted
 from foreserve.runtime.live.intents import IntentLog
-from foreserve.runtime.live.messages import (
-    Move,
-    NodeReport,
-    Order,
-    OrderKind,
-    Row,
-    Trouble,
-)
+from foreserve.runtime.live.life import Door, Life, Signs, line_of
+from foreserve.runtime.live.messages import Move, NodeReport, Order, OrderKind
+from foreserve.runtime.live.patience import Failures, Patience
 from foreserve.runtime.states import check_action, check_move
 
 Make = Callable[[ReplicaOption, ReplicaId], Engine]
 
 REMEMBERED = 1000
 """Moves that are kept for whoever asks late."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long an agent waits for what."""
-
-    watch_s: float = 0.5
-    """Between looks at each engine."""
-    hang_s: float = 5.0
-    """An engine that does not say for so long whether it lives counts as dead."""
-    misses: int = 2
-    """So many times in a row it must say that it does not live: one may be the machine's
-    being busy."""
-    act_factor: float = 5.0
-    act_least_s: float = 60.0
-    """An action may take this many times what the plan says, and at least so long."""
-    first_retry_s: float = 1.0
-    last_retry_s: float = 60.0
-    tries: int = 5
-    settled_s: float = 60.0
-    """What fails after having served so long fails for the first time again."""
-
-    def retry_in_s(self, failures: int) -> float:
-        if failures >= self.tries:
-            return math.inf
-        return min(self.last_retry_s, self.first_retry_s * 2.0 ** (failures - 1))
-
-
-@dataclass(frozen=True, slots=True)
-class _Door:
-    """Where requests go; as the engine said when it became ACTIVE."""
-
-    url: str = ""
-    served_name: str = ""
-    max_num_seqs: int = 0
-    room_tokens: int = 0
-
-    @classmethod
-    def of(cls, engine: Engine) -> _Door:
-        return cls(
-            engine.url, engine.served_name, engine.max_num_seqs, engine.room_tokens
-        )
-
-
-@dataclass(slots=True, eq=False)
-class _Life:
-    """One life of a replica, from its load until it is gone."""
-
-    id: ReplicaId
-    option: ReplicaOption
-    engine: Engine
-    phase: Phase
-    since_s: float
-    held_bytes: int
-    story: list[tuple[float, Phase | None]] = field(default_factory=list)
-    leaving: bool = False
-    acting_since_s: float | None = None
-    """When the action under way began."""
-    limit_s: float = math.inf
-    """How long it may take."""
-    measured_bytes: int | None = None
-    door: _Door = _Door()
-    sign: Future[bool] | None = None
-    """Of life: asked for, not there yet."""
-    asked_s: float = math.inf
-    """Since when it has not answered."""
-    misses: int = 0
-
-
-@dataclass(slots=True)
-class _Failing:
-    failures: int
-    reason: str
-    retry_s: float
 
 
 class NodeAgent:
@@ -142,15 +61,15 @@ class NodeAgent:
         self._gpus = fleet.cluster.node_by_name[node].gpu_ids()
         self._usable = {gpu: fleet.cluster.usable_bytes(gpu) for gpu in self._gpus}
         self._ledger = Ledger(fleet)
-        self._lives: dict[ReplicaId, _Life] = {}
-        self._failing: dict[ReplicaId, _Failing] = {}
+        self._lives: dict[ReplicaId, Life] = {}
+        self._failures = Failures(self._patience, self._now_s)
+        self._signs = Signs(self._patience, self._now_s)
         self._moves: deque[tuple[float, Move]] = deque(maxlen=REMEMBERED)
         self._version, self._generation, self._step = 0, 0, 0
         self._changed = threading.Condition(threading.RLock())
         self._closed = threading.Event()
         capacity = {str(gpu): num_bytes for gpu, num_bytes in self._usable.items()}
         self._log.append("start", node=node, capacity=capacity, **(facts or {}))
-        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="alive")
         threading.Thread(target=self._watch, name=f"watch-{node}", daemon=True).start()
 
     # --- what a controller calls ------------------------------------------------------
@@ -196,21 +115,13 @@ class NodeAgent:
                 version=self._version,
                 generation=self._generation,
                 step=self._step,
-                rows=tuple(self._row(life, now_s) for life in self._lives.values()),
+                rows=tuple(life.row(now_s) for life in self._lives.values()),
                 moves=tuple(
                     replace(move, ago_s=now_s - at_s)
                     for at_s, move in self._moves
                     if move.version > after
                 ),
-                troubles=tuple(
-                    Trouble(
-                        id=key,
-                        failures=failing.failures,
-                        reason=failing.reason,
-                        retry_in_s=max(0.0, failing.retry_s - now_s),
-                    )
-                    for key, failing in self._failing.items()
-                ),
+                troubles=self._failures.told(),
                 usable_bytes=dict(self._usable),
                 free_bytes={gpu: self._ledger.free_bytes[gpu] for gpu in self._gpus},
             )
@@ -218,10 +129,7 @@ class NodeAgent:
     def forgive(self, key: ReplicaId | None = None) -> None:
         """Try a replica that failed again at once; None: all of them."""
         with self._changed:
-            if key is None:
-                self._failing.clear()
-            else:
-                self._failing.pop(key, None)
+            self._failures.forget(key)
             self._touch()
 
     def close(self, within_s: float = 30.0) -> None:
@@ -234,7 +142,7 @@ class NodeAgent:
         for thread in threads:
             if thread is not None:
                 thread.join(max(0.0, until_s - self._now_s()))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._signs.close()
         with self._changed:
             self._changed.notify_all()
 
@@ -260,12 +168,12 @@ class NodeAgent:
             life = self._new(key, now_s)
         held = life.held_bytes
         if after is not None:
-            held = max(held, self._needs(life, after))
+            held = max(held, life.needs_bytes(after))
         try:
             self._ledger.hold(key.gpus, held - life.held_bytes)
         except OverCommitted as error:
             # Whoever asked believes in other books than these: not again at once.
-            self._failed(key, str(error), most=self._patience.tries - 1)
+            self._failures.note(key, str(error), ever=True)
             raise
         life.held_bytes = held
         self._log.append(
@@ -288,34 +196,29 @@ class NodeAgent:
         if order.kind != "demote":
             self._act(life, order.kind)
 
-    def _new(self, key: ReplicaId, now_s: float) -> _Life:
+    def _new(self, key: ReplicaId, now_s: float) -> Life:
         if not all(gpu in self._usable for gpu in key.gpus):
             raise ForeserveError(f"{key}: not a replica of node {self.node!r}")
-        failing = self._failing.get(key)
-        if failing is not None and failing.retry_s > now_s:
-            raise ForeserveError(
-                f"{key}: failed {failing.failures} times, at last: {failing.reason}"
-            )
+        self._failures.check(key)
         option = self._fleet.option_of(key.llm, key.gpus)
         try:
             engine = self._make(option, key)
         except Exception as error:  # the factory is somebody else's code
-            self._failed(key, _line(error))
-            raise ForeserveError(f"{key}: no engine: {_line(error)}") from error
-        return _Life(
+            self._failures.note(key, line_of(error))
+            self._touch()
+            raise ForeserveError(f"{key}: no engine: {line_of(error)}") from error
+        return Life(
             id=key,
             option=option,
             engine=engine,
             phase="LOADING",
             since_s=now_s,
-            held_bytes=0,
         )
 
-    def _act(self, life: _Life, kind: OrderKind) -> None:
+    def _act(self, life: Life, kind: OrderKind) -> None:
         expected_s = life.option.load_s if kind == "load" else life.option.activate_s
-        patience = self._patience
         life.acting_since_s = self._now_s()
-        life.limit_s = max(patience.act_least_s, patience.act_factor * expected_s)
+        life.limit_s = self._patience.limit_s(expected_s)
         thread = threading.Thread(
             target=self._carry_out,
             args=(life, kind),
@@ -324,7 +227,7 @@ class NodeAgent:
         )
         thread.start()
 
-    def _carry_out(self, life: _Life, kind: OrderKind) -> None:
+    def _carry_out(self, life: Life, kind: OrderKind) -> None:
         after: Phase = "ACTIVE" if kind == "activate" else "WARM"
         try:
             if kind == "load":
@@ -334,9 +237,9 @@ class NodeAgent:
             else:
                 life.engine.quiesce()
             measured = life.engine.memory_bytes()
-            door = _Door.of(life.engine) if after == "ACTIVE" else _Door()
+            door = Door.of(life.engine) if after == "ACTIVE" else Door()
         except Exception as error:  # whatever an engine raises, the replica has failed
-            self._end(life, _line(error), failed=True)
+            self._end(life, line_of(error), failed=True)
             return
         with self._changed:
             if life.leaving or life.acting_since_s is None:
@@ -344,7 +247,7 @@ class NodeAgent:
             took_s = self._now_s() - life.acting_since_s
             life.acting_since_s, life.measured_bytes = None, measured
             life.door = door
-            needs = self._needs(life, after)
+            needs = life.needs_bytes(after)
             try:
                 self._ledger.hold(life.id.gpus, needs - life.held_bytes)
             except OverCommitted as error:
@@ -354,17 +257,10 @@ class NodeAgent:
             life.held_bytes = needs
             self._enter(life, after, done=kind, took_s=took_s)
 
-    def _needs(self, life: _Life, phase: Phase) -> int:
-        """Bytes per GPU to book in ``phase``: without real sleep, all of them always."""
-        asleep = phase in ("LOADING", "WARM")
-        if asleep and not life.engine.capabilities.real_sleep:
-            return phase_bytes(life.option, "ACTIVE")
-        return phase_bytes(life.option, phase)
-
     # --- ends -------------------------------------------------------------------------
 
     def _end(
-        self, life: _Life, reason: str, *, failed: bool = False
+        self, life: Life, reason: str, *, failed: bool = False
     ) -> threading.Thread | None:
         """Have the engine stopped, in a thread; None if that is under way already."""
         with self._changed:
@@ -381,7 +277,7 @@ class NodeAgent:
             thread.start()
             return thread
 
-    def _stop(self, life: _Life, reason: str, failed: bool) -> None:
+    def _stop(self, life: Life, reason: str, failed: bool) -> None:
         """Stop the engine until it is seen to be gone: only then is its memory free."""
         pause = threading.Event()
         while True:
@@ -390,43 +286,26 @@ class NodeAgent:
                 if not life.engine.alive() and not life.engine.memory_bytes():
                     break
             except Exception as error:  # it must be tried again, whatever it was
-                reason = reason or _line(error)
+                reason = reason or line_of(error)
             pause.wait(self._patience.watch_s)
         with self._changed:
             now_s = self._now_s()
             if failed:
                 loaded_s = life.story[1][0] if len(life.story) > 1 else now_s
                 settled = now_s - loaded_s >= self._patience.settled_s
-                self._failed(life.id, reason, settled=settled)
+                self._failures.note(life.id, reason, settled=settled)
             elif life.phase in ("WARM", "ACTIVE"):
-                self._failing.pop(life.id, None)
+                self._failures.forget(life.id)
             self._ledger.hold(life.id.gpus, -life.held_bytes)
             life.held_bytes = 0
             del self._lives[life.id]
             self._enter(life, None, lost=failed, reason=reason)
 
-    def _failed(
-        self,
-        key: ReplicaId,
-        reason: str,
-        *,
-        settled: bool = False,
-        most: int | None = None,
-    ) -> None:
-        """One more failure in a row, the first if it had ``settled``; not counted beyond
-        ``most``, so that it is never given up."""
-        before = self._failing.get(key)
-        failures = 1 if before is None or settled else before.failures + 1
-        failures = failures if most is None else max(1, min(failures, most))
-        retry_s = self._now_s() + self._patience.retry_in_s(failures)
-        self._failing[key] = _Failing(failures, reason, retry_s)
-        self._touch()
-
     # --- state ------------------------------------------------------------------------
 
     def _enter(
         self,
-        life: _Life,
+        life: Life,
         phase: Phase | None,
         *,
         lost: bool = False,
@@ -466,22 +345,6 @@ class NodeAgent:
         )
         self._moves.append((now_s, move))
 
-    def _row(self, life: _Life, now_s: float) -> Row:
-        door = life.door
-        return Row(
-            id=life.id,
-            phase=life.phase,
-            age_s=now_s - life.since_s,
-            held_bytes=life.held_bytes,
-            measured_bytes=life.measured_bytes,
-            acting=life.acting_since_s is not None,
-            leaving=life.leaving,
-            url=door.url,
-            served_name=door.served_name,
-            max_num_seqs=door.max_num_seqs,
-            room_tokens=door.room_tokens,
-        )
-
     def _refuse(self, order: Order, reason: str) -> str:
         self._log.append(
             "refused",
@@ -503,50 +366,14 @@ class NodeAgent:
     def _now_s(self) -> float:
         return self._clock.now_s()
 
-    # --- watching ---------------------------------------------------------------------
-
     def _watch(self) -> None:
         """Notice engines that died, hang, or take too long; and when a wait is over."""
         while not self._closed.wait(self._patience.watch_s):
-            now_s = self._now_s()
             with self._changed:
                 lives = [life for life in self._lives.values() if not life.leaving]
-                over = [f for f in self._failing.values() if 0 < f.retry_s <= now_s]
-                for failing in over:
-                    failing.retry_s = 0.0
+                if self._failures.over():
                     self._touch()
             for life in lives:
-                reason = self._fault(life, now_s)
+                reason = self._signs.fault(life)
                 if reason:
                     self._end(life, reason, failed=True)
-
-    def _fault(self, life: _Life, now_s: float) -> str:
-        began_s = life.acting_since_s
-        if began_s is not None and now_s - began_s > life.limit_s:
-            return f"{life.phase} for more than {life.limit_s:g} s"
-        if life.phase == "LOADING":
-            return ""
-        if life.sign is None:
-            life.asked_s = math.inf
-            life.sign = self._pool.submit(self._ask, life)
-            return ""
-        if not life.sign.done():
-            late = now_s - life.asked_s > self._patience.hang_s
-            return "it does not answer" if late else ""
-        sign, life.sign = life.sign, None
-        error = sign.exception()
-        if error is None and sign.result():
-            life.misses = 0
-            return ""
-        life.misses += 1
-        if life.misses < self._patience.misses:
-            return ""
-        return "it died" if error is None else _line(error)
-
-    def _ask(self, life: _Life) -> bool:
-        life.asked_s = self._now_s()
-        return life.engine.alive()
-
-
-def _line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -30,10 +30,11 @@ from foreserve.runtime.engines.base import (
     prepare,
 )
 from foreserve.runtime.engines.process import reap
-from foreserve.runtime.live.agent import NodeAgent, Patience
+from foreserve.runtime.live.agent import NodeAgent
 from foreserve.runtime.live.binding import Binding
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.messages import Link, LinkLost
+from foreserve.runtime.live.patience import Patience
 
 START_S = 20.0
 """A process may take so long until it answers."""
