@@ -5,7 +5,9 @@ solver in a child process), so that the controller never waits for it. What come
 proposal. In mode ``automatic`` it is carried out as soon as it is there, in ``recommend``
 once somebody has approved it, in ``observe`` never. A proposal that is late, failed or
 infeasible changes nothing: the plan before stays, and says so. The requests of the moment
-are seen to by the on-demand rule on top of the current plan, as in the simulator.
+are seen to by the on-demand rule on top of the current plan, as in the simulator. What the
+operator asks for by hand, `Wishes`, goes the same way, and a plan that he hands in waits
+for approval like one of the planner's.
 """
 
 from __future__ import annotations
@@ -28,15 +30,23 @@ from foreserve.models.plan import Epoch, LlmDemand, Plan, SolverInfo
 from foreserve.models.problem import Fleet
 from foreserve.models.specs import GpuId
 from foreserve.planner.pipeline import Problems, solve_options
-from foreserve.planner.policies.on_demand import planned
+from foreserve.planner.policies.on_demand import OnDemand
 from foreserve.planner.policies.rolling import REST_S, plan_epoch
 from foreserve.planner.replan import Reason, in_system, replan_now
 from foreserve.planner.rolling import Rolling
 from foreserve.planner.scenario import Scenario
+from foreserve.planner.wishes import Wishes
 from foreserve.solvers.result import SolveReport
 from foreserve.traces.trace import Demand, Trace
 
 Mode = Literal["observe", "recommend", "automatic"]
+Fate = Literal[
+    "noted", "pending", "carried out", "rejected", "replaced", "late", "failed"
+]
+"""What has become of a proposal; noted: in mode observe, or not looked at yet."""
+
+KEPT = 256
+"""Proposals that are remembered."""
 
 
 class Arrivals:
@@ -86,6 +96,10 @@ class Proposal:
     report: SolveReport | None
     failed: str = ""
     """Why there is no placement, or why it came to nothing."""
+    origin: Literal["planner", "operator"] = "planner"
+    fate: Fate = "noted"
+    generation: int | None = None
+    """As which it was carried out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,21 +130,30 @@ class LivePolicy:
         first: Plan | None = None,
         keep_alive_s: float = 30.0,
         adopted: Callable[[Plan], None] = lambda plan: None,
+        wishes: Wishes | None = None,
+        wished: Callable[[Wishes], None] = lambda wishes: None,
+        saw: Callable[[Observed], None] = lambda observed: None,
     ) -> None:
         """``wake`` ends the controller's wait; ``first``: what to follow until the first
         proposal is carried out, else nothing is planned then; ``adopted`` hears of each
-        plan that is carried out from now on, in the thread that decides."""
+        plan that is carried out from now on, ``wished`` of each change of the ``wishes``,
+        ``saw`` of what each decision saw, all before it is made; the first and the last in
+        the thread that decides."""
         self.scenario, self.fleet, self.arrivals = scenario, fleet, arrivals
         self.mode: Mode = mode
         self.generation = 0
         """Raised with every proposal that is carried out."""
         self.proposals: list[Proposal] = []
-        """All of them, the latest last."""
+        """The latest ones, the last one last."""
         self.pending: Proposal | None = None
         """Waits for approval."""
         self.observed = Observed(now_s=0.0)
         """What the last decision saw."""
-        self._adopted = adopted
+        self.wishes = (wishes or Wishes()).of(fleet)
+        self.peaks: dict[str, int] = {}
+        """Most requests of each LLM in the system at once in this epoch, as decisions saw
+        it."""
+        self._adopted, self._wished, self._saw = adopted, wished, saw
         self._history, self._keep_alive_s = history, keep_alive_s
         self._wake, self._now_s = wake, now_s
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -141,7 +164,8 @@ class LivePolicy:
         self._peaks: dict[str, float] = {}
         self._first = first
         self.plan = self._plan(0, Placement() if first is None else None, ())
-        self._rule = planned(self.plan, keep_alive_s)
+        self._because: list[Reason] = []
+        self._rules: tuple[object, object, OnDemand] | None = None
         self._thread = threading.Thread(target=self._work, name="planner", daemon=True)
         self._thread.start()
 
@@ -165,25 +189,78 @@ class LivePolicy:
 
     def next_review_s(self, now_s: float) -> float:
         end_s = (math.floor(now_s / self.scenario.epoch) + 1) * self.scenario.epoch
-        return min(self._rule.next_review_s(now_s), end_s)
+        return min(self._rule(now_s).next_review_s(now_s), end_s)
 
     def decide(self, now_s: float, observed: Observed) -> Placement:
         self.observed = observed
+        self._saw(observed)
+        self._settle(observed)
         index = math.floor(now_s / self.scenario.epoch)
+        if index != self._index:
+            self.peaks = {}
         for llm, count in in_system(observed).items():
             self._peaks[llm] = max(count, self._peaks.get(llm, 0.0))
+            self.peaks[llm] = max(count, self.peaks.get(llm, 0))
         self._adopt(index)
+        lost = observed.lost_gpus | self.wishes.gpus(self.fleet)
+        with self._lock:
+            because, self._because = tuple(self._because), []
         if index != self._index:
             self._index, self._peaks = index, {}
-            self._ask(now_s, (), observed)
+            self._ask(now_s, (), lost)
         else:
             epoch = self.plan.at(now_s)
-            lost = observed.lost_gpus
-            reasons = replan_now(self.fleet, epoch, self._peaks, lost)
-            if reasons and now_s >= self._asked_s + REST_S:
-                self._ask(now_s, reasons, observed)
+            reasons = self._named(replan_now(self.fleet, epoch, self._peaks, lost))
+            rested = reasons and now_s >= self._asked_s + REST_S
+            if because or rested:
+                self._ask(now_s, (*because, *reasons), lost)
                 self._peaks = {}
-        return self._rule.decide(now_s, observed)
+        return self._want(now_s, observed, self._rule(now_s), self.wishes)
+
+    def would(
+        self, *, wishes: Wishes | None = None, placement: Placement | None = None
+    ) -> Placement:
+        """What would be wanted now with other wishes, or if this were the plan's placement;
+        nothing changes."""
+        now_s, observed = self._now_s(), self.observed
+        wishes = self.wishes if wishes is None else wishes
+        plan = self.plan
+        if placement is not None:
+            index = math.floor(now_s / self.scenario.epoch)
+            plan = self._plan(index, placement, ())
+        rule = wishes.rule(plan, now_s, self._keep_alive_s)
+        return self._want(now_s, observed, rule, wishes)
+
+    def wish(self, change: Callable[[Wishes], Wishes], text: str) -> Wishes:
+        """Change what the operator wants, which is a reason, ``text``, to plan again; the
+        wishes of then."""
+        with self._lock:
+            after = change(self.wishes)
+            if after != self.wishes:
+                self.wishes = after
+                self._because.append(Reason(text=text))
+                self._wished(after)
+        self._wake()
+        return after
+
+    def hand_in(self, placement: Placement) -> Proposal:
+        """A placement of the operator's, which waits for approval in every mode. It obeys
+        the referee: the caller has seen to that."""
+        now_s = self._now_s()
+        proposal = Proposal(
+            id=_id(placement),
+            epoch=math.floor(now_s / self.scenario.epoch),
+            at_s=now_s,
+            took_s=0.0,
+            reasons=(),
+            placement=placement,
+            demand=self.plan.at(now_s).demand,
+            report=None,
+            origin="operator",
+        )
+        with self._lock:
+            self._note(proposal)
+            return self._pend(proposal)
 
     def approve(self, plan_id: str) -> bool:
         """Carry out the pending proposal, if it is this one; whether it is."""
@@ -194,15 +271,66 @@ class LivePolicy:
         self._wake()
         return True
 
+    def reject(self, plan_id: str) -> bool:
+        """Forget the pending proposal, if it is this one; whether it is."""
+        with self._lock:
+            if self.pending is None or self.pending.id != plan_id:
+                return False
+            self._is_now(self.pending, "rejected")
+            self.pending = None
+        return True
+
+    def find(self, plan_id: str) -> Proposal | None:
+        """The latest proposal of this id."""
+        with self._lock:
+            known = [p for p in self.proposals if p.id == plan_id]
+        return known[-1] if known else None
+
+    def as_plan(self, proposal: Proposal) -> Plan:
+        """A proposal with a placement as a plan of its epoch."""
+        assert proposal.placement is not None
+        return self._plan(proposal.epoch, proposal.placement, proposal.demand)
+
     def set_mode(self, mode: Mode) -> None:
         self.mode = mode
         self._wake()
 
+    def _rule(self, now_s: float) -> OnDemand:
+        """The on-demand rule for the plan's epoch of now, and the wishes of now."""
+        epoch, wishes = self.plan.at(now_s), self.wishes
+        known = self._rules
+        if known is None or known[0] is not epoch or known[1] is not wishes:
+            rule = wishes.rule(self.plan, now_s, self._keep_alive_s)
+            self._rules = known = (epoch, wishes, rule)
+        return known[2]
+
+    def _want(
+        self, now_s: float, observed: Observed, rule: OnDemand, wishes: Wishes
+    ) -> Placement:
+        seen = wishes.seen(observed, self.fleet)
+        return wishes.wanted(rule.decide(now_s, seen), self.fleet)
+
+    def _settle(self, observed: Observed) -> None:
+        """Wishes that have come true, or to an end."""
+        with self._lock:
+            after = self.wishes.after(observed)
+            if after is not self.wishes:
+                self.wishes = after
+                self._wished(after)
+
+    def _named(self, reasons: tuple[Reason, ...]) -> tuple[Reason, ...]:
+        """GPUs that are gone because a node was drained are called so."""
+        return tuple(
+            replace(reason, text=reason.text.replace("are lost", "are drained"))
+            if any(gpu.node in self.wishes.drained for gpu in reason.lost_gpus)
+            else reason
+            for reason in reasons
+        )
+
     def _ask(
-        self, now_s: float, reasons: tuple[Reason, ...], observed: Observed
+        self, now_s: float, reasons: tuple[Reason, ...], lost: frozenset[GpuId]
     ) -> None:
         self._asked_s = now_s
-        lost = observed.lost_gpus
         before = self.plan.at(now_s).placement.without(lost)
         self._jobs.put(
             _Job(
@@ -220,21 +348,55 @@ class LivePolicy:
             ready, self._ready = self._ready, None
             chosen, self._approved = self._approved, None
             if ready is not None and ready.placement is not None:
-                if self.mode == "automatic":
+                if chosen is not None and self.mode != "observe":
+                    self._is_now(ready, "replaced")
+                elif self.mode == "automatic":
                     chosen = ready
                 elif self.mode == "recommend":
-                    self.pending = ready
-        if chosen is None or chosen.placement is None:
-            return
-        # What was approved is wanted, however old it is; what comes late by itself is not.
-        if chosen is ready and chosen.epoch < index:
-            late = replace(chosen, failed="came after its epoch; the plan before stays")
-            self.proposals[self.proposals.index(chosen)] = late
-            return
-        self.generation += 1
+                    ready = self._pend(ready)
+            if chosen is None or chosen.placement is None:
+                return
+            # What was approved is wanted, however old it is; what comes late by itself
+            # is not.
+            if chosen is ready and chosen.epoch < index:
+                self._is_now(
+                    chosen, "late", failed="came after its epoch; the plan before stays"
+                )
+                return
+            self.generation += 1
+            self._is_now(chosen, "carried out", generation=self.generation)
+            if chosen.origin == "planner" and self.pending is not None:
+                # What it was to replace is no more.
+                self._is_now(self.pending, "replaced")
+                self.pending = None
         self.plan = self._plan(index, chosen.placement, chosen.demand)
-        self._rule = planned(self.plan, self._keep_alive_s)
         self._adopted(self.plan)
+
+    def _note(self, proposal: Proposal) -> None:
+        """Remember; with the lock, like the next two."""
+        self.proposals.append(proposal)
+        del self.proposals[:-KEPT]
+
+    def _pend(self, proposal: Proposal) -> Proposal:
+        """Have it wait for approval, in place of the one that did."""
+        if self.pending is not None:
+            self._is_now(self.pending, "replaced")
+        self.pending = self._is_now(proposal, "pending")
+        return self.pending
+
+    def _is_now(
+        self,
+        proposal: Proposal,
+        fate: Fate,
+        *,
+        generation: int | None = None,
+        failed: str = "",
+    ) -> Proposal:
+        after = replace(proposal, fate=fate, generation=generation, failed=failed)
+        for place, known in enumerate(self.proposals):
+            if known is proposal:
+                self.proposals[place] = after
+        return after
 
     def _plan(
         self, index: int, placement: Placement | None, demand: tuple[LlmDemand, ...]
@@ -279,8 +441,8 @@ class LivePolicy:
                         return
                     job = later
                 proposal = self._solve(rolling, job)
-                self.proposals.append(proposal)
                 with self._lock:
+                    self._note(proposal)
                     self._ready = proposal
                 self._wake()
 
@@ -289,10 +451,13 @@ class LivePolicy:
         demand: tuple[LlmDemand, ...] = ()
         report: SolveReport | None = None
         failed = ""
+        wishes = self.wishes
+        # Nobody is to serve those, so nothing is to be expected of them.
+        held = tuple(Reason(text="held", llm=h.llm, factor=0.0) for h in wishes.holds)
         try:
             problems = Problems.so_far(
                 self.scenario,
-                self.fleet,
+                wishes.planned_for(self.fleet),
                 self.arrivals.trace(),
                 job.epoch,
                 history=self._history,
@@ -305,7 +470,7 @@ class LivePolicy:
                 job.epoch,
                 left_s,
                 job.before,
-                job.reasons,
+                (*job.reasons, *held),
                 job.lost_gpus,
             )
             report = step.report
@@ -325,6 +490,7 @@ class LivePolicy:
             demand=demand,
             report=report,
             failed=failed,
+            fate="failed" if failed else "noted",
         )
 
 

@@ -132,7 +132,7 @@ def test_planning_that_fails_leaves_the_plan_alone() -> None:
         policy.scenario = None  # type: ignore[assignment]
         scenario = bench.scenario
         bench.woken.clear()
-        policy._ask(1.0, (), Observed(now_s=1.0))
+        policy._ask(1.0, (), frozenset())
         bench.wait()
         policy.scenario = scenario
         assert policy.proposals[-1].placement is None
