@@ -43,6 +43,11 @@ class EngineSettings:
     checkpoints: Mapping[str, str] = field(default_factory=dict)
     """By LLM: the folder of its weights, for engines that read any."""
     max_num_batched_tokens: int = 8192
+    host: str = "127.0.0.1"
+    """Where engines listen: loopback, or an address of this machine that the gateway
+    reaches."""
+    key: str = field(default="", repr=False)
+    """What their callers have to show (``Authorization: Bearer``); empty: nothing."""
     stop_grace_s: float = 5.0
     """After being asked to end, and before being killed."""
 

@@ -19,12 +19,15 @@ def call(
     *,
     within_s: float,
     host: str = "127.0.0.1",
+    key: str = "",
 ) -> bytes:
     """The body of the answer; ``body`` goes as JSON. ``within_s`` holds for each wait."""
     connection = http.client.HTTPConnection(host, port, timeout=within_s)
     try:
         text = None if body is None else json.dumps(body)
         headers = {} if body is None else {"content-type": "application/json"}
+        if key:
+            headers["authorization"] = f"Bearer {key}"
         connection.request(method, path, text, headers)
         answer = connection.getresponse()
         told = answer.read()

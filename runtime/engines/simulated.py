@@ -28,6 +28,8 @@ SYLLABLES = ("ba", "co", "di", "fe", "gu", "ha", "jo", "ki", "le", "mu", "na", "
 WORDS = [f" {a}{b}{c}" for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES[:7]]
 QUESTION = "say what you always say"
 ANSWER_TOKENS = 3
+KEY = "FORESERVE_ENGINE_KEY"
+"""Variable that tells the server its key: others may read command lines."""
 
 Failure = Literal["die", "hang", "gibberish", "slow"]
 
@@ -65,7 +67,7 @@ class SimulatedNode:
 
     def __init__(self, settings: SimulatedSettings) -> None:
         self.settings = settings
-        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        listener = socket.create_server((settings.host, 0), backlog=1024)
         self.port: int = listener.getsockname()[1]
         with listener:
             self.child = Child(
@@ -82,6 +84,7 @@ class SimulatedNode:
                 settings.folder,
                 "simulated",
                 grace_s=settings.stop_grace_s,
+                env={KEY: settings.key},
                 pass_fds=[listener.fileno()],
             )
 
@@ -94,9 +97,15 @@ class SimulatedNode:
     ) -> Any:
         """What the server answers, from JSON; raises `EngineFailed` if it does not within
         ``wait_s`` and its usual time."""
-        within_s = wait_s + self.settings.answers_within_s
+        settings = self.settings
+        within_s = wait_s + settings.answers_within_s
+        host, key = settings.host, settings.key
         try:
-            return json.loads(call(self.port, method, path, body, within_s=within_s))
+            return json.loads(
+                call(
+                    self.port, method, path, body, within_s=within_s, host=host, key=key
+                )
+            )
         except NoAnswer as error:
             what = str(error)
             if not self.child.running():
@@ -155,7 +164,7 @@ class SimulatedEngine:
     @property
     def url(self) -> str:
         node, number = self._made()
-        return f"http://127.0.0.1:{node.port}/r/{number}"
+        return f"http://{node.settings.host}:{node.port}/r/{number}"
 
     @property
     def served_name(self) -> str:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hmac
 import json
+import os
 import signal
 import socket
 from collections import Counter
@@ -30,7 +32,7 @@ import httptools
 from foreserve.models.cost import IterationTime
 from foreserve.runtime.engines.batch import Batch, Job
 from foreserve.runtime.engines.series import Series
-from foreserve.runtime.engines.simulated import gibberish, seed_of, words
+from foreserve.runtime.engines.simulated import KEY, gibberish, seed_of, words
 from foreserve.runtime.engines.simulated_bodies import (
     Refused,
     chunk,
@@ -43,6 +45,7 @@ MOST_BODY_BYTES = 64 * 1024**2
 REASONS = {
     200: b"OK",
     400: b"Bad Request",
+    401: b"Unauthorized",
     404: b"Not Found",
     405: b"Method Not Allowed",
 }
@@ -545,10 +548,37 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
-async def serve(listener: socket.socket, scale: float, tick_s: float) -> None:
+class Guarded(Connection):
+    """A connection whose requests have to show a key."""
+
+    def __init__(self, node: Node, key: bytes) -> None:
+        super().__init__(node)
+        self._expected, self._shown = b"Bearer " + key, b""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._shown = b""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"authorization":
+            self._shown = value
+
+    def _route(self, method: str, path: str, body: bytes) -> None:
+        if not hmac.compare_digest(self._shown, self._expected):
+            raise Refused(401, "Unauthorized")
+        super()._route(method, path, body)
+
+
+async def serve(
+    listener: socket.socket, scale: float, tick_s: float, key: bytes
+) -> None:
     loop = asyncio.get_running_loop()
     node = Node(loop, scale, tick_s)
-    server = await loop.create_server(lambda: Connection(node), sock=listener)
+
+    def connect() -> Connection:
+        return Guarded(node, key) if key else Connection(node)
+
+    server = await loop.create_server(connect, sock=listener)
     asked = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, asked.set)
     async with server:
@@ -562,7 +592,8 @@ def main() -> None:
     parser.add_argument("--tick-ms", type=float, default=1.0)
     given = parser.parse_args()
     listener = socket.socket(fileno=given.fd)
-    asyncio.run(serve(listener, given.scale, given.tick_ms / 1000))
+    key = os.environ.get(KEY, "").encode()
+    asyncio.run(serve(listener, given.scale, given.tick_ms / 1000, key))
 
 
 if __name__ == "__main__":

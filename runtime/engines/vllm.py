@@ -13,6 +13,7 @@ answers 200 and nothing moves, WARM is a running engine that nobody is routed to
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -34,6 +35,8 @@ from foreserve.runtime.engines.process import Child
 
 QUESTION = "Count from one to ten:"
 ANSWER_TOKENS = 8
+DOOR = Path(__file__).with_name("vllm_door.py")
+"""Copied to where vLLM's interpreter finds it, which need not know this package."""
 LARGEST_BLOCK = 128
 """Tokens in a block of KV memory: on CPUs, which have the largest."""
 FREED_SHARE = 0.5
@@ -101,7 +104,7 @@ class VllmEngine:
     def url(self) -> str:
         if self._child is None:
             raise EngineFailed("vLLM: not started")
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self.settings.host}:{self._port}"
 
     @property
     def served_name(self) -> str:
@@ -119,7 +122,7 @@ class VllmEngine:
                 raise EngineFailed("vLLM: stopped before it was started")
             try:
                 device = device_of(self.settings.python)
-                self._port = _free_port()
+                self._port = _free_port(self.settings.host)
                 self._child = Child(
                     self._command(device),
                     self.settings.folder,
@@ -185,7 +188,10 @@ class VllmEngine:
         # The module, since `vllm serve` asks for a package of that very name.
         command = [settings.python, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", checkpoint, "--served-model-name", self.served_name]
-        command += ["--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--host", settings.host, "--port", str(self._port)]
+        if settings.key:
+            # Its own key guards `/v1` alone, and whoever can reach it could `/sleep`.
+            command += ["--middleware", f"{DOOR.stem}.Door"]
         command += ["--dtype", settings.dtype]
         command += ["--tensor-parallel-size", str(len(self.replica.gpus))]
         command += ["--max-num-seqs", str(self.max_num_seqs)]
@@ -219,6 +225,16 @@ class VllmEngine:
             "DO_NOT_TRACK": "1",
             "VLLM_SERVER_DEV_MODE": "1",  # for /sleep and /wake_up
         }
+        if settings.key:
+            folder = settings.folder / "door"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(DOOR, folder)
+            paths = [
+                str(folder.resolve()),
+                *os.environ.get("PYTHONPATH", "").split(":"),
+            ]
+            env["PYTHONPATH"] = ":".join(filter(None, paths))
+            env["FORESERVE_ENGINE_KEY"] = settings.key
         if device == "cpu":
             # All servers would take the same core; one thread each, since more spin.
             env["OMP_NUM_THREADS"] = "1"
@@ -295,7 +311,15 @@ class VllmEngine:
     ) -> bytes:
         child = self._child
         try:
-            return call(self._port, method, path, body, within_s=within_s)
+            return call(
+                self._port,
+                method,
+                path,
+                body,
+                within_s=within_s,
+                host=self.settings.host,
+                key=self.settings.key,
+            )
         except NoAnswer as error:
             what = str(error)
             if child is not None and not child.running():
@@ -324,8 +348,8 @@ def gpu_bytes(pids: list[int]) -> int | None:
     return total
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as listener:
         return int(listener.getsockname()[1])
 
 

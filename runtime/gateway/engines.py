@@ -76,6 +76,8 @@ class Engines:
         """An answer with status 200. Leaving early closes the connection, which cancels
         the request at the engine."""
         assert self._session is not None
+        if replica.key:
+            headers = {**headers, "authorization": f"Bearer {replica.key}"}
         silence_s = self._silence_s if stream else None
         limit = aiohttp.ClientTimeout(sock_connect=CONNECT_S, sock_read=silence_s)
         response = None

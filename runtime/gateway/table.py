@@ -42,6 +42,8 @@ class Routable:
     """Tokens that its KV cache holds."""
     served_name: str
     """What the engine calls the LLM."""
+    key: str = field(default="", repr=False)
+    """What the engine wants to be shown; empty: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,8 @@ class RequestRecord:
     result: Result
     reason: str | None
     """Why it failed: the error's code, or ``client_left``."""
+    number: int = 0
+    """What `RoutingTable.began` said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,7 @@ class RoutingTable:
         *,
         on_need: Callable[[], None] = lambda: None,
         eta: Callable[[str], tuple[float, float]] = lambda llm: (math.inf, math.inf),
+        began: Callable[[str, float, int], int] = lambda llm, arrival_s, tokens: 0,
         ended: Callable[[RequestRecord], None] = lambda record: None,
         failed: Callable[[ReplicaId, str], None] = lambda replica, reason: None,
         predicted: Callable[[str, float, float], None] = lambda llm, said_s, was_s: (
@@ -139,6 +144,9 @@ class RoutingTable:
         self.eta = eta
         """(p50, p90) seconds until an LLM without replicas serves; infinite: not
         foreseen."""
+        self.began = began
+        """A request for an LLM was accepted, with its time and its probable tokens: gives
+        the number by which `ended` will tell of it."""
         self.ended = ended
         self.failed = failed
         """A replica did not answer, and why."""

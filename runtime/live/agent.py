@@ -29,7 +29,13 @@ from foreserve.runtime.engines.base import Engine
 from foreserve.runtime.ledger import Ledger, OverCommitted
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.life import Door, Life, Signs, line_of
-from foreserve.runtime.live.messages import Move, NodeReport, Order, OrderKind
+from foreserve.runtime.live.messages import (
+    Move,
+    NodeReport,
+    Order,
+    OrderKind,
+    Place,
+)
 from foreserve.runtime.live.patience import Failures, Patience
 from foreserve.runtime.states import check_action, check_move
 
@@ -52,12 +58,13 @@ class NodeAgent:
         log: IntentLog,
         clock: Clock | None = None,
         patience: Patience | None = None,
+        place: Place | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """``facts`` go into the log's line of this start."""
+        """``place`` goes into reports, ``facts`` into the log's line of this start."""
         self.node, self._fleet, self._make, self._log = node, fleet, make, log
         self._clock: Clock = clock or SystemClock()
-        self._patience = patience or Patience()
+        self._patience, self._place = patience or Patience(), place or Place()
         self._gpus = fleet.cluster.node_by_name[node].gpu_ids()
         self._usable = {gpu: fleet.cluster.usable_bytes(gpu) for gpu in self._gpus}
         self._ledger = Ledger(fleet)
@@ -124,6 +131,7 @@ class NodeAgent:
                 troubles=self._failures.told(),
                 usable_bytes=dict(self._usable),
                 free_bytes={gpu: self._ledger.free_bytes[gpu] for gpu in self._gpus},
+                place=self._place,
             )
 
     def forgive(self, key: ReplicaId | None = None) -> None:

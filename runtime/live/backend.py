@@ -313,7 +313,7 @@ class LiveBackend:
                 continue
             rows = {row.id: row for row in node.report.rows}
             found += (
-                _routable(rows[key])
+                _routable(rows[key], node.report.place.key)
                 for key, phase, leaving in self._phases(node)
                 if phase == "ACTIVE" and not leaving
             )
@@ -499,11 +499,12 @@ def _fenced(in_charge: int, own: int) -> str:
     return f"a controller of generation {in_charge} is in charge, this one is of {own}"
 
 
-def _routable(row: Row) -> Routable:
+def _routable(row: Row, key: str) -> Routable:
     return Routable(
         id=row.id,
         url=row.url,
         max_num_seqs=row.max_num_seqs,
         room_tokens=row.room_tokens,
         served_name=row.served_name,
+        key=key,
     )

@@ -26,6 +26,8 @@ class Binding(Record):
     """The devices of one node; none for engines that need no hardware."""
 
     devices: tuple[Device, ...] = ()
+    machine: str = ""
+    """Its address, where that may be another one than the controller's."""
 
     def __post_init__(self) -> None:
         for what in (

@@ -33,7 +33,7 @@ from foreserve.runtime.engines.process import reap
 from foreserve.runtime.live.agent import NodeAgent
 from foreserve.runtime.live.binding import Binding
 from foreserve.runtime.live.intents import IntentLog
-from foreserve.runtime.live.messages import Link, LinkLost
+from foreserve.runtime.live.messages import Link, LinkLost, Place
 from foreserve.runtime.live.patience import Patience
 
 START_S = 20.0
@@ -100,13 +100,20 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
         devices = setup.binding.of(key.gpus)
         return factory(option, key, replace(setup.settings, devices=devices))
 
+    binding, pid = setup.binding, os.getpid()
     return NodeAgent(
         fleet=setup.fleet,
         node=setup.node,
         make=make,
         log=log,
         patience=setup.patience,
-        facts={"date": datetime.now(UTC).isoformat(), "pid": os.getpid()},
+        place=Place(pid=pid, binding=binding, key=setup.settings.key),
+        facts={
+            "date": datetime.now(UTC).isoformat(),
+            "pid": pid,
+            "machine": binding.machine,
+            "devices": {str(gpu): i for gpu, i in binding.index_of.items()},
+        },
     )
 
 

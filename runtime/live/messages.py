@@ -3,13 +3,14 @@ pickle, so that they pass a call, a socket, or Ray alike."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from foreserve.models.errors import ForeserveError
 from foreserve.models.observed import Phase
 from foreserve.models.placement import ReplicaId
 from foreserve.models.specs import GpuId
+from foreserve.runtime.live.binding import Binding
 
 OrderKind = Literal["load", "activate", "demote", "quiesce", "drop"]
 """`Kind`, and quiesce: nothing is in flight any more, so DRAINING may become WARM."""
@@ -97,6 +98,16 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where an agent lives, from its start to its end."""
+
+    pid: int = 0
+    binding: Binding = field(default_factory=Binding)
+    key: str = field(default="", repr=False)
+    """What callers have to show to its engines; empty: nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
     """One node at one instant."""
 
@@ -111,3 +122,4 @@ class NodeReport:
     troubles: tuple[Trouble, ...]
     usable_bytes: dict[GpuId, int]
     free_bytes: dict[GpuId, int]
+    place: Place = Place()

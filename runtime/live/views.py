@@ -23,9 +23,22 @@ def nodes(backend: LiveBackend) -> list[dict[str, Any]]:
             "error": status.error or None,
             "report_age_s": status.age_s if status.report is not None else None,
             "replicas": len(status.report.rows) if status.report is not None else 0,
+            **_place(status.report),
         }
         for status in backend.status()
     ]
+
+
+def _place(report: NodeReport | None) -> dict[str, Any]:
+    """Where the agent was when it was heard of last: the hardware of each GPU."""
+    if report is None:
+        return {"machine": None, "pid": None, "devices": {}}
+    binding = report.place.binding
+    return {
+        "machine": binding.machine or None,
+        "pid": report.place.pid,
+        "devices": {str(gpu): index for gpu, index in binding.index_of.items()},
+    }
 
 
 def engines(backend: LiveBackend) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def _result(ray: Any, promise: Any) -> Any:
         raise ForeserveError(f"Ray lost a task: {_line(error)}") from None
 
 
-def connected(address: str, **resources: Any) -> Any:
+def connected(address: str, namespace: str | None = None, **resources: Any) -> Any:
     """The module ``ray``, connected to what `in_cluster` calls ``address``; ``resources``
     are those of a Ray that is started here. Errors as there."""
     if address not in (LOCAL, AUTO):
@@ -93,6 +93,7 @@ def connected(address: str, **resources: Any) -> Any:
     try:
         ray.init(
             address=address,
+            namespace=namespace,
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,

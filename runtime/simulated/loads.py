@@ -9,7 +9,7 @@ from foreserve.models.loading import HostCache
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.models.specs import ClusterSpec, GpuId, GpuType, Node
-from foreserve.runtime.simulated.hostram import HostRam
+from foreserve.runtime.hostram import HostRam
 from foreserve.runtime.simulated.links import Link, Links, ProcessPool, transfer
 
 CACHED: tuple[HostCache, ...] = ("lru", "planned")
