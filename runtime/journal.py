@@ -105,6 +105,19 @@ class Faulted(Record):
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted(Record):
+    """A request came to a live cluster, which will write its `RequestEnd`; where there is
+    none, the process that would have written it has ended before."""
+
+    at_s: float
+    request: int
+    """Its number in this run, as in its end."""
+    llm: str
+    input_tokens: int
+    """Probably."""
+
+
 Result = Literal["finished", "failed", "unfinished"]
 RESULTS: tuple[Result, ...] = ("unfinished", "finished", "failed")
 """By the numbers that `RequestTable` has for them."""
@@ -223,7 +236,15 @@ class Ended(Record):
 
 
 Event = (
-    Started | Decision | Refusal | PhaseChange | Faulted | RequestEnd | Served | Ended
+    Started
+    | Decision
+    | Refusal
+    | PhaseChange
+    | Faulted
+    | Accepted
+    | RequestEnd
+    | Served
+    | Ended
 )
 
 EVENTS: Mapping[str, type[Event]] = {
@@ -232,6 +253,7 @@ EVENTS: Mapping[str, type[Event]] = {
     "refusal": Refusal,
     "phase": PhaseChange,
     "fault": Faulted,
+    "accepted": Accepted,
     "request": RequestEnd,
     "served": Served,
     "ended": Ended,

@@ -155,6 +155,7 @@ class Gateway:
                 / 1000,
             )
             self.keys.spend(key, now_s)
+            job.number = self.table.began(call.llm, now_s, call.likely_tokens)
         except ClientLeft:
             return
         except ApiError as error:

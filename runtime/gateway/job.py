@@ -56,6 +56,7 @@ class Job:
     deadline_s: float
     slo_ttft_s: float
     slo_tpot_s: float
+    number: int = 0
     waited_s: float = 0.0
     seat: Seat | None = None
     """Where it is or was worked on last."""
@@ -103,6 +104,7 @@ def settle(job: Job, error: ApiError | None, end_s: float) -> RequestRecord:
         end_s=end_s,
         result="finished" if finished else "failed",
         reason=reason,
+        number=job.number,
     )
 
 

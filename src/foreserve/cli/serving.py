@@ -33,18 +33,13 @@ from foreserve.runtime.gateway.job import ServedLlm
 from foreserve.runtime.gateway.keys import ApiKey, hashed
 from foreserve.runtime.gateway.server import Server
 from foreserve.runtime.gateway.table import RequestRecord, RoutingTable
-from foreserve.runtime.journal import (
-    Event,
-    RequestEnd,
-    RequestEnds,
-    Started,
-    line_of,
-)
+from foreserve.runtime.journal import Started
 from foreserve.runtime.live.awake import always_awake
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.binding import Binding
 from foreserve.runtime.live.host import Hosted, setups
 from foreserve.runtime.live.intents import IntentLog
+from foreserve.runtime.live.journal import LiveJournal
 from foreserve.traces.trace import Demand
 
 REVIEW_S = 3600.0
@@ -71,46 +66,6 @@ class ServeOptions:
     """Whether WARM engines hold no KV memory; where they do, the books say so too."""
 
 
-class LiveJournal:
-    """A run's journal as it grows: one line an event, from several threads."""
-
-    def __init__(self, path: Path) -> None:
-        self._log = path.open("a", encoding="utf-8")
-        self._lock = threading.Lock()
-        self._requests = 0
-
-    def record(self, event: Event | RequestEnds) -> None:
-        if isinstance(event, RequestEnds):
-            return
-        line = line_of(event)
-        with self._lock:
-            self._log.write(line + "\n")
-            self._log.flush()
-
-    def ended(self, record: RequestRecord) -> None:
-        """A request has ended."""
-        with self._lock:
-            number, self._requests = self._requests, self._requests + 1
-        self.record(
-            RequestEnd(
-                at_s=record.end_s,
-                request=number,
-                llm=record.llm,
-                arrival_s=record.arrival_s,
-                input_tokens=record.input_tokens,
-                output_tokens=record.output_tokens,
-                result=record.result,
-                first_token_s=record.first_token_s,
-                gpus=None if record.replica is None else record.replica.gpus,
-                reason=record.reason,
-            )
-        )
-
-    def close(self) -> None:
-        with self._lock:
-            self._log.close()
-
-
 class Serving:
     """All of it. `start`, then `stop` once."""
 
@@ -133,7 +88,10 @@ class Serving:
         self.journal = LiveJournal(folder / "journal.jsonl")
         self.arrivals = Arrivals([llm.name for llm in fleet.llms])
         self.table = RoutingTable(
-            self.clock.now_s, on_need=self.clock.wake, ended=self._ended
+            self.clock.now_s,
+            on_need=self.clock.wake,
+            began=self.journal.accepted,
+            ended=self._ended,
         )
         self.backend = LiveBackend(
             fleet=fleet,

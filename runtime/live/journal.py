@@ -1,0 +1,140 @@
+"""The journal of a cluster that serves: one file, which grows from start to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from foreserve.runtime.gateway.table import RequestRecord
+from foreserve.runtime.journal import (
+    Accepted,
+    Event,
+    RequestEnd,
+    RequestEnds,
+    line_of,
+)
+
+LONGEST_S = 1000.0
+"""No request is under way for longer: the gateway's deadlines are shorter."""
+LOST = "gateway_lost"
+"""Why requests failed of which nobody has told the end."""
+BLOCK = 1 << 16
+
+
+class LiveJournal:
+    """One line an event, from several threads; each is with the system, though not on the
+    disk, when the call returns, so that none is lost with the process.
+
+    Requests are written down when they are accepted and when they have ended. Those that
+    an earlier process took with it are ended by the next one that opens the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        left, at_s = _left_open(path)
+        self._log = path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+        self._requests = 0
+        for accepted in left:
+            self.record(
+                RequestEnd(
+                    at_s=at_s,
+                    request=accepted["request"],
+                    llm=accepted["llm"],
+                    arrival_s=accepted["at_s"],
+                    input_tokens=accepted["input_tokens"],
+                    output_tokens=0,
+                    result="failed",
+                    reason=LOST,
+                )
+            )
+
+    def record(self, event: Event | RequestEnds) -> None:
+        if isinstance(event, RequestEnds):
+            return
+        line = line_of(event)
+        with self._lock:
+            self._log.write(line + "\n")
+            self._log.flush()
+
+    def accepted(self, llm: str, at_s: float, input_tokens: int) -> int:
+        """A request will be answered; its number in this run."""
+        with self._lock:
+            number, self._requests = self._requests, self._requests + 1
+        self.record(
+            Accepted(at_s=at_s, request=number, llm=llm, input_tokens=input_tokens)
+        )
+        return number
+
+    def ended(self, record: RequestRecord) -> None:
+        """A request has ended."""
+        self.record(
+            RequestEnd(
+                at_s=record.end_s,
+                request=record.number,
+                llm=record.llm,
+                arrival_s=record.arrival_s,
+                input_tokens=record.input_tokens,
+                output_tokens=record.output_tokens,
+                result=record.result,
+                first_token_s=record.first_token_s,
+                gpus=None if record.replica is None else record.replica.gpus,
+                reason=record.reason,
+            )
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._log.close()
+
+
+def _left_open(path: Path) -> tuple[list[dict[str, Any]], float]:
+    """Requests of the last run that were accepted and have no end, in their order, and
+    when it was last heard of. A line that a crash has cut off is removed."""
+    if not path.exists():
+        return [], 0.0
+    _trim(path)
+    ended: set[int] = set()
+    left: list[dict[str, Any]] = []
+    last_s: float | None = None
+    for line in _backwards(path):
+        event = json.loads(line)
+        if last_s is None:
+            last_s = event["at_s"]
+        if event["event"] == "request":
+            ended.add(event["request"])
+        elif event["event"] == "accepted" and event["request"] not in ended:
+            left.append(event)
+        if event["event"] == "started" or event["at_s"] < last_s - LONGEST_S:
+            break
+    return left[::-1], last_s or 0.0
+
+
+def _trim(path: Path) -> None:
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        keep = 0
+        for begin in range(max(0, end - 1) // BLOCK * BLOCK, -1, -BLOCK):
+            file.seek(begin)
+            at = file.read(BLOCK).rfind(b"\n")
+            if at >= 0:
+                keep = begin + at + 1
+                break
+        file.truncate(keep)
+
+
+def _backwards(path: Path) -> Iterator[bytes]:
+    """Whole lines of a file, the last one first; reads no more than is asked for."""
+    with path.open("rb") as file:
+        begin, rest = file.seek(0, os.SEEK_END), b""
+        while begin > 0:
+            size = min(BLOCK, begin)
+            begin -= size
+            file.seek(begin)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            yield from (line for line in reversed(lines) if line)
+        if rest:
+            yield rest
