@@ -89,6 +89,16 @@ state_option = click.option(
 @click.option(
     "--keep-engines", is_flag=True, help="Leave agents and engines when it stops."
 )
+@click.option("--ray", "own_ray", is_flag=True, help="Agents in a Ray of its own.")
+@click.option(
+    "--address", metavar="HOST:PORT|auto", help="Agents in this Ray cluster, as actors."
+)
+@click.option(
+    "--node-folder",
+    type=click.Path(path_type=Path),
+    help="Folder of the agents' logs on the machines of --address.  "
+    "[default: ~/.foreserve/NAME]",
+)
 @state_option
 @quiet_option
 def serve(
@@ -105,6 +115,9 @@ def serve(
     time_scale: float,
     python: str | None,
     keep_engines: bool,
+    own_ray: bool,
+    address: str | None,
+    node_folder: Path | None,
     folder: Path,
     quiet: bool,
 ) -> int:
@@ -114,6 +127,8 @@ def serve(
     carried out is kept in the state folder, so that the next start goes on with it.
     Ends with SIGINT or SIGTERM: what was accepted is answered first.
     """
+    if own_ray and address is not None:
+        raise InvalidInput("--ray or --address, not both")
     serving = make(
         scenario,
         plan_path,
@@ -128,7 +143,11 @@ def serve(
         admin_port=admin_port,
         keys=keys,
         insecure=insecure,
+        ray="local" if own_ray else address,
+        node_folder=node_folder,
     )
+    from foreserve.cli.agents import shared_machines
+
     out, _ = consoles(quiet)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -137,6 +156,11 @@ def serve(
     llms = ", ".join(llm.name for llm in serving.fleet.llms)
     out.print(f"serving {llms}")
     out.print(f"  http://{host}:{serving.server.port}/v1")
+    if address is not None:
+        for machine, nodes in shared_machines(serving.backend.status()):
+            out.print(
+                f"  {machine} is {', '.join(nodes)}: plans take them to fail apart"
+            )
     out.print(f"  plan status --state {folder}")
     while not ended.wait(0.5) and serving.failed is None:
         pass

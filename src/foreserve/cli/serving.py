@@ -11,11 +11,12 @@ import math
 import os
 import secrets
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from foreserve.cli.agents import agents_of
 from foreserve.cli.operating import Operating
 from foreserve.models.codec import dump_json, load_plan, to_json, write_text
 from foreserve.models.observed import Observed
@@ -25,7 +26,7 @@ from foreserve.planner.online import Arrivals, LivePolicy, Mode
 from foreserve.planner.scenario import Scenario
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.controller import Controller
-from foreserve.runtime.engines.base import ENGINES, EngineSettings
+from foreserve.runtime.engines.base import EngineSettings
 from foreserve.runtime.gateway.admin import admin_app
 from foreserve.runtime.gateway.app import public_app
 from foreserve.runtime.gateway.gateway import Gateway, Settings
@@ -36,8 +37,6 @@ from foreserve.runtime.gateway.table import RequestRecord, RoutingTable
 from foreserve.runtime.journal import Started
 from foreserve.runtime.live.awake import always_awake
 from foreserve.runtime.live.backend import LiveBackend
-from foreserve.runtime.live.binding import Binding
-from foreserve.runtime.live.host import Hosted, setups
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.journal import LiveJournal
 from foreserve.traces.trace import Demand
@@ -64,6 +63,10 @@ class ServeOptions:
     """Seconds that pass for the cluster in a real one (simulated engines only)."""
     sleeps: bool = True
     """Whether WARM engines hold no KV memory; where they do, the books say so too."""
+    ray: str | None = None
+    """Address of the Ray cluster whose actors the agents are; None: processes here."""
+    node_folder: Path | None = None
+    """Of the agents' logs, on the machines of that cluster."""
 
 
 class Serving:
@@ -93,11 +96,20 @@ class Serving:
             began=self.journal.accepted,
             ended=self._ended,
         )
+        self.agents = agents_of(
+            fleet,
+            self.made_with,
+            folder,
+            options.engine,
+            options.settings,
+            options.ray,
+            options.node_folder,
+        )
         self.backend = LiveBackend(
             fleet=fleet,
             clock=self.clock,
             table=self.table,
-            nodes=self._agents(),
+            nodes=self.agents.nodes,
             log=self._lock_file,
             journal=self.journal,
         )
@@ -157,23 +169,6 @@ class Serving:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._control, name="controller")
 
-    def _agents(self) -> dict[str, Hosted]:
-        """By node. All are on this machine: its devices are dealt out in order."""
-        folder, options = self.options.folder, self.options
-        made = setups(
-            self.fleet,
-            folder,
-            ENGINES[options.engine],
-            options.settings or EngineSettings(folder=folder),
-            made_with=self.made_with,
-        )
-        found, begin = {}, 0
-        for node in self.fleet.cluster.nodes:
-            binding = Binding.of_node(node, range(begin, begin + node.gpus))
-            found[node.name] = Hosted(replace(made[node.name], binding=binding))
-            begin += node.gpus
-        return found
-
     def start(self) -> None:
         """Reach the agents, then serve; returns when both ports answer."""
         self.journal.record(
@@ -201,6 +196,7 @@ class Serving:
         self._thread.join()
         self.policy.close()
         self.backend.close(stop_engines=engines)
+        self.agents.close(stop=engines)
         self.journal.close()
         self._lock_file.close()
         (self.options.folder / "admin.json").unlink(missing_ok=True)
