@@ -19,11 +19,51 @@ from numpy.typing import NDArray
 
 from foreserve.models.errors import InvalidInput
 
+WINDOW = 64
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen": ("Qwen2ForCausalLM", "qwen2"),
     "mistral": ("MistralForCausalLM", "mistral"),
+    "llama3": ("LlamaForCausalLM", "llama"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    "mixtral": ("MixtralForCausalLM", "mixtral"),
+    "gemma": ("GemmaForCausalLM", "gemma"),
+    "gemma2": ("Gemma2ForCausalLM", "gemma2"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
+MORE: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "llama3": {
+        "tie_word_embeddings": True,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "qwen3-moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 24},
+    "gemma3": {
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 2,
+        "rope_local_base_freq": 10000.0,
+        "rope_theta": 1000000.0,
+    },
+}
+"""What a family's file says beside what all say."""
+TIED = ("llama3", "gemma", "gemma2", "gemma3")
 SPECIAL = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT = (
     "{% for m in messages %}"
@@ -74,8 +114,19 @@ def make(
         "eos_token_id": words[SPECIAL[1]],
         "torch_dtype": "bfloat16",
     }
-    if family == "mistral":
-        config["sliding_window"] = None
+    config |= MORE.get(family, {})
+    if family == "qwen3-moe":
+        config["moe_intermediate_size"] = hidden
+    if family in ("gemma2", "gemma3"):
+        # Every second layer sees everything, every other one a window.
+        kinds = ("sliding_attention", "full_attention")
+        config["layer_types"] = [kinds[layer % 2] for layer in range(layers)]
+        config["attn_logit_softcapping"] = 50.0 if family == "gemma2" else None
+        config["final_logit_softcapping"] = 30.0 if family == "gemma2" else None
+    if family in TIED:
+        config["tie_word_embeddings"] = True
+    if family.startswith("gemma"):
+        config["hidden_act"] = config["hidden_activation"] = "gelu_pytorch_tanh"
     _write_json(folder / "config.json", config)
     _write_json(
         folder / "generation_config.json",
@@ -121,26 +172,69 @@ def _weights(
         values = rng.standard_normal((rows, columns)) * (factor * columns**-0.5)
         return np.asarray(values, np.float32)
 
-    ones = np.ones(hidden, np.float32)
-    yield "model.embed_tokens.weight", drawn(len(words), hidden, 4)
+    def norm(size: int = hidden) -> NDArray[np.float32]:
+        """Ones where files of earlier versions have them; else near what is 1 to the
+        family, and no two alike."""
+        if family in ("llama", "qwen", "mistral"):
+            return np.ones(size, np.float32)
+        middle = 0.0 if family.startswith("gemma") else 1.0
+        return np.asarray(middle + 0.2 * rng.standard_normal(size), np.float32)
+
+    tied, sandwich = config["tie_word_embeddings"], family in ("gemma2", "gemma3")
+    # Gemmas make theirs larger by the root of the width.
+    faint = 0.05 if family.startswith("gemma") else 1.0
+    embedding = drawn(len(words), hidden, faint if tied else 4)
+    silent = [number for word, number in words.items() if word[0] != "\u0120"]
+    if tied:
+        # What is silent at the end is still heard at the beginning, if faintly.
+        embedding[silent] *= 0.25
+    yield "model.embed_tokens.weight", embedding
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
-        yield f"{name}.input_layernorm.weight", ones
+        yield f"{name}.input_layernorm.weight", norm()
         for part, rows, factor in (("q", queries, 4), ("k", keys, 4), ("v", keys, 1)):
             yield f"{name}.self_attn.{part}_proj.weight", drawn(rows, hidden, factor)
             if family == "qwen":
                 yield f"{name}.self_attn.{part}_proj.bias", drawn(rows, 1, 0.1)[:, 0]
+        if family in ("qwen3", "qwen3-moe", "gemma3"):
+            yield f"{name}.self_attn.q_norm.weight", norm(head)
+            yield f"{name}.self_attn.k_norm.weight", norm(head)
         yield f"{name}.self_attn.o_proj.weight", drawn(hidden, queries)
-        yield f"{name}.post_attention_layernorm.weight", ones
-        yield f"{name}.mlp.gate_proj.weight", drawn(inner, hidden)
-        yield f"{name}.mlp.up_proj.weight", drawn(inner, hidden)
-        yield f"{name}.mlp.down_proj.weight", drawn(hidden, inner, 2)
-    yield "model.norm.weight", ones
+        yield f"{name}.post_attention_layernorm.weight", norm()
+        if sandwich:
+            yield f"{name}.pre_feedforward_layernorm.weight", norm()
+            yield f"{name}.post_feedforward_layernorm.weight", norm()
+        for path, rows, columns, factor in _feed_forward(config, family, inner):
+            yield f"{name}.{path}.weight", drawn(rows, columns, factor)
+    yield "model.norm.weight", norm()
+    if tied:
+        return
     # Only words are ever likely: bytes and special tokens have no weight in the end.
     out = drawn(len(words), hidden, 4)
-    silent = [number for word, number in words.items() if word[0] != "\u0120"]
     out[silent] = 0
     yield "lm_head.weight", out
+
+
+def _feed_forward(
+    config: dict[str, Any], family: str, inner: int
+) -> Iterator[tuple[str, int, int, float]]:
+    """Its matrices: name, rows, columns, strength."""
+    hidden = config["hidden_size"]
+    if family == "mixtral":
+        at, names, count = "block_sparse_moe", ("w1", "w3", "w2"), 4
+    else:
+        at, names, count = "mlp", ("gate_proj", "up_proj", "down_proj"), 4
+        inner = config.get("moe_intermediate_size", inner)
+    if family not in ("mixtral", "qwen3-moe"):
+        experts = [at]
+    else:
+        yield f"{at}.gate", count, hidden, 2
+        experts = [f"{at}.experts.{expert}" for expert in range(count)]
+    gate, up, down = names
+    for expert in experts:
+        yield f"{expert}.{gate}", inner, hidden, 1
+        yield f"{expert}.{up}", inner, hidden, 1
+        yield f"{expert}.{down}", hidden, inner, 2
 
 
 def _write_weights(

@@ -18,7 +18,9 @@ def models() -> None:
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--family",
-    type=click.Choice(["llama", "qwen", "mistral"]),
+    type=click.Choice(
+        "llama qwen mistral llama3 qwen3 qwen3-moe mixtral gemma gemma2 gemma3".split()
+    ),
     default="llama",
     show_default=True,
     help="Its architecture.",

@@ -1,0 +1,210 @@
+"""Attention of ragged sequences over a paged KV cache.
+
+A page holds ``T`` whole tokens of all layers of one LLM, laid out
+``[layer][key or value][token][head][number]``; a sequence has a table of its pages, which
+may lie anywhere. `plan_step` turns what one iteration computes into index tensors, once for
+all layers. Sequences of about the same lengths attend together (`Bundle`), so that little
+is computed for padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from foreserve.runtime.paged.loading import DTYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one sequence computes in an iteration."""
+
+    tokens: Sequence[int]
+    """The next ones, at least one."""
+    begin: int
+    """Position of the first: so many are in its pages already."""
+    table: Sequence[int]
+    """Its pages, enough for all its tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Sequences that attend together: ``b`` of up to ``t`` tokens, over ``c`` positions."""
+
+    rows: torch.Tensor
+    """``[b, t]``: of each token among the iteration's; the last one again as padding."""
+    tables: torch.Tensor
+    """``[b, pages]``; the first page again as padding."""
+    real: torch.Tensor
+    """Flat indices of ``rows`` that are no padding."""
+    masks: dict[int | None, torch.Tensor]
+    """By window: ``[b, 1, group * t, c]``, true where a token sees a position."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One iteration of one LLM."""
+
+    tokens: torch.Tensor
+    """``[n]``: of all sequences, one after another."""
+    positions: torch.Tensor
+    pages: torch.Tensor
+    slots: torch.Tensor
+    """``[n]``: where each token's keys and values go: its page, and its place in it."""
+    last: torch.Tensor
+    """``[sequences]``: index of each one's last token."""
+    bundles: tuple[Bundle, ...]
+
+
+def cache_view(
+    pages: torch.Tensor,
+    *,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+) -> torch.Tensor:
+    """``[pages, layer, 2, T, head, number]``: ``pages`` (uint8 ``[pages, bytes]``) as one
+    LLM sees them, without a copy."""
+    kind = DTYPES[dtype]
+    row = kv_heads * head_dim
+    per_page = pages.shape[1] // (2 * layers * row * kind.itemsize)
+    if not per_page:
+        raise ValueError(f"a page of {pages.shape[1]} bytes holds no token")
+    numbers = pages.view(kind)[:, : per_page * 2 * layers * row]
+    return numbers.view(-1, layers, 2, per_page, kv_heads, head_dim)
+
+
+def plan_step(
+    work: Sequence[Work],
+    *,
+    tokens_per_page: int,
+    group: int,
+    windows: Collection[int | None],
+    device: torch.device | str = "cpu",
+) -> Step:
+    """``group``: query heads per KV head; ``windows``: those of the LLM's layers."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    pages: list[int] = []
+    last: list[int] = []
+    alike: dict[tuple[int, int], list[int]] = {}
+    starts: list[int] = []
+    for index, one in enumerate(work):
+        starts.append(len(tokens))
+        tokens += one.tokens
+        end = one.begin + len(one.tokens)
+        positions += range(one.begin, end)
+        pages += [one.table[at // tokens_per_page] for at in range(one.begin, end)]
+        last.append(len(tokens) - 1)
+        size = (len(one.tokens) - 1).bit_length()
+        alike.setdefault((size, (end - 1).bit_length()), []).append(index)
+    place = torch.tensor(positions, dtype=torch.int64)
+    bundles = tuple(
+        _bundle(
+            [work[i] for i in members],
+            [starts[i] for i in members],
+            tokens_per_page,
+            group,
+            windows,
+            device,
+        )
+        for members in alike.values()
+    )
+    return Step(
+        tokens=torch.tensor(tokens, dtype=torch.int64).to(device),
+        positions=place.to(device),
+        pages=torch.tensor(pages, dtype=torch.int64).to(device),
+        slots=(place % tokens_per_page).to(device),
+        last=torch.tensor(last, dtype=torch.int64).to(device),
+        bundles=bundles,
+    )
+
+
+def _bundle(
+    work: Sequence[Work],
+    starts: Sequence[int],
+    tokens_per_page: int,
+    group: int,
+    windows: Collection[int | None],
+    device: torch.device | str,
+) -> Bundle:
+    counts = torch.tensor([len(one.tokens) for one in work])
+    begins = torch.tensor([one.begin for one in work])
+    most = int(counts.max())
+    steps = torch.arange(most).expand(len(work), most)
+    real = steps < counts[:, None]
+    steps = steps.minimum(counts[:, None] - 1)
+    used = [-(-(one.begin + len(one.tokens)) // tokens_per_page) for one in work]
+    width = max(used)
+    tables = torch.tensor(
+        [
+            [*one.table[:count], *([one.table[0]] * (width - count))]
+            for one, count in zip(work, used, strict=True)
+        ]
+    )
+    at = begins[:, None] + steps
+    seen = torch.arange(width * tokens_per_page)
+    # Between the token itself and the beginning of its window.
+    back = at[:, :, None] - seen
+    masks = {}
+    for window in windows:
+        mask = back >= 0
+        if window is not None:
+            mask &= back < window
+        masks[window] = mask[:, None].repeat(1, 1, group, 1).to(device)
+    return Bundle(
+        rows=(torch.tensor(starts)[:, None] + steps).to(device),
+        tables=tables.to(device),
+        real=real.flatten().nonzero()[:, 0].to(device),
+        masks=masks,
+    )
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cache: torch.Tensor,
+    step: Step,
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> torch.Tensor:
+    """``[n, heads * number]`` from ``queries [n, heads, number]``, after ``keys`` and
+    ``values [n, kv_heads, number]`` have gone into this layer's ``cache
+    [pages, 2, T, kv_heads, number]``."""
+    cache[step.pages, 0, step.slots] = keys
+    cache[step.pages, 1, step.slots] = values
+    n, heads, number = queries.shape
+    kv_heads = keys.shape[1]
+    out = torch.empty_like(queries).view(n, heads * number)
+    for bundle in step.bundles:
+        b, t = bundle.rows.shape
+        # Query heads of one KV head are so many more tokens of it.
+        asked = (
+            queries[bundle.rows]
+            .view(b, t, kv_heads, -1, number)
+            .permute(0, 2, 3, 1, 4)
+            .reshape(b, kv_heads, -1, number)
+        )
+        known_keys = cache[bundle.tables, 0].flatten(1, 2).transpose(1, 2)
+        known_values = cache[bundle.tables, 1].flatten(1, 2).transpose(1, 2)
+        mask = bundle.masks[window]
+        if cap is None:
+            told = scaled_dot_product_attention(
+                asked, known_keys, known_values, attn_mask=mask, scale=scale
+            )
+        else:
+            scores = torch.tanh(asked @ known_keys.mT * (scale / cap)) * cap
+            scores = scores.masked_fill(~mask, float("-inf"))
+            shares = scores.softmax(-1, dtype=torch.float32).to(queries.dtype)
+            told = shares @ known_values
+        told = told.view(b, kv_heads, -1, t, number).permute(0, 3, 1, 2, 4)
+        told = told.reshape(b * t, heads * number)
+        out[bundle.rows.flatten()[bundle.real]] = told[bundle.real]
+    return out
