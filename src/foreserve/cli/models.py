@@ -19,7 +19,10 @@ def models() -> None:
 @click.option(
     "--family",
     type=click.Choice(
-        "llama qwen mistral llama3 qwen3 qwen3-moe mixtral gemma gemma2 gemma3".split()
+        [
+            *("llama", "qwen", "mistral", "llama3", "qwen3"),
+            *("qwen3-moe", "mixtral", "gemma", "gemma2", "gemma3"),
+        ]
     ),
     default="llama",
     show_default=True,
