@@ -39,6 +39,9 @@ ATTEMPTS = 3
 MOST_SPREAD = 0.1
 """Waits are told up to so much longer, by chance, so that not all come back at once."""
 
+LOST_SILENCE_S = 2.0
+"""A stream of a replica that was lost has failed when it says nothing for so long."""
+
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 
 log = logging.getLogger(__name__)
@@ -212,21 +215,36 @@ class Gateway:
         for _ in range(ATTEMPTS):
             waiter = await self._seated(job)
             try:
-                if job.call.stream:
-                    await self._relay(job, waiter)
-                else:
-                    await self._pass_on(job, waiter)
+                async with asyncio.timeout(None) as job.scope:
+                    if waiter.seat is None or waiter.seat.lost:
+                        raise EngineLost("it was lost meanwhile")
+                    if job.call.stream:
+                        await self._relay(job, waiter)
+                    else:
+                        await self._pass_on(job, waiter)
                 return
-            except (EngineLost, BrokenStream) as error:
-                lost = str(error)
+            except (EngineLost, BrokenStream, TimeoutError) as error:
+                lost = str(error) or "it was lost"
                 self.table.shun(waiter, lost)
                 shunned_s = SHUN_S / self.settings.time_scale
                 loop.call_later(shunned_s + 0.01, self.table.serve, llm)
                 if job.started:
                     break
             finally:
+                job.scope = None
                 self.table.release(waiter)
         raise errors.engine_lost(lost)
+
+    def _abandon(self, job: Job, waiter: Waiter, chunks: int = -1) -> None:
+        """The replica of a request was lost, or its node does not answer: without a token
+        yet the request is tried elsewhere; a stream goes on for as long as it does."""
+        scope, loop = job.scope, asyncio.get_running_loop()
+        if waiter.seat is None or scope is None:
+            return
+        if not job.started or job.chunks == chunks:
+            scope.reschedule(loop.time())
+        else:
+            loop.call_later(LOST_SILENCE_S, self._abandon, job, waiter, job.chunks)
 
     async def _seated(self, job: Job) -> Waiter:
         """Wait for a replica; the waiter that was given one, to be released."""
@@ -238,6 +256,7 @@ class Gateway:
             call.exact_tokens,
             call.likely_tokens,
             lambda: loop.call_soon_threadsafe(event.set),
+            lambda: loop.call_soon_threadsafe(self._abandon, job, waiter),
         )
         if self.closing:
             raise errors.closing()

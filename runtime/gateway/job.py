@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import secrets
@@ -60,6 +61,8 @@ class Job:
     waited_s: float = 0.0
     seat: Seat | None = None
     """Where it is or was worked on last."""
+    scope: asyncio.Timeout | None = None
+    """Of the attempt that is under way: ends it when the replica is lost."""
     started: bool = False
     """The status line has been sent."""
     complete: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from foreserve.models.placement import ReplicaId
@@ -85,6 +85,10 @@ class Seat:
     idle_since_s: float | None
     in_flight: int = 0
     shunned_until_s: float = -math.inf
+    at_work: set[Waiter] = field(default_factory=set)
+    """Whose requests it works on."""
+    lost: bool = False
+    """It will not answer any more."""
 
 
 @dataclass(eq=False, slots=True)
@@ -98,6 +102,8 @@ class Waiter:
     """What it will probably need; an estimate."""
     wake: Callable[[], object]
     """Called when ``seat`` or ``never`` was set after `RoutingTable.join`."""
+    lost: Callable[[], object] = lambda: None
+    """Called when its seat is lost."""
     seat: Seat | None = None
     taken_s: float = 0.0
     never: bool = False
@@ -182,6 +188,20 @@ class RoutingTable:
             told = [wake for llm in self._lanes for wake in self._serve(llm)]
         for wake in told:
             wake()
+
+    def abandon(self, replicas: Iterable[ReplicaId]) -> None:
+        """These have been lost: whoever waits for an answer of theirs need not."""
+        gone = set(replicas)
+        if not gone:
+            return
+        with self._lock:
+            told = []
+            for seat in self._all():
+                if seat.replica.id in gone and not seat.lost:
+                    seat.lost = True
+                    told += [waiter.lost for waiter in seat.at_work]
+        for lost in told:
+            lost()
 
     def in_flight(self) -> Mapping[ReplicaId, int]:
         """Requests on each replica that is routable, or still works on some."""
@@ -293,6 +313,7 @@ class RoutingTable:
             now_s = self.now_s()
             lane = self._lane(waiter.llm)
             seat.in_flight -= 1
+            seat.at_work.discard(waiter)
             if seat.in_flight == 0:
                 seat.idle_since_s = now_s
                 self._leaving.discard(seat)
@@ -362,6 +383,7 @@ class RoutingTable:
             return False
         seat = seats[best]
         seat.in_flight += 1
+        seat.at_work.add(waiter)
         seat.idle_since_s = None
         waiter.seat, waiter.taken_s = seat, now_s
         return True

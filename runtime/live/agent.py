@@ -81,14 +81,18 @@ class NodeAgent:
 
     # --- what a controller calls ------------------------------------------------------
 
-    def hello(self, generation: int) -> int:
-        """A controller takes over: orders of earlier ones are refused from now on.
+    def hello(self, generation: int, step: int = 0) -> int:
+        """A controller takes over: orders of earlier ones are refused from now on, and so
+        are its own up to ``step``, which may come late over a link that it has given up.
         Returns the highest generation that has said hello, which is ``generation`` unless
         the caller itself is late."""
         with self._changed:
             if generation > self._generation:
                 self._log.append("fence", generation=generation, at_s=self._now_s())
                 self._generation, self._step = generation, 0
+                self._touch()
+            if generation == self._generation and step > self._step:
+                self._step = step
                 self._touch()
             return self._generation
 
@@ -101,7 +105,7 @@ class NodeAgent:
                     f"generation {order.generation}, but {self._generation} is in charge",
                 )
             if order.step <= self._step:
-                return ""  # carried out before
+                return ""  # carried out before, or given up
             self._step = order.step
             self._touch()
             try:

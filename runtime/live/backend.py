@@ -12,33 +12,30 @@ answers. A replica that drains becomes WARM when the table has nothing in flight
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from foreserve.models.errors import ForeserveError
-from foreserve.models.faults import FaultKind
-from foreserve.models.observed import Observed, ObservedReplica, Phase
+from foreserve.models.observed import Observed, ObservedReplica
 from foreserve.models.placement import Action, ReplicaId
 from foreserve.models.problem import Fleet
 from foreserve.models.specs import GpuId
 from foreserve.runtime.clock import Clock, SystemClock
 from foreserve.runtime.gateway.table import Routable
-from foreserve.runtime.journal import Faulted, PhaseChange, Recorder
+from foreserve.runtime.journal import Recorder
 from foreserve.runtime.live.eta import Estimate, StepTimes, soonest
 from foreserve.runtime.live.intents import IntentLog
+from foreserve.runtime.live.journal import Notes
 from foreserve.runtime.live.messages import (
     Link,
     Move,
     NodeReport,
     Order,
     OrderKind,
-    Row,
     Trouble,
 )
+from foreserve.runtime.live.remote import NodeStatus, Remote
 
 POLL_S = 1.0
 """A report comes at least so often."""
@@ -49,51 +46,19 @@ AGAIN_S = 0.5
 DRAIN_S = 0.02
 """Between looks at the table while something drains."""
 
-BECOMES: Mapping[OrderKind, Phase] = {
-    "load": "LOADING",
-    "activate": "ACTIVATING",
-    "demote": "DRAINING",
-}
-"""How a replica is seen from the order on."""
-
 
 class Routes(Protocol):
     """What the backend needs of the gateway's table."""
 
     def publish(self, replicas: Sequence[Routable]) -> None: ...
 
+    def abandon(self, replicas: Iterable[ReplicaId]) -> None: ...
+
     def in_flight(self) -> Mapping[ReplicaId, int]: ...
 
     def idle_since_s(self) -> Mapping[ReplicaId, float]: ...
 
     def waiting(self) -> Mapping[str, int]: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Node:
-    name: str
-    open: Callable[[], Link]
-    queue: SimpleQueue[Order | None] = field(default_factory=SimpleQueue)
-    report: NodeReport | None = None
-    at_s: float = 0.0
-    """When the report came."""
-    lost: bool = True
-    error: str = "not reached yet"
-    pending: dict[ReplicaId, Order] = field(default_factory=dict)
-    """The last order on each replica, until a report has it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeStatus:
-    """What is known of one node, for people."""
-
-    node: str
-    error: str
-    """Why it is lost; empty where it is not."""
-    report: NodeReport | None
-    """The last one."""
-    age_s: float
-    """Of the report."""
 
 
 class LiveBackend:
@@ -121,9 +86,8 @@ class LiveBackend:
         self._log.append("generation", generation=self.generation)
         self._step = 0
         self._lock = threading.RLock()
-        self._nodes = {name: _Node(name, open_) for name, open_ in nodes.items()}
-        self._notes: list[PhaseChange | Faulted] = []
-        self._told_s = 0.0
+        self._nodes = {name: Remote(name, open_) for name, open_ in nodes.items()}
+        self._notes = Notes()
         self.published: tuple[Routable, ...] = ()
         """Who is routable, as the table was told last."""
         self._draining = threading.Event()
@@ -157,7 +121,7 @@ class LiveBackend:
         if not stop_engines:
             return
 
-        def stop(node: _Node) -> None:
+        def stop(node: Remote) -> None:
             try:
                 node.open().call("close", timeout_s=60.0)
             except ForeserveError as error:
@@ -179,24 +143,15 @@ class LiveBackend:
         in_flight, idle = self.table.in_flight(), self.table.idle_since_s()
         with self._lock:
             now_s = self.clock.now_s()
-            for note in sorted(self._notes, key=lambda note: note.at_s):
-                # Reports of several nodes overlap; the journal's time only grows.
-                self._told_s = max(self._told_s, note.at_s)
-                self._journal.record(replace(note, at_s=self._told_s))
-            self._told_s = now_s
-            self._notes.clear()
+            self._notes.tell(self._journal, now_s)
             replicas: list[ObservedReplica] = []
             busy: set[ReplicaId] = set()
             lost: set[GpuId] = set()
             for node in self._nodes.values():
-                if node.lost or node.report is None:
+                if node.here is None:
                     lost.update(self.fleet.cluster.node_by_name[node.name].gpu_ids())
-                    continue
-                report, passed_s = node.report, now_s - node.at_s
-                for trouble in report.troubles:
-                    if trouble.retry_in_s > passed_s:
-                        busy.add(trouble.id)
-                for key, phase, leaving in self._phases(node):
+                busy.update(node.waited_with(now_s))
+                for key, phase, leaving in node.phases():
                     if leaving:
                         busy.add(key)
                     works = in_flight.get(key, 0)
@@ -231,28 +186,13 @@ class LiveBackend:
         """Seconds (p50, p90) until ``llm`` serves: what is under way, else a load by the
         plan's times. Infinite where no replica of it may be tried any more."""
         with self._lock:
-            found: list[Estimate] = []
-            hopeless: set[ReplicaId] = set()
-            for node in self._nodes.values():
-                if node.lost or node.report is None:
-                    continue
-                passed_s = self.clock.now_s() - node.at_s
-                ages = {row.id: row.age_s + passed_s for row in node.report.rows}
-                for key, phase, leaving in self._phases(node):
-                    if key.llm == llm and not leaving:
-                        option = self.fleet.option_of(llm, key.gpus)
-                        age_s = 0.0 if key in node.pending else ages[key]
-                        found.append(self.times.left(option, phase, age_s))
-                for trouble in node.report.troubles:
-                    if trouble.id.llm != llm:
-                        continue
-                    hopeless.add(trouble.id)
-                    retry_s = max(0.0, trouble.retry_in_s - passed_s)
-                    if math.isfinite(retry_s):
-                        option = self.fleet.option_of(llm, trouble.id.gpus)
-                        p50_s, p90_s = self.times.left(option, None, 0.0)
-                        found.append((retry_s + p50_s, retry_s + p90_s))
-            if not found and not hopeless:
+            now_s = self.clock.now_s()
+            found = [
+                estimate
+                for node in self._nodes.values()
+                for estimate in node.estimates(llm, self.fleet, self.times, now_s)
+            ]
+            if not found:
                 options = (o for o in self.fleet.options if o.llm == llm)
                 found = [self.times.left(option, None, 0.0) for option in options]
             return soonest(found)
@@ -261,15 +201,7 @@ class LiveBackend:
         """Every node with its last report."""
         with self._lock:
             now_s = self.clock.now_s()
-            return tuple(
-                NodeStatus(
-                    node=node.name,
-                    error=node.error if node.lost else "",
-                    report=node.report,
-                    age_s=now_s - node.at_s,
-                )
-                for node in self._nodes.values()
-            )
+            return tuple(node.status(now_s) for node in self._nodes.values())
 
     def troubles(self) -> tuple[Trouble, ...]:
         """Replicas that have failed and not served long since."""
@@ -285,38 +217,11 @@ class LiveBackend:
 
     # --- what is true -----------------------------------------------------------------
 
-    def _phases(self, node: _Node) -> list[tuple[ReplicaId, Phase, bool]]:
-        """Replicas of a node that answers, as if the orders on their way had come: id,
-        phase, whether it is on its way out."""
-        report = node.report
-        assert report is not None
-        found = []
-        there = set()
-        for row in report.rows:
-            there.add(row.id)
-            order = node.pending.get(row.id)
-            phase = BECOMES.get(order.kind, row.phase) if order else row.phase
-            leaving = row.leaving or (order is not None and order.kind == "drop")
-            found.append((row.id, phase, leaving))
-        for key, order in node.pending.items():
-            if key not in there and order.kind == "load":
-                found.append((key, "LOADING", False))
-        return found
-
     def _publish(self) -> None:
         """Tell the table who is routable, if that has changed. With the lock."""
         if self._closed.is_set():
             return
-        found: list[Routable] = []
-        for node in self._nodes.values():
-            if node.lost or node.report is None:
-                continue
-            rows = {row.id: row for row in node.report.rows}
-            found += (
-                _routable(rows[key], node.report.place.key)
-                for key, phase, leaving in self._phases(node)
-                if phase == "ACTIVE" and not leaving
-            )
+        found = [r for node in self._nodes.values() for r in node.routable()]
         routable = tuple(sorted(found, key=lambda r: r.id))
         if routable != self.published:
             self.published = routable
@@ -324,7 +229,7 @@ class LiveBackend:
 
     # --- reports ----------------------------------------------------------------------
 
-    def _listen(self, node: _Node) -> None:
+    def _listen(self, node: Remote) -> None:
         """Ask for reports until the backend is closed."""
         while not self._closed.is_set():
             try:
@@ -349,11 +254,12 @@ class LiveBackend:
                 link.close()
 
     def _take_over(self, link: Link) -> None:
-        in_charge = link.call("hello", self.generation, timeout_s=ANSWER_S)
+        # What was ordered over another link has come by now, or shall not any more.
+        in_charge = link.call("hello", self.generation, self._step, timeout_s=ANSWER_S)
         if in_charge != self.generation:
             raise ForeserveError(_fenced(in_charge, self.generation))
 
-    def _take(self, node: _Node, report: NodeReport, *, fresh: bool) -> None:
+    def _take(self, node: Remote, report: NodeReport, *, fresh: bool) -> None:
         if report.generation != self.generation:
             raise ForeserveError(_fenced(report.generation, self.generation))
         with self._lock:
@@ -363,7 +269,7 @@ class LiveBackend:
                 # Moves of before are history, and orders that were on their way are lost.
                 node.pending.clear()
                 for row in report.rows:
-                    self._note(row.id, row.phase, now_s)
+                    self._notes.phase(row.id, row.phase, now_s)
             elif before is not None and before.version == report.version:
                 node.report, node.at_s = report, now_s
                 return
@@ -376,6 +282,12 @@ class LiveBackend:
             node.report, node.at_s = report, now_s
             node.lost = False
             self._publish()
+            # One that serves is never dropped: it has failed, and will answer nobody.
+            self.table.abandon(
+                row.id
+                for row in report.rows
+                if row.leaving and row.phase in ("ACTIVE", "DRAINING")
+            )
             if any(row.phase == "DRAINING" for row in report.rows):
                 self._draining.set()
         self._reached.set()
@@ -385,24 +297,17 @@ class LiveBackend:
         at_s = now_s - move.ago_s
         if move.lost:
             loads = move.before == "LOADING"
-            kind: FaultKind = "load-failure" if loads else "replica-crash"
-            fault = Faulted(at_s=at_s, kind=kind, target=str(move.id), replicas=1)
-            self._notes.append(fault)
-        self._note(move.id, move.phase, at_s, lost=move.lost)
+            self._notes.fault(
+                "load-failure" if loads else "replica-crash", str(move.id), 1, at_s
+            )
+        self._notes.phase(move.id, move.phase, at_s, lost=move.lost)
         option = self.fleet.option_of(move.id.llm, move.id.gpus)
         if move.done == "activate":
             self.times.note("activate", option.activate_s, move.took_s)
         elif move.done == "load":
             self.times.note("load", option.load_s, move.took_s)
 
-    def _note(
-        self, key: ReplicaId, phase: Phase | None, at_s: float, *, lost: bool = False
-    ) -> None:
-        self._notes.append(
-            PhaseChange(at_s=at_s, llm=key.llm, gpus=key.gpus, phase=phase, lost=lost)
-        )
-
-    def _lose(self, node: _Node, error: Exception) -> None:
+    def _lose(self, node: Remote, error: Exception) -> None:
         """The node does not answer: nothing on it is routable, its GPUs are gone."""
         if self._closed.is_set():
             return
@@ -413,15 +318,12 @@ class LiveBackend:
             node.lost = True
             now_s = self.clock.now_s()
             rows = node.report.rows if node.report is not None else ()
-            self._notes.append(
-                Faulted(
-                    at_s=now_s, kind="node-loss", target=node.name, replicas=len(rows)
-                )
-            )
+            self._notes.fault("node-loss", node.name, len(rows), now_s)
             for row in rows:
-                self._note(row.id, None, now_s, lost=True)
+                self._notes.phase(row.id, None, now_s, lost=True)
             node.pending.clear()
             self._publish()
+            self.table.abandon(row.id for row in rows)
         self.clock.wake()
 
     # --- orders -----------------------------------------------------------------------
@@ -435,10 +337,9 @@ class LiveBackend:
         order = Order(
             generation=self.generation, step=self._step, kind=kind, replica=key
         )
-        node.pending[key] = order
-        node.queue.put(order)
+        node.order(order)
 
-    def _send(self, node: _Node) -> None:
+    def _send(self, node: Remote) -> None:
         link: Link | None = None
         while (order := node.queue.get()) is not None:
             if node.pending.get(order.replica) is not order:
@@ -484,9 +385,9 @@ class LiveBackend:
         with self._lock:
             left = False
             for node in self._nodes.values():
-                if node.lost or node.report is None:
+                if node.here is None:
                     continue
-                for row in node.report.rows:
+                for row in node.here.rows:
                     if row.phase != "DRAINING" or row.leaving or row.acting:
                         continue
                     left = True
@@ -497,14 +398,3 @@ class LiveBackend:
 
 def _fenced(in_charge: int, own: int) -> str:
     return f"a controller of generation {in_charge} is in charge, this one is of {own}"
-
-
-def _routable(row: Row, key: str) -> Routable:
-    return Routable(
-        id=row.id,
-        url=row.url,
-        max_num_seqs=row.max_num_seqs,
-        room_tokens=row.room_tokens,
-        served_name=row.served_name,
-        key=key,
-    )

@@ -6,13 +6,20 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from foreserve.models.faults import FaultKind
+from foreserve.models.observed import Phase
+from foreserve.models.placement import ReplicaId
 from foreserve.runtime.gateway.table import RequestRecord
 from foreserve.runtime.journal import (
     Accepted,
     Event,
+    Faulted,
+    PhaseChange,
+    Recorder,
     RequestEnd,
     RequestEnds,
     line_of,
@@ -23,6 +30,35 @@ LONGEST_S = 1000.0
 LOST = "gateway_lost"
 """Why requests failed of which nobody has told the end."""
 BLOCK = 1 << 16
+
+
+class Notes:
+    """What is to be told to a journal, whose times only grow: nodes report late, and each
+    in its own order. Its owner locks."""
+
+    def __init__(self) -> None:
+        self._notes: list[PhaseChange | Faulted] = []
+        self._told_s = 0.0
+
+    def phase(
+        self, key: ReplicaId, phase: Phase | None, at_s: float, *, lost: bool = False
+    ) -> None:
+        self._notes.append(
+            PhaseChange(at_s=at_s, llm=key.llm, gpus=key.gpus, phase=phase, lost=lost)
+        )
+
+    def fault(self, kind: FaultKind, target: str, replicas: int, at_s: float) -> None:
+        self._notes.append(
+            Faulted(at_s=at_s, kind=kind, target=target, replicas=replicas)
+        )
+
+    def tell(self, journal: Recorder, now_s: float) -> None:
+        """Tell all of them."""
+        for note in sorted(self._notes, key=lambda note: note.at_s):
+            self._told_s = max(self._told_s, note.at_s)
+            journal.record(replace(note, at_s=self._told_s))
+        self._told_s = now_s
+        self._notes.clear()
 
 
 class LiveJournal:
