@@ -267,6 +267,11 @@ class Recorder(Protocol):
     def record(self, event: Event | RequestEnds) -> None: ...
 
 
+def name_of(event: Event) -> str:
+    """What an event is called in a journal."""
+    return _NAMES[type(event)]
+
+
 def line_of(event: Event) -> str:
     """An event as its line in a journal, without the line's end."""
     return json.dumps(

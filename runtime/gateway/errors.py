@@ -118,6 +118,16 @@ def llm_failed(llm: str) -> ApiError:
     )
 
 
+def llm_held(llm: str) -> ApiError:
+    return ApiError(
+        503,
+        "service_unavailable",
+        "no_capacity",
+        f"{llm} was stopped by the operator; it serves again once it is resumed.",
+        headers=[(b"x-should-retry", b"false")],
+    )
+
+
 def closing() -> ApiError:
     return ApiError(
         503,
