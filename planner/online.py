@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from queue import SimpleQueue
 from typing import Literal
-
-import numpy as np
 
 from foreserve import __version__
 from foreserve.models.codec import digest
@@ -29,6 +27,7 @@ from foreserve.models.placement import Placement
 from foreserve.models.plan import Epoch, LlmDemand, Plan, SolverInfo
 from foreserve.models.problem import Fleet
 from foreserve.models.specs import GpuId
+from foreserve.planner.arrivals import Arrivals
 from foreserve.planner.pipeline import Problems, solve_options
 from foreserve.planner.policies.on_demand import OnDemand
 from foreserve.planner.policies.rolling import REST_S, plan_epoch
@@ -37,7 +36,7 @@ from foreserve.planner.rolling import Rolling
 from foreserve.planner.scenario import Scenario
 from foreserve.planner.wishes import Wishes
 from foreserve.solvers.result import SolveReport
-from foreserve.traces.trace import Demand, Trace
+from foreserve.traces.trace import Demand
 
 Mode = Literal["observe", "recommend", "automatic"]
 Fate = Literal[
@@ -47,36 +46,6 @@ Fate = Literal[
 
 KEPT = 256
 """Proposals that are remembered."""
-
-
-class Arrivals:
-    """The requests that have come, in order of arrival; any thread may add."""
-
-    def __init__(self, llms: Sequence[str]) -> None:
-        self._number = {llm: i for i, llm in enumerate(llms)}
-        self._rows: list[tuple[float, int, int, int]] = []
-        self._lock = threading.Lock()
-
-    def add(
-        self, arrival_s: float, llm: str, input_tokens: int, output_tokens: int
-    ) -> None:
-        """One request; of an LLM that is not served here it is not kept."""
-        if llm in self._number:
-            row = (arrival_s, self._number[llm], input_tokens, max(1, output_tokens))
-            with self._lock:
-                self._rows.append(row)
-
-    def trace(self) -> Trace:
-        with self._lock:
-            rows = sorted(self._rows)
-        columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-        return Trace(
-            arrival_s=np.array(columns[0], dtype=np.float64),
-            llm=np.array(columns[1], dtype=np.int32),
-            llms=tuple(self._number),
-            input_tokens=np.maximum(1, np.array(columns[2], dtype=np.int32)),
-            output_tokens=np.array(columns[3], dtype=np.int32),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -458,8 +427,7 @@ class LivePolicy:
             problems = Problems.so_far(
                 self.scenario,
                 wishes.planned_for(self.fleet),
-                self.arrivals.trace(),
-                job.epoch,
+                self.arrivals.demand(job.epoch),
                 history=self._history,
                 horizon=self.scenario.solver.horizon,
             )

@@ -143,25 +143,21 @@ class Problems:
         cls,
         scenario: Scenario,
         fleet: Fleet,
-        trace: Trace,
-        epochs: int,
+        demand: Demand,
         *,
         history: Demand | None = None,
         horizon: int = 1,
     ) -> Problems:
-        """Those of the epochs from number ``epochs`` on, after so many whole ones of
-        which ``trace`` has the requests; later ones are not looked at."""
+        """Those of the epochs that follow ``demand``, which ends with a whole one. Epochs
+        are numbered from second 0; a ``history`` ends there, and is of no use where the
+        first epochs of ``demand`` have been let go."""
         problems = cls.__new__(cls)
-        trace = align(trace, tuple(llm.name for llm in scenario.models))
-        trace = trace.between(0.0, epochs * scenario.epoch)
-        demand = bin_demand(
-            trace,
-            epoch_s=scenario.epoch,
-            busy_s=busy_s(fleet, trace),
-            end_s=max(1, epochs) * scenario.epoch,
-        ).upto(epochs)
-        problems._set(scenario, fleet, demand, history, None, horizon)
-        problems.count = epochs + horizon
+        demand = demand.select([llm.name for llm in scenario.models])
+        first = round(demand.start_s / scenario.epoch)
+        past = history if first == 0 else None
+        problems._set(scenario, fleet, demand, past, None, horizon)
+        problems._past -= first
+        problems.count = first + demand.num_epochs + horizon
         return problems
 
     def _set(

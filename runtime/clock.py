@@ -89,15 +89,16 @@ class VirtualClock:
 
 
 class SystemClock:
-    """Seconds since it was made; `wake` may be called from any thread."""
+    """Seconds since it was made, from ``first_s`` on; `wake` may be called from any
+    thread."""
 
-    def __init__(self, rate: float = 1.0) -> None:
+    def __init__(self, rate: float = 1.0, first_s: float = 0.0) -> None:
         """``rate``: seconds that pass on it in a real one."""
-        self._start_s, self._rate = time.monotonic(), rate
+        self._start_s, self._rate, self._first_s = time.monotonic(), rate, first_s
         self._woken = threading.Event()
 
     def now_s(self) -> float:
-        return (time.monotonic() - self._start_s) * self._rate
+        return self._first_s + (time.monotonic() - self._start_s) * self._rate
 
     def wake(self) -> None:
         self._woken.set()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from foreserve.models.observed import Observed
 from foreserve.models.problem import Fleet
-from foreserve.planner.fleet import build_fleet, request_lengths
-from foreserve.planner.online import Arrivals, LivePolicy, Mode
+from foreserve.planner.arrivals import Arrivals, trace_of
+from foreserve.planner.fleet import build_fleet, busy_s, request_lengths
+from foreserve.planner.online import LivePolicy, Mode
 from foreserve.planner.scenario import Scenario, parse_scenario
 
 TEXT = """
@@ -32,9 +34,13 @@ class Bench:
         self.scenario: Scenario = parse_scenario(TEXT)
         self.now_s = 0.0
         self.woken = threading.Event()
-        lengths = request_lengths(self.scenario, Arrivals(("a", "b")).trace(), None)
+        lengths = request_lengths(self.scenario, trace_of(("a", "b")), None)
         self.fleet: Fleet = build_fleet(self.scenario, lengths)
-        self.arrivals = Arrivals([llm.name for llm in self.fleet.llms])
+        self.arrivals = Arrivals(
+            [llm.name for llm in self.fleet.llms],
+            epoch_s=self.scenario.epoch,
+            busy_s=partial(busy_s, self.fleet),
+        )
         self.policy = LivePolicy(
             scenario=self.scenario,
             fleet=self.fleet,

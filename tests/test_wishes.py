@@ -10,8 +10,8 @@ from foreserve.models.observed import Observed, ObservedReplica, Phase
 from foreserve.models.placement import Placement, Replica
 from foreserve.models.plan import Epoch, Plan, SolverInfo
 from foreserve.models.specs import GpuId
+from foreserve.planner.arrivals import trace_of
 from foreserve.planner.fleet import build_fleet, request_lengths
-from foreserve.planner.online import Arrivals
 from foreserve.planner.scenario import parse_scenario
 from foreserve.planner.wishes import Hold, Wishes
 
@@ -23,9 +23,7 @@ models:
   - {name: b, llm: qwen2.5-7b, input_tokens: 500, output_tokens: 100}
 """
 SCENARIO = parse_scenario(TEXT)
-FLEET = build_fleet(
-    SCENARIO, request_lengths(SCENARIO, Arrivals(("a", "b")).trace(), None)
-)
+FLEET = build_fleet(SCENARIO, request_lengths(SCENARIO, trace_of(("a", "b")), None))
 GPUS = {str(gpu): gpu for gpu in FLEET.cluster.gpus}
 
 

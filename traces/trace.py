@@ -235,6 +235,18 @@ def bin_demand(
         least_s = edges[-2] + min(1.0, epoch_s)
         end_s = float(np.nextafter(max(trace.span_s, least_s), np.inf))
     edges[-1] = end_s
+    return count_demand(trace, epoch_s=epoch_s, busy_s=busy_s, edges=edges)
+
+
+def count_demand(
+    trace: Trace, *, epoch_s: float, busy_s: Floats, edges: Floats
+) -> Demand:
+    """`bin_demand` between given edges, one more than epochs.
+
+    What an epoch comes to depends, to the last bit, only on the requests that arrive in it
+    and on those from before that are still in flight when it begins.
+    """
+    start_s, end_s, count = float(edges[0]), float(edges[-1]), len(edges) - 1
     width = np.diff(edges)
     shape = (len(trace.llms), count)
     rate, mean, peak, inputs, outputs = (np.zeros(shape) for _ in range(5))
@@ -261,6 +273,20 @@ def bin_demand(
         input_tokens=inputs,
         output_tokens=outputs,
     )
+
+
+def passed_s(arrival_s: Floats, busy_s: Floats, bound: float, start_s: float) -> float:
+    """When, from ``start_s`` on, more than ``bound`` requests were first in flight;
+    infinite if that never was so."""
+    times = np.concatenate([arrival_s + busy_s, arrival_s])
+    steps = np.repeat([-1.0, 1.0], len(arrival_s))
+    order = np.argsort(times, kind="stable")
+    times, level = times[order], np.cumsum(steps[order])
+    before = level[times < start_s]
+    if len(before) and before[-1] > bound:
+        return start_s
+    above = np.flatnonzero((level > bound) & (times >= start_s))
+    return float(times[above[0]]) if len(above) else np.inf
 
 
 def _in_flight(arrival: Floats, busy_s: Floats, edges: Floats) -> tuple[Floats, Floats]:

@@ -192,8 +192,8 @@ def make(
         ) from None
     from foreserve.models.codec import load_plan
     from foreserve.models.quantities import parse_seconds
+    from foreserve.planner.arrivals import trace_of
     from foreserve.planner.fleet import build_fleet, request_lengths
-    from foreserve.planner.online import Arrivals
     from foreserve.runtime.gateway.keys import read_keys
 
     wanted = read_scenario(scenario)
@@ -206,7 +206,7 @@ def make(
     history = read_history(wanted, {})
     first = None if plan_path is None else load_plan(plan_path)
     if first is None:
-        nobody = Arrivals([llm.name for llm in wanted.models]).trace()
+        nobody = trace_of([llm.name for llm in wanted.models])
         fleet = build_fleet(wanted, request_lengths(wanted, nobody, history))
     else:
         fleet = first.fleet

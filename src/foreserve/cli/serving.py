@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from foreserve.cli.agents import agents_of
+from foreserve.cli.books import Books
 from foreserve.cli.operating import Operating
 from foreserve.models.codec import dump_json, load_plan, to_json, write_text
 from foreserve.models.observed import Observed
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet
-from foreserve.planner.online import Arrivals, LivePolicy, Mode
+from foreserve.planner.online import LivePolicy, Mode
 from foreserve.planner.scenario import Scenario
-from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.controller import Controller
 from foreserve.runtime.engines.base import EngineSettings
 from foreserve.runtime.gateway.admin import admin_app
@@ -87,9 +87,11 @@ class Serving:
         folder = options.folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_file = IntentLog(folder / "controller.log")
-        self.clock = SystemClock(options.time_scale)
+        self.books = Books(
+            folder, fleet, epoch_s=scenario.epoch, rate=options.time_scale
+        )
+        self.clock = self.books.clock
         self.journal = LiveJournal(folder / "journal.jsonl")
-        self.arrivals = Arrivals([llm.name for llm in fleet.llms])
         self.table = RoutingTable(
             self.clock.now_s,
             on_need=self.clock.wake,
@@ -117,7 +119,7 @@ class Serving:
         self.policy = LivePolicy(
             scenario=scenario,
             fleet=fleet,
-            arrivals=self.arrivals,
+            arrivals=self.books.arrivals,
             wake=self.clock.wake,
             now_s=self.clock.now_s,
             mode=options.mode,
@@ -176,6 +178,7 @@ class Serving:
         )
         self.backend.start()
         self._thread.start()
+        self.books.start()
         self.server.start()
         about = {
             "pid": os.getpid(),
@@ -195,6 +198,7 @@ class Serving:
         self.clock.wake()
         self._thread.join()
         self.policy.close()
+        self.books.close()
         self.backend.close(stop_engines=engines)
         self.agents.close(stop=engines)
         self.journal.close()
@@ -211,13 +215,7 @@ class Serving:
 
     def _ended(self, record: RequestRecord) -> None:
         self.journal.ended(record)
-        if record.reason != "client_left" or record.output_tokens:
-            self.arrivals.add(
-                record.arrival_s,
-                record.llm,
-                record.input_tokens,
-                record.output_tokens,
-            )
+        self.books.ended(record)
 
     def _keep(self, plan: Plan) -> None:
         """The plan that is carried out from now on, for whoever starts again."""
