@@ -75,6 +75,16 @@ class Memory(Protocol):
         """Begin to copy from host memory at ``source``; without the interpreter's lock."""
         ...
 
+    def fetch(self, destination: int, address: int, num_bytes: int) -> Copying:
+        """Begin to copy to host memory at ``destination``."""
+        ...
+
+    def pin(self, source: int, num_bytes: int) -> None:
+        """Have that host memory ready to be copied from at full speed."""
+        ...
+
+    def unpin(self, source: int) -> None: ...
+
     def discard(self, pages: Iterable[Run]) -> None:
         """What is in these pages is not needed; where possible the machine gets their
         memory until they are written again."""

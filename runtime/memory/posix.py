@@ -111,6 +111,16 @@ class PosixMemory:
         _LIBC.memcpy(address, source, num_bytes)
         return _Done()
 
+    def fetch(self, destination: int, address: int, num_bytes: int) -> Copying:
+        _LIBC.memcpy(destination, address, num_bytes)
+        return _Done()
+
+    def pin(self, source: int, num_bytes: int) -> None:
+        """Nothing to do: host memory is copied from as it is."""
+
+    def unpin(self, source: int) -> None:
+        pass
+
     def discard(self, pages: Iterable[Run]) -> None:
         for first, count in pages:
             start, size = first * self.page_bytes, count * self.page_bytes

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from foreserve.models.cost import IterationTime
 from foreserve.models.record import Record
+from foreserve.runtime.memory.rules import spare_pages
 from foreserve.runtime.simulated import core, flow, layout
 from foreserve.runtime.simulated.layout import NONE, Columns
 
@@ -207,13 +208,11 @@ class Engines:
         flow.place_engine(self.state, e)
 
     def spare_blocks(self, e: int, cap: int) -> int:
-        """Blocks that the engine lends or could lend: all beyond max(C Q / B, T + C / B),
-        of C blocks, Q requests in flight, B = ``cap`` and T blocks in use (our reading of
-        WarmServe's reserve)."""
+        """Blocks that the engine lends or could lend; it is to have at most ``cap``
+        requests."""
         row = self._now(e)
         blocks, in_flight = int(row["blocks"]), int(row["in_flight"])
-        used = max(blocks * in_flight, self.used_blocks(e) * cap + blocks)
-        return max(0, blocks - -(-used // cap))
+        return spare_pages(blocks, in_flight, cap, self.used_blocks(e))
 
     def lend(self, e: int, blocks: int) -> int:
         """Set that many more blocks aside until the engine misses them, or as many as are

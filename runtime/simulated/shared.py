@@ -20,6 +20,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from foreserve.models.cost import IterationTime
+from foreserve.runtime.memory.rules import (
+    first_quotas,
+    pages_of,
+    promised_pages,
+    tokens_per_page,
+    usual_pages,
+)
 from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
 from foreserve.runtime.turns import Rules, Turn, next_turn, rebalance, swaps
 
@@ -54,7 +61,7 @@ class Pool:
 
     def room_tokens(self, kv_bytes_per_token: int) -> int:
         """Most tokens of one request that the pool holds."""
-        return self.pages * (self.page_bytes // kv_bytes_per_token)
+        return self.pages * tokens_per_page(self.page_bytes, kv_bytes_per_token)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -284,8 +291,6 @@ class SharedEngine:
 
     def _first_quotas(self) -> dict[int, float]:
         """A request each, and the rest in proportion to the KV that comes in."""
-        least = self._least()
-        spare = self.pool.pages - sum(least.values())
         inflow = {
             s: self._profiles[s].rate_rps
             * h.kv_bytes_per_token
@@ -293,16 +298,12 @@ class SharedEngine:
             for s, h in enumerate(self._hosted)
             if h
         }
-        total = sum(inflow.values())
-        if spare <= 0 or total <= 0:
-            share = self.pool.pages / max(sum(least.values()), 1)
-            return {s: share * pages for s, pages in least.items()}
-        return {s: least[s] + spare * flow / total for s, flow in inflow.items()}
+        return first_quotas(self.pool.pages, self._least(), inflow)
 
     def _least(self) -> dict[int, int]:
         """Pages of one usual request of each LLM."""
         return {
-            s: self._pages(s, math.ceil(h.input_tokens) + h.usual_output_tokens)
+            s: usual_pages(h.input_tokens, h.usual_output_tokens, self._per_page(s))
             for s, h in enumerate(self._hosted)
             if h
         }
@@ -325,18 +326,24 @@ class SharedEngine:
             raise ValueError(f"service {service} has left")
         return hosted
 
+    def _per_page(self, service: int) -> int:
+        token_bytes = self._service(service).kv_bytes_per_token
+        return tokens_per_page(self.pool.page_bytes, token_bytes)
+
     def _pages(self, service: int, tokens: int) -> int:
-        per_page = self.pool.page_bytes // self._service(service).kv_bytes_per_token
-        return -(-tokens // per_page)
+        return pages_of(tokens, self._per_page(service))
 
     def _refresh(self, job: SharedJob) -> None:
         """Bring what the choice sees up to date; a promise is renewed on joining."""
         job.prompt_tokens = 0 if job.computed else job.known_tokens
         job.next_pages = self._pages(job.service, job.prompt_tokens or job.computed + 1)
         if not job.resident:
-            expected = self._service(job.service).usual_output_tokens
-            most = self._pages(job.service, job.input_tokens + max(expected, 1) - 1)
-            job.promise = max(most, job.next_pages)
+            job.promise = promised_pages(
+                job.input_tokens,
+                self._service(job.service).usual_output_tokens,
+                job.next_pages,
+                self._per_page(job.service),
+            )
 
     def _foresee(self, job: SharedJob) -> None:
         """Its true size, as far as it is still to come."""
@@ -431,9 +438,8 @@ class SharedEngine:
 
     def _promised(self, job: SharedJob) -> int:
         """Tokens until it takes a page that was not promised to it."""
-        hosted = self._service(job.service)
-        per_page = self.pool.page_bytes // hosted.kv_bytes_per_token
-        return max(job.promise, job.pages) * per_page - job.computed
+        held = max(job.promise, job.pages)
+        return held * self._per_page(job.service) - job.computed
 
     def _with_pages(self, batch: Sequence[SharedJob], count: int) -> int:
         """Up to ``count`` iterations for which there are pages; at least one."""
