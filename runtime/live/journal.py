@@ -69,7 +69,9 @@ class LiveJournal:
     an earlier process took with it are ended by the next one that opens the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *also: Recorder) -> None:
+        """``also`` are told of each event, once it is written."""
+        self._also = also
         left, at_s = _left_open(path)
         self._log = path.open("a", encoding="utf-8")
         self._lock = threading.Lock()
@@ -95,6 +97,8 @@ class LiveJournal:
         with self._lock:
             self._log.write(line + "\n")
             self._log.flush()
+        for recorder in self._also:
+            recorder.record(event)
 
     def accepted(self, llm: str, at_s: float, input_tokens: int) -> int:
         """A request will be answered; its number in this run."""

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,26 @@ import numpy as np
 from foreserve.cli.agents import agents_of
 from foreserve.cli.books import Books
 from foreserve.cli.operating import Operating
-from foreserve.models.codec import dump_json, load_plan, to_json, write_text
+from foreserve.cli.receipts import Receipts
+from foreserve.models.codec import (
+    dump_json,
+    from_json,
+    load_plan,
+    read_text,
+    to_json,
+    write_text,
+)
 from foreserve.models.observed import Observed
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet
 from foreserve.planner.online import LivePolicy, Mode
 from foreserve.planner.scenario import Scenario
+from foreserve.planner.wishes import Wishes
 from foreserve.runtime.controller import Controller
 from foreserve.runtime.engines.base import EngineSettings
 from foreserve.runtime.gateway.admin import admin_app
 from foreserve.runtime.gateway.app import public_app
+from foreserve.runtime.gateway.feed import Feed
 from foreserve.runtime.gateway.gateway import Gateway, Settings
 from foreserve.runtime.gateway.job import ServedLlm
 from foreserve.runtime.gateway.keys import ApiKey, hashed
@@ -39,9 +50,17 @@ from foreserve.runtime.live.awake import always_awake
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.journal import LiveJournal
+from foreserve.runtime.timeline import Timeline
 from foreserve.traces.trace import Demand
 
 REVIEW_S = 3600.0
+SAMPLE_S = 1.0
+"""Between looks at the queues, for the status page."""
+SHOWN_S = 3600.0
+"""The status page shows what happened in so many real seconds, or in `SHOWN_EPOCHS`."""
+SHOWN_EPOCHS = 4
+LATELY_S = 60.0
+"""What counts as lately there, in real seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +110,14 @@ class Serving:
             folder, fleet, epoch_s=scenario.epoch, rate=options.time_scale
         )
         self.clock = self.books.clock
-        self.journal = LiveJournal(folder / "journal.jsonl")
+        self.feed = Feed()
+        self.timeline = Timeline(
+            epoch_s=scenario.epoch,
+            keep_s=max(SHOWN_S * options.time_scale, SHOWN_EPOCHS * scenario.epoch),
+            recent_s=LATELY_S * options.time_scale,
+        )
+        self.receipts = Receipts(fleet, self.clock.now_s)
+        self.journal = LiveJournal(folder / "journal.jsonl", self.timeline, self.feed)
         self.table = RoutingTable(
             self.clock.now_s,
             on_need=self.clock.wake,
@@ -127,6 +153,9 @@ class Serving:
             first=first or self._last_plan(),
             keep_alive_s=options.keep_alive_s,
             adopted=self._keep,
+            wishes=self._last_wishes(),
+            wished=self._keep_wishes,
+            saw=self._saw,
         )
         self.controller = Controller(
             policy=self.policy,
@@ -153,10 +182,15 @@ class Serving:
         """What ended the controller, if it was not asked to end."""
         self.operator = Operating(
             clock=self.clock,
+            fleet=fleet,
             policy=self.policy,
             controller=self.controller,
             backend=self.backend,
+            timeline=self.timeline,
+            receipts=self.receipts,
+            state=self.gateway.state,
             failed=lambda: self.failed,
+            time_scale=options.time_scale,
         )
         self.token = secrets.token_urlsafe(24)
         self.server = Server(
@@ -164,12 +198,15 @@ class Serving:
             public_app(self.gateway),
             host=options.host,
             port=options.port,
-            admin=admin_app(self.operator, hashed(self.token)),
+            admin=admin_app(self.operator, hashed(self.token), feed=self.feed),
             admin_port=options.admin_port,
             open_to_all=options.insecure,
         )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._control, name="controller")
+        self._sampler = threading.Thread(
+            target=self._sample, name="sampler", daemon=True
+        )
 
     def start(self) -> None:
         """Reach the agents, then serve; returns when both ports answer."""
@@ -178,6 +215,7 @@ class Serving:
         )
         self.backend.start()
         self._thread.start()
+        self._sampler.start()
         self.books.start()
         self.server.start()
         about = {
@@ -193,10 +231,12 @@ class Serving:
 
     def stop(self, grace_s: float = 30.0, *, engines: bool = True) -> None:
         """Answer what was accepted, then end; agents and engines too if ``engines``."""
+        self.feed.close()
         self.server.stop(grace_s)
         self._stopping.set()
         self.clock.wake()
         self._thread.join()
+        self._sampler.join()
         self.policy.close()
         self.books.close()
         self.backend.close(stop_engines=engines)
@@ -213,6 +253,18 @@ class Serving:
             self.failed = error
             raise
 
+    def _sample(self) -> None:
+        """Look at the queues every second."""
+        while not self._stopping.wait(SAMPLE_S):
+            in_flight: Counter[str] = Counter()
+            for replica, count in self.table.in_flight().items():
+                in_flight[replica.llm] += count
+            self.timeline.sample(self.clock.now_s(), self.table.waiting(), in_flight)
+
+    def _saw(self, observed: Observed) -> None:
+        self.timeline.saw(observed)
+        self.receipts.saw(observed)
+
     def _ended(self, record: RequestRecord) -> None:
         self.journal.ended(record)
         self.books.ended(record)
@@ -220,6 +272,16 @@ class Serving:
     def _keep(self, plan: Plan) -> None:
         """The plan that is carried out from now on, for whoever starts again."""
         write_text(self.options.folder / "plan.json", to_json(plan))
+        now_s = self.clock.now_s()
+        self.timeline.planned(now_s, plan.at(now_s).demand)
+
+    def _keep_wishes(self, wishes: Wishes) -> None:
+        """What the operator wants, likewise."""
+        write_text(self.options.folder / "wishes.json", to_json(wishes))
+
+    def _last_wishes(self) -> Wishes:
+        path = self.options.folder / "wishes.json"
+        return from_json(Wishes, read_text(path)) if path.exists() else Wishes()
 
     def _last_plan(self) -> Plan | None:
         path = self.options.folder / "plan.json"
@@ -230,6 +292,8 @@ class Serving:
 
     def _state(self, llm: str) -> str:
         """Of an LLM that nobody serves now."""
+        if self.policy.wishes.refuses(llm):
+            return "held"
         phases = {r.phase for r in self._observed.replicas if r.llm == llm}
         for phase, state in (
             ("ACTIVATING", "activating"),
