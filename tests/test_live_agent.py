@@ -305,6 +305,45 @@ def test_orders_of_the_past_are_fenced(made):
     owner.until(lambda r: r.rows[0].phase == "WARM")
 
 
+def test_orders_that_were_given_up_are_not_carried_out_late(made):
+    """The controller comes back over another link, at step 5: what it had sent before, up
+    to that step, does nothing when it arrives; step 6 does."""
+    owner = made()
+    assert owner.agent.hello(1, 5) == 1
+    assert owner("load", A, step=4) == owner("load", A, step=5) == ""
+    assert owner.phases() == {}
+    assert owner.agent.report().step == 5
+    assert owner("load", A, step=6) == ""
+    assert owner.phases() == {"a": "LOADING"}
+
+
+def test_a_slow_disk_does_not_silence_an_agent(made, monkeypatch):
+    """While a line of the log is on its way to the disk, reports say what the last one
+    said, and soon; the order is obeyed once the line is there, and not before."""
+    monkeypatch.setattr("foreserve.runtime.live.agent.BUSY_S", 0.05)
+    owner = made()
+    owner.serve(A)
+    before = owner.agent.report()
+    asked, there = threading.Event(), threading.Event()
+
+    def slow(file: int) -> None:
+        asked.set()
+        there.wait()
+
+    monkeypatch.setattr("foreserve.runtime.live.intents.os.fsync", slow)
+    thread = threading.Thread(target=owner, args=("load", B))
+    thread.start()
+    assert asked.wait(5.0)
+    clock = SystemClock()
+    told = owner.agent.report(before.version, 1.0)
+    assert clock.now_s() < 0.5
+    assert (told.version, told.moves) == (before.version, ())
+    assert ENGINES.get(B) is None or not ENGINES[B].up
+    there.set()
+    thread.join()
+    owner.until(lambda _: owner.phases() == {"a": "ACTIVE", "b": "WARM"})
+
+
 @pytest.mark.parametrize(
     ("kind", "key", "message"),
     [

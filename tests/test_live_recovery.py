@@ -109,6 +109,25 @@ def test_an_agent_that_hangs_is_lost_and_comes_back(folder, monkeypatch):
     assert (folder / "n0.log").read_text().count('"kind": "load"') == 2
 
 
+def test_an_agent_that_hangs_for_long_is_ended(folder, monkeypatch):
+    """Stopped for good: after 1 s without an answer its process is ended, another one
+    started, and both LLMs are loaded again. A second controller, which has not started
+    it, does the same."""
+    monkeypatch.setattr("foreserve.runtime.live.backend.ANSWER_S", 0.5)
+    monkeypatch.setattr("foreserve.runtime.live.backend.POLL_S", 0.2)
+    monkeypatch.setattr("foreserve.runtime.live.host.HUNG_S", 1.0)
+    f = three()
+    for _ in range(2):
+        with live(folder, f, {"n0": Hosted(setup(folder, f))}) as run:
+            run.reach(on("a", 0), on("b", 1))
+            agent = pid_of_agent(folder)
+            os.kill(agent, signal.SIGSTOP)
+            run.until(lambda: run.backend.observe().lost_gpus)
+            run.until(lambda: run.table.routable() == 2)
+            assert pid_of_agent(folder) != agent
+    assert (folder / "n0.log").read_text().count('"event": "start"') == 3
+
+
 def test_engines_of_an_agent_that_is_gone_are_ended(tmp_path):
     """A process on record in the engines' folder, of an owner that is no more, is ended
     before the next agent does anything."""

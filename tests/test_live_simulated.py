@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from foreserve.runtime.clock import SystemClock
+from foreserve.runtime.engines.process import _processes as processes
 from foreserve.runtime.engines.simulated import SimulatedSettings
 from foreserve.runtime.live.check import check
 from foreserve.runtime.live.host import Hosted, setups
@@ -122,6 +123,20 @@ def test_kill_9_of_all_engines(run, tmp_path):
     run.until(lambda: run.table.routable() == 0)
     run.until(lambda: run.table.routable() == 2)
     assert clock.now_s() < 10.0
+    assert ask(url(run, "a"), "a") == ask(url(run, "b"), "b") == 5
+    assert starts(tmp_path) == 1
+
+
+def test_kill_9_of_the_guard(run, tmp_path):
+    """The process that would end the engines if their agent died: a server that nobody
+    guards is replaced, and is gone."""
+    run.reach(on("a", 0), on("b", 1))
+    (record,) = (tmp_path / "n0").glob("*.process.json")
+    session = json.loads(record.read_text())["session"]
+    os.kill(session, signal.SIGKILL)
+    run.until(lambda: run.table.routable() == 0)
+    run.until(lambda: run.table.routable() == 2)
+    assert all(process.session != session for process in processes())
     assert ask(url(run, "a"), "a") == ask(url(run, "b"), "b") == 5
     assert starts(tmp_path) == 1
 

@@ -41,6 +41,9 @@ from foreserve.runtime.states import check_action, check_move
 
 Make = Callable[[ReplicaOption, ReplicaId], Engine]
 
+BUSY_S = 1.0
+"""The books may be closed for so long, while a line of the log goes to a slow disk, before
+a report says again what the last one said."""
 REMEMBERED = 1000
 """Moves that are kept for whoever asks late."""
 
@@ -77,6 +80,7 @@ class NodeAgent:
         self._closed = threading.Event()
         capacity = {str(gpu): num_bytes for gpu, num_bytes in self._usable.items()}
         self._log.append("start", node=node, capacity=capacity, **(facts or {}))
+        self._told = self._tell(-1)
         threading.Thread(target=self._watch, name=f"watch-{node}", daemon=True).start()
 
     # --- what a controller calls ------------------------------------------------------
@@ -116,27 +120,38 @@ class NodeAgent:
 
     def report(self, after: int = -1, wait_s: float = 0.0) -> NodeReport:
         """What is true now; with ``wait_s`` as soon as it is newer than ``after``."""
-        with self._changed:
+        if not self._changed.acquire(timeout=BUSY_S):
+            told = self._told
+            moves = tuple(move for move in told.moves if move.version > after)
+            return replace(told, moves=moves)
+        try:
             self._changed.wait_for(
                 lambda: self._version > after or self._closed.is_set(), wait_s
             )
-            now_s = self._now_s()
-            return NodeReport(
-                node=self.node,
-                version=self._version,
-                generation=self._generation,
-                step=self._step,
-                rows=tuple(life.row(now_s) for life in self._lives.values()),
-                moves=tuple(
-                    replace(move, ago_s=now_s - at_s)
-                    for at_s, move in self._moves
-                    if move.version > after
-                ),
-                troubles=self._failures.told(),
-                usable_bytes=dict(self._usable),
-                free_bytes={gpu: self._ledger.free_bytes[gpu] for gpu in self._gpus},
-                place=self._place,
-            )
+            self._told = self._tell(after)
+            return self._told
+        finally:
+            self._changed.release()
+
+    def _tell(self, after: int) -> NodeReport:
+        """With the lock."""
+        now_s = self._now_s()
+        return NodeReport(
+            node=self.node,
+            version=self._version,
+            generation=self._generation,
+            step=self._step,
+            rows=tuple(life.row(now_s) for life in self._lives.values()),
+            moves=tuple(
+                replace(move, ago_s=now_s - at_s)
+                for at_s, move in self._moves
+                if move.version > after
+            ),
+            troubles=self._failures.told(),
+            usable_bytes=dict(self._usable),
+            free_bytes={gpu: self._ledger.free_bytes[gpu] for gpu in self._gpus},
+            place=self._place,
+        )
 
     def forgive(self, key: ReplicaId | None = None) -> None:
         """Try a replica that failed again at once; None: all of them."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import signal
+import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -36,8 +39,12 @@ from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.messages import Link, LinkLost, Place
 from foreserve.runtime.live.patience import Patience
 
+HUNG_S = 5.0
+"""An agent that answers nothing for so long is ended, and another one started."""
 START_S = 20.0
 """A process may take so long until it answers."""
+PEER = struct.Struct("3i")
+"""Process, user and group at the other end of a Unix socket."""
 CALLS = ("hello", "order", "report", "forgive", "close")
 """All that comes over a link."""
 
@@ -177,24 +184,59 @@ def _socket_of(setup: NodeSetup) -> Path:
 # --- the controller's end ----------------------------------------------------------------
 
 
+class _Pulse:
+    """When an agent has answered last, over whichever link."""
+
+    def __init__(self) -> None:
+        self._clock = SystemClock()
+        self.answered_s = 0.0
+        self.owes = False
+        """It did not answer in time, and not since."""
+
+    def note(self, answered: bool) -> None:
+        self.owes = not answered
+        if answered:
+            self.answered_s = self._clock.now_s()
+
+    def silent_s(self) -> float:
+        return self._clock.now_s() - self.answered_s
+
+
 class _SocketLink:
-    def __init__(self, connection: Connection[Any, Any]) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection[Any, Any], pulse: _Pulse) -> None:
+        self._connection, self._pulse = connection, pulse
 
     def call(self, name: str, *args: Any, timeout_s: float) -> Any:
         try:
             self._connection.send((name, args))
             if not self._connection.poll(timeout_s):
+                self._pulse.note(False)
                 raise LinkLost(f"no answer to {name!r} within {timeout_s:g} s")
             good, answer = self._connection.recv()
         except (OSError, EOFError) as error:
             raise LinkLost(str(error) or type(error).__name__) from None
+        self._pulse.note(True)
         if not good:
             raise answer
         return answer
 
     def close(self) -> None:
         self._connection.close()
+
+    def pid(self) -> int:
+        """The process at the other end. It is there for as long as the connection is."""
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as end:
+            told = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
+        pid: int = PEER.unpack(told)[0]
+        return pid
+
+    def ended(self, within_s: float) -> bool:
+        """Whether the other end is gone, or goes in time."""
+        with suppress(OSError, EOFError):
+            while self._connection.poll(within_s):
+                self._connection.recv()
+            return False
+        return True
 
 
 class Hosted:
@@ -203,6 +245,7 @@ class Hosted:
     def __init__(self, setup: NodeSetup) -> None:
         self._setup, self._lock = setup, threading.Lock()
         self._pid: int | None = None
+        self._pulse = _Pulse()
         folder = setup.folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._address = _socket_of(setup)
@@ -210,20 +253,41 @@ class Hosted:
         self._out = folder / f"{setup.node}.out"
 
     def __call__(self) -> Link:
-        """A new link; the process is started where nobody answers. `LinkLost` if it
-        does not come up."""
+        """A new link; the process is started where nobody answers, or has not for
+        `HUNG_S`. `LinkLost` if it does not come up."""
         with self._lock:
             link = self._connect()
+            if link is not None and self._pulse.owes and not self._answers(link):
+                self._end(link)
+                link = None
             if link is None:
                 self._start()
                 link = self._wait()
             return link
 
-    def _connect(self) -> Link | None:
+    def _connect(self) -> _SocketLink | None:
         try:
-            return _SocketLink(Client(str(self._address), "AF_UNIX"))
+            return _SocketLink(Client(str(self._address), "AF_UNIX"), self._pulse)
         except OSError:
             return None
+
+    def _answers(self, link: _SocketLink) -> bool:
+        """Whether it says anything before it has been silent for `HUNG_S`."""
+        try:
+            link.call("report", timeout_s=max(0.5, HUNG_S - self._pulse.silent_s()))
+        except LinkLost:
+            return False
+        return True
+
+    def _end(self, link: _SocketLink) -> None:
+        """End the agent behind a link. Its engines end with it, or, if those hang as well,
+        when the next agent starts."""
+        with suppress(ProcessLookupError):
+            os.kill(link.pid(), signal.SIGKILL)
+        if not link.ended(START_S):
+            raise LinkLost(f"the agent of {self._setup.node!r} hangs, and does not end")
+        link.close()
+        self._pulse.note(True)
 
     def _start(self) -> None:
         self._ended()
@@ -256,7 +320,7 @@ class Hosted:
         self._pid = None
         return os.waitstatus_to_exitcode(status)
 
-    def _wait(self) -> Link:
+    def _wait(self) -> _SocketLink:
         clock, code = SystemClock(), None
         while code is None and clock.now_s() < START_S:
             link = self._connect()
