@@ -248,6 +248,7 @@ class RayAgents:
         """Whether this Ray ends with us."""
         total = sum(node.gpus for node in cluster.nodes)
         self._ray = connected(address, namespace=namespace, num_gpus=total)
+        _hush()
         try:
             self.group = self._group(cluster)
         except BaseException:
@@ -326,6 +327,15 @@ class RayAgents:
             for node in self._ray.nodes()
             if node["Alive"] and node["Resources"].get("GPU")
         )
+
+
+def _hush() -> None:
+    """Ray prints pages on each process and machine that is lost, of which status and
+    journal tell in a line."""
+    with suppress(ImportError):
+        import ray._private.worker as worker
+
+        worker.print_to_stdstream = lambda *told, **how: None
 
 
 def namespace_of(folder: Path) -> str:
