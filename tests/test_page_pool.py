@@ -17,9 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from foreserve.models.errors import InvalidInput
 from foreserve.runtime.memory.books import Books, Pages, take_all
-from foreserve.runtime.memory.pool import InUse, PagePool, Slot
+from foreserve.runtime.memory.cuda import CudaFailed, CudaMemory
+from foreserve.runtime.memory.pool import InUse, Memory, PagePool, Slot
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.memory.posix import _map as posix_map
+from tests.fake_cuda import FakeCuda
 
 PAGE = 4096
 
@@ -269,16 +271,34 @@ def test_the_machine_gets_the_memory_of_free_pages_back(pool: PagePool):
 
 class Pool(RuleBasedStateMachine):
     """Slots come and go, are mapped and unmapped, and pages are in hands in between; the
-    bytes of every page are known."""
+    bytes of every page are known. The same for host memory and the made-up GPU, by copies
+    from and to the host."""
+
+    def make(self) -> Memory:
+        return PosixMemory(PAGE, 12)
+
+    def mapped_bytes(self) -> int:
+        """As the machine sees it."""
+        return _mapped_of_file(self.pool.memory)
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = PagePool(PosixMemory(PAGE, 12))
-        self.window = np.frombuffer(self.pool.window_span(), np.uint8)
-        self.window = self.window.reshape(12, PAGE)
+        self.pool = PagePool(self.make())
+        self.window = self.pool.window()
         self.slots: list[tuple[Slot, list[int]]] = []
         self.hands: list[tuple[Pages, list[int]]] = []
         self.marks = 0
+
+    def write(self, number: int, mark: int) -> None:
+        page = np.full(PAGE, mark, np.uint8)
+        address = self.window + number * PAGE
+        self.pool.memory.copy(address, page.ctypes.data, PAGE).wait()
+
+    def read(self, address: int, pages: int) -> np.ndarray:
+        found = np.zeros((pages, PAGE), np.uint8)
+        memory = self.pool.memory
+        memory.fetch(found.ctypes.data, address, pages * PAGE).wait()
+        return found
 
     @rule(size=st.integers(1, 6))
     def reserve(self, size: int) -> None:
@@ -294,7 +314,7 @@ class Pool(RuleBasedStateMachine):
             marks = []
             for number in pages.numbers:
                 self.marks += 1
-                self.window[number] = self.marks % 251
+                self.write(number, self.marks % 251)
                 marks.append(self.marks % 251)
             self.hands.append((pages, marks))
 
@@ -353,22 +373,101 @@ class Pool(RuleBasedStateMachine):
         assert len(set(owned)) == len(owned)
         assert self.pool.free + len(owned) == self.pool.capacity
         assert self.pool.mapped == sum(slot.mapped for slot, _ in self.slots)
-        assert _mapped_of_file(self.pool.memory) == PAGE * (12 + self.pool.mapped)
+        assert self.mapped_bytes() == PAGE * (12 + self.pool.mapped)
 
     @invariant()
     def bytes_stay(self) -> None:
         for slot, content in self.slots:
             if slot.mapped:
-                seen = _bytes(slot, 0, slot.mapped_bytes).reshape(-1, PAGE)
+                with slot.using(0, slot.mapped_bytes) as address:
+                    seen = self.read(address, slot.mapped)
                 assert seen[:, 0].tolist() == seen[:, -1].tolist() == content
         for pages, marks in self.hands:
-            assert self.window[list(pages.numbers), 1].tolist() == marks
+            for number, mark in zip(pages.numbers, marks, strict=True):
+                assert self.read(self.window + number * PAGE, 1)[0, 7] == mark
 
     def teardown(self) -> None:
-        del self.window
         self.hands.clear()
         self.pool.close()
 
 
+class CudaPool(Pool):
+    def make(self) -> Memory:
+        self.driver = FakeCuda()
+        return CudaMemory(PAGE, 12, driver=self.driver)
+
+    def mapped_bytes(self) -> int:
+        return self.driver.mapped_bytes
+
+    def teardown(self) -> None:
+        super().teardown()
+        left = (self.driver.handles, self.driver.reserved, self.driver.mapped)
+        assert left == ({}, {}, {})
+        assert (self.driver.events, self.driver.streams) == (0, 0)
+
+
+CHANCE = settings(max_examples=50, stateful_step_count=30, deadline=None)
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPool.settings = CHANCE
+TestCudaPool = CudaPool.TestCase
+TestCudaPool.settings = CHANCE
+
+
+def test_the_driver_is_asked_once_for_rights_and_to_unmap():
+    """Creating 4 pages are 4 calls, mapping 3 of them 3 calls and one for their rights,
+    unmapping is one; nothing is created or released before the end."""
+    driver = FakeCuda()
+    pool = PagePool(CudaMemory(PAGE, 4, driver=driver))
+    slot = pool.reserve(4 * PAGE)
+    assert driver.calls.count("cuMemCreate") == 4
+    driver.calls.clear()
+    assert pool.map(slot, 3)
+    assert driver.calls == ["cuMemMap"] * 3 + ["cuMemSetAccess"]
+    driver.calls.clear()
+    pool.unmap(slot, 2)
+    assert driver.calls == ["cuCtxSynchronize", "cuMemUnmap"]
+    span = slot.view(16, 100)
+    assert span.__cuda_array_interface__["data"] == (slot.address + 16, False)
+    assert span.__cuda_array_interface__["shape"] == (100,)
+    with pytest.raises(InUse):
+        pool.unmap(slot, 1)
+    del span
+    pool.close()
+    assert driver.calls.count("cuMemRelease") == 4
+
+
+def test_what_the_driver_refuses_leaves_the_books_as_they_were():
+    """Too little memory for all pages: those made are released, and it says so. Rights
+    that are refused: nothing stays mapped, and the pages are free again."""
+    small = FakeCuda(memory_bytes=3 * PAGE)
+    with pytest.raises(CudaFailed, match="cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY"):
+        CudaMemory(PAGE, 4, driver=small)
+    assert (small.handles, small.streams) == ({}, 0)
+    with pytest.raises(InvalidInput, match="multiple of 4096"):
+        CudaMemory(PAGE + 1, 4, driver=FakeCuda())
+    driver = FakeCuda()
+    pool = PagePool(CudaMemory(PAGE, 4, driver=driver))
+    slot = pool.reserve(4 * PAGE)
+    driver.fail_at = "cuMemSetAccess"
+    with pytest.raises(OSError, match="cuMemSetAccess"):
+        pool.map(slot, 3)
+    assert (driver.mapped_bytes, slot.mapped, pool.free) == (0, 0, 4)
+    pool.close()
+
+
+def test_each_thread_says_which_gpu_it_means():
+    """The driver refuses calls of a thread without a context; the pool sets it."""
+    pool = PagePool(CudaMemory(PAGE, 2, driver=FakeCuda()))
+    slots: list[Slot] = []
+
+    def work() -> None:
+        slots.append(pool.reserve(PAGE))
+        assert pool.map(slots[0], 1)
+        pool.unmap(slots[0], 1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(10)
+    assert len(slots) == 1
+    assert pool.free == 2
+    pool.close()
