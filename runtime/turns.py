@@ -40,17 +40,32 @@ class Rules:
 class Standing(Protocol):
     """One request as the choice sees it. Pages are those on each GPU of the group."""
 
-    progress: Progress
-    prompt_tokens: int
-    """To compute before it can decode; 0: it decodes (after its KV has been swapped in,
-    if it is not resident)."""
-    next_pages: int
-    """Held after one more iteration."""
-    promise: int
-    """Set aside for it while it is resident: its tokens and the output expected."""
-    pages: int
-    """Held."""
-    resident: bool
+    @property
+    def progress(self) -> Progress: ...
+
+    @property
+    def prompt_tokens(self) -> int:
+        """To compute before it can decode; 0: it decodes (after its KV has been swapped
+        in, if it is not resident)."""
+        ...
+
+    @property
+    def next_pages(self) -> int:
+        """Held after one more iteration."""
+        ...
+
+    @property
+    def promise(self) -> int:
+        """Set aside for it while it is resident: its tokens and the output expected."""
+        ...
+
+    @property
+    def pages(self) -> int:
+        """Held."""
+        ...
+
+    @property
+    def resident(self) -> bool: ...
 
 
 S = TypeVar("S", bound=Standing)

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hmac
-import json
 import os
 import signal
 import socket
@@ -27,30 +25,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import httptools
-
 from foreserve.models.cost import IterationTime
 from foreserve.runtime.engines.batch import Batch, Job
-from foreserve.runtime.engines.series import Series
-from foreserve.runtime.engines.simulated import KEY, gibberish, seed_of, words
-from foreserve.runtime.engines.simulated_bodies import (
+from foreserve.runtime.engines.bodies import (
     Refused,
-    chunk,
-    frame,
+    Telling,
     object_of,
     prompt_of,
+    telling,
 )
-
-MOST_BODY_BYTES = 64 * 1024**2
-REASONS = {
-    200: b"OK",
-    400: b"Bad Request",
-    401: b"Unauthorized",
-    404: b"Not Found",
-    405: b"Method Not Allowed",
-}
-REASONS |= {413: b"Content Too Large", 500: b"Internal Server Error"}
-REASONS |= {503: b"Service Unavailable"}
+from foreserve.runtime.engines.http import HttpConnection
+from foreserve.runtime.engines.series import Series
+from foreserve.runtime.engines.simulated import KEY, gibberish, seed_of, words
 
 
 @dataclass(slots=True, eq=False)
@@ -59,14 +45,8 @@ class Answer:
 
     connection: Connection
     job: Job
-    head: bytes
-    """Of every chunk, up to the text."""
-    tail: bytes
-    """Of every chunk but the last one with text, from the text on."""
+    telling: Telling
     seed: int
-    chat: bool
-    stream: bool
-    usage: bool
     reason: str
     said: int = 0
     """Tokens that were streamed."""
@@ -131,7 +111,7 @@ class Engine:
         now_s = self.node.now_s()
         self._tell(self.batch.advance(now_s))
         for answer in self.answers.values():
-            if answer.stream:
+            if answer.telling.stream:
                 given = self.batch.given(answer.job, now_s)
                 if given > answer.said:
                     answer.connection.say(answer, given)
@@ -160,7 +140,7 @@ class Engine:
                 seen = self.series.histograms["time_to_first_token_seconds"]
                 seen.observe(job.first_s - job.arrival_s)
             if job.end_s is None:
-                if answer.stream:
+                if answer.telling.stream:
                     answer.connection.say(answer, job.given)
                 continue
             del self.answers[job]
@@ -183,7 +163,7 @@ class Engine:
         if due_s == float("inf"):
             self._timer = None
             return
-        if any(answer.stream for answer in self.answers.values()):
+        if any(answer.telling.stream for answer in self.answers.values()):
             pause_s = self.node.tick_s * self.node.scale
             token_s = max(self.batch.token_s(now_s), self._pumped_s + pause_s)
             due_s = min(due_s, token_s)
@@ -233,26 +213,20 @@ class Node:
         return self._start_s + model_s / self.scale
 
 
-class Connection(asyncio.Protocol):
-    """One client connection; one request at a time."""
+class Connection(HttpConnection):
+    """One client connection."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, key: bytes) -> None:
+        super().__init__(key)
         self.node = node
         self._answer: tuple[Engine, Answer] | None = None
         self._later: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport
-        self._parser = httptools.HttpRequestParser(self)
-        self._url, self._size = b"", 0
-        self._body: list[bytes] = []
-        self._keep_alive = True
 
-    # --- asyncio and httptools -----------------------------------------------------------
+    @property
+    def occupied(self) -> bool:
+        return self._answer is not None or self._later is not None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def connection_lost(self, exc: Exception | None) -> None:
+    def left(self) -> None:
         if self._later is not None:
             self._later.cancel()
         if self._answer is not None:
@@ -260,45 +234,9 @@ class Connection(asyncio.Protocol):
             self._answer = None
             engine.leave(answer)
 
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserCallbackError:
-            raise  # Our own fault: asyncio says so, and closes the connection.
-        except httptools.HttpParserError:
-            self.abort()
-
-    def on_message_begin(self) -> None:
-        self._url, self._body, self._size = b"", [], 0
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-
-    def on_body(self, body: bytes) -> None:
-        self._size += len(body)
-        if self._size > MOST_BODY_BYTES:
-            self.abort()
-        self._body.append(body)
-
-    def on_message_complete(self) -> None:
-        if self._answer is not None or self._later is not None:
-            self.abort()  # Nobody we know sends the next request before the answer.
-            return
-        self._keep_alive = self._parser.should_keep_alive()
-        try:
-            self._route(
-                self._parser.get_method().decode(),
-                self._url.split(b"?")[0].decode("latin-1"),
-                b"".join(self._body),
-            )
-        except Refused as refused:
-            self._refuse(refused)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            self._refuse(Refused(400, f"{type(error).__name__}: {error}"))
-
     # --- routes --------------------------------------------------------------------------
 
-    def _route(self, method: str, path: str, body: bytes) -> None:
+    def handle(self, method: str, path: str, body: bytes) -> None:
         node = self.node
         if path.startswith("/r/"):
             number, _, rest = path[3:].partition("/")
@@ -314,13 +252,13 @@ class Connection(asyncio.Protocol):
             engine = Engine(node, node.made, object_of(body))
             node.engines[node.made] = engine
             node.made += 1
-            self._json({"number": engine.number})
+            self.json({"number": engine.number})
         elif (method, path) == ("POST", "/fail"):
             what = object_of(body)
             node.load_failures[what["llm"]] += what.get("times", 1)
-            self._json({})
+            self.json({})
         elif (method, path) == ("GET", "/health"):
-            self._json({})
+            self.json({})
         else:
             raise Refused(404, "Not Found")
 
@@ -336,15 +274,15 @@ class Connection(asyncio.Protocol):
             ("POST", "wake_up"): self._wake,
             ("DELETE", ""): self._delete,
             ("GET", "v1/models"): self._models,
-            ("GET", "health"): lambda engine, _: self._json({}),
-            ("GET", "version"): lambda engine, _: self._json({"version": "simulated"}),
-            ("GET", "memory"): lambda engine, _: self._json(
+            ("GET", "health"): lambda engine, _: self.json({}),
+            ("GET", "version"): lambda engine, _: self.json({"version": "simulated"}),
+            ("GET", "memory"): lambda engine, _: self.json(
                 {"bytes": engine.held_bytes}
             ),
-            ("GET", "is_sleeping"): lambda engine, _: self._json(
+            ("GET", "is_sleeping"): lambda engine, _: self.json(
                 {"is_sleeping": not engine.awake}
             ),
-            ("GET", "metrics"): lambda engine, _: self._send(
+            ("GET", "metrics"): lambda engine, _: self.send(
                 200, engine.metrics().encode(), b"text/plain; version=0.0.4"
             ),
         }
@@ -362,17 +300,17 @@ class Connection(asyncio.Protocol):
             if failures[engine.name] > 0:
                 failures[engine.name] -= 1
                 del self.node.engines[engine.number]
-                self._refuse(Refused(500, "the load failed, as it was asked to"))
+                self.refuse(Refused(500, "the load failed, as it was asked to"))
                 return
             engine.loaded = True
-            self._json({})
+            self.json({})
 
         self._after(engine, engine.spec["load_s"] * engine.factor, done)
 
     def _wake(self, engine: Engine, body: bytes) -> None:
         def done() -> None:
             engine.awake = True
-            self._json({})
+            self.json({})
 
         seconds = 0.0 if engine.awake else engine.spec["activate_s"]
         self._after(engine, seconds, done)
@@ -381,12 +319,12 @@ class Connection(asyncio.Protocol):
         for answer in list(engine.answers.values()):
             answer.connection.abort()
         engine.awake = False
-        self._json({})
+        self.json({})
 
     def _delete(self, engine: Engine, body: bytes) -> None:
         del self.node.engines[engine.number]
         engine.stop()
-        self._json({})
+        self.json({})
 
     def _fail(self, engine: Engine, body: bytes) -> None:
         what = object_of(body)
@@ -402,7 +340,7 @@ class Connection(asyncio.Protocol):
             engine.slow_down(engine.factor)
         else:
             raise Refused(400, "kind: expected die, hang, gibberish or slow")
-        self._json({})
+        self.json({})
 
     def _models(self, engine: Engine, body: bytes) -> None:
         card = {
@@ -412,7 +350,7 @@ class Connection(asyncio.Protocol):
             "owned_by": "foreserve",
             "max_model_len": engine.spec["room_tokens"],
         }
-        self._json({"object": "list", "data": [card]})
+        self.json({"object": "list", "data": [card]})
 
     def _complete(self, engine: Engine, body: bytes, *, chat: bool) -> None:
         asked = object_of(body)
@@ -426,8 +364,6 @@ class Connection(asyncio.Protocol):
         seed = seed_of(engine.name, text)
         wanted = asked.get("max_completion_tokens") or asked.get("max_tokens")
         length = int(wanted or max(1, round(engine.spec["output_tokens"])))
-        stream = bool(asked.get("stream"))
-        options = asked.get("stream_options") or {}
         job = Job(tokens, max(1, length), arrival_s=self.node.now_s())
         if not engine.batch.fits(job):
             raise Refused(
@@ -438,16 +374,11 @@ class Connection(asyncio.Protocol):
             )
         self.node.answers += 1
         number = f"{engine.number}-{self.node.answers}"
-        head, tail = frame(engine.name, number, chat, stream)
         answer = Answer(
             connection=self,
             job=job,
-            head=head,
-            tail=tail,
+            telling=telling(engine.name, number, chat, asked),
             seed=gibberish(seed) if engine.lies else seed,
-            chat=chat,
-            stream=stream,
-            usage=bool(options.get("include_usage")),
             reason="length" if wanted else "stop",
         )
         self._answer = engine, answer
@@ -458,8 +389,7 @@ class Connection(asyncio.Protocol):
     def say(self, answer: Answer, given: int) -> None:
         """Stream what it has beyond what was said; its last token is for `end`."""
         text = words(answer.seed, answer.said, given).encode()
-        begin = self._begin_stream(answer) if answer.said == 0 else b""
-        self._transport.write(begin + chunk(answer.head + text + answer.tail))
+        self.transport.write(answer.telling.say(text))
         answer.said = given
 
     def end(self, answer: Answer) -> None:
@@ -479,35 +409,14 @@ class Connection(asyncio.Protocol):
             "preemptions": job.preemptions,
         }
         text = words(answer.seed, answer.said, job.given).encode()
-        reason = b'"finish_reason":"%s"' % answer.reason.encode()
-        last = answer.tail.replace(b'"finish_reason":null', reason)
-        if not answer.stream:
-            extra = json.dumps({"usage": usage, "simulated": times}).encode()
-            self._send(200, answer.head + text + last + b"," + extra[1:])
-            return
-        begin = self._begin_stream(answer) if answer.said == 0 else b""
-        parts = [begin, chunk(answer.head + text + last)]
-        if answer.usage:
-            extra = json.dumps({"usage": usage, "simulated": times}).encode()
-            opening = answer.head[: answer.head.index(b'"choices":')]
-            parts.append(chunk(opening + b'"choices":[],' + extra[1:] + b"\n\n"))
-        parts.append(chunk(b"data: [DONE]\n\n"))
-        parts.append(b"0\r\n\r\n")
-        self._transport.write(b"".join(parts))
-        self._rest()
-
-    def _begin_stream(self, answer: Answer) -> bytes:
-        head = (
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-            b"cache-control: no-cache\r\ntransfer-encoding: chunked\r\n\r\n"
+        told = answer.telling.end(
+            text, answer.reason, {"usage": usage, "simulated": times}
         )
-        if not answer.chat:
-            return head
-        role = answer.head.replace(b'"delta":{', b'"delta":{"role":"assistant",')
-        return head + chunk(role + answer.tail)
-
-    def abort(self) -> None:
-        self._transport.abort()
+        if not answer.telling.stream:
+            self.send(200, told)
+            return
+        self.transport.write(told)
+        self.rest()
 
     def _after(
         self, engine: Engine, model_s: float, callback: Callable[[], None]
@@ -520,54 +429,6 @@ class Connection(asyncio.Protocol):
         engine.visitors.add(self)
         self._later = self.node.loop.call_later(model_s / self.node.scale, done)
 
-    def _json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode())
-
-    def _refuse(self, refused: Refused) -> None:
-        kind = "invalid_request_error" if refused.status < 500 else "engine_error"
-        error = {
-            "message": str(refused),
-            "type": kind,
-            "param": None,
-            "code": refused.code,
-        }
-        self._send(refused.status, json.dumps({"error": error}).encode())
-
-    def _send(
-        self, status: int, body: bytes, kind: bytes = b"application/json"
-    ) -> None:
-        self._transport.write(
-            b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n%s"
-            % (status, REASONS[status], kind, len(body), body)
-        )
-        self._rest()
-
-    def _rest(self) -> None:
-        """The request is answered."""
-        if not self._keep_alive:
-            self._transport.close()
-
-
-class Guarded(Connection):
-    """A connection whose requests have to show a key."""
-
-    def __init__(self, node: Node, key: bytes) -> None:
-        super().__init__(node)
-        self._expected, self._shown = b"Bearer " + key, b""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._shown = b""
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"authorization":
-            self._shown = value
-
-    def _route(self, method: str, path: str, body: bytes) -> None:
-        if not hmac.compare_digest(self._shown, self._expected):
-            raise Refused(401, "Unauthorized")
-        super()._route(method, path, body)
-
 
 async def serve(
     listener: socket.socket, scale: float, tick_s: float, key: bytes
@@ -575,10 +436,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     node = Node(loop, scale, tick_s)
 
-    def connect() -> Connection:
-        return Guarded(node, key) if key else Connection(node)
-
-    server = await loop.create_server(connect, sock=listener)
+    server = await loop.create_server(lambda: Connection(node, key), sock=listener)
     asked = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, asked.set)
     async with server:

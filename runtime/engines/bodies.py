@@ -1,8 +1,10 @@
-"""What simulated engines read and write: OpenAI's bodies, and HTTP's chunks."""
+"""What engine servers read and write: OpenAI's bodies, and HTTP's chunks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -54,6 +56,70 @@ def _content(message: Any) -> str:
     if not isinstance(content, str):
         raise Refused(400, "messages: each needs a text as content")
     return content
+
+
+@dataclass(slots=True, kw_only=True)
+class Telling:
+    """How one answer is written, streamed or whole. Texts are as they stand in JSON."""
+
+    head: bytes
+    """Of every chunk, up to the text."""
+    tail: bytes
+    """Of every chunk but the last one with text, from the text on."""
+    chat: bool
+    stream: bool
+    usage: bool
+    """The stream ends with what was used."""
+    begun: bool = False
+
+    def say(self, text: bytes) -> bytes:
+        """A piece of a stream, of which more will come."""
+        return self._begin() + chunk(self.head + text + self.tail)
+
+    def end(self, text: bytes, reason: str, more: Mapping[str, Any]) -> bytes:
+        """The last piece of a stream, or the body of a whole answer; ``more`` goes into
+        the body or the last chunk (``usage`` and what else there is to tell)."""
+        reason_json = b'"finish_reason":"%s"' % reason.encode()
+        last = self.tail.replace(b'"finish_reason":null', reason_json)
+        extra = json.dumps(more).encode()
+        if not self.stream:
+            return self.head + text + last + b"," + extra[1:]
+        parts = [self._begin(), chunk(self.head + text + last)]
+        if self.usage:
+            opening = self.head[: self.head.index(b'"choices":')]
+            parts.append(chunk(opening + b'"choices":[],' + extra[1:] + b"\n\n"))
+        parts.append(chunk(b"data: [DONE]\n\n"))
+        parts.append(b"0\r\n\r\n")
+        return b"".join(parts)
+
+    def _begin(self) -> bytes:
+        if self.begun:
+            return b""
+        self.begun = True
+        head = (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+            b"cache-control: no-cache\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        if not self.chat:
+            return head
+        role = self.head.replace(b'"delta":{', b'"delta":{"role":"assistant",')
+        return head + chunk(role + self.tail)
+
+
+def telling(
+    served_name: str, number: str, chat: bool, asked: dict[str, Any]
+) -> Telling:
+    """What goes with the request ``asked``."""
+    stream = bool(asked.get("stream"))
+    head, tail = frame(served_name, number, chat, stream)
+    options = asked.get("stream_options") or {}
+    return Telling(
+        head=head,
+        tail=tail,
+        chat=chat,
+        stream=stream,
+        usage=bool(options.get("include_usage")),
+    )
 
 
 def frame(
