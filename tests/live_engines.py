@@ -38,6 +38,7 @@ class WaitingEngine:
         self.room_tokens = 1000
         self.capabilities = Capabilities(real_sleep=settings.real_sleep)
         self.up = self.hangs = self.stubborn = False
+        self.gives_up_bytes = 0 if settings.seed is None else 8
         self._stopped = threading.Event()
         seed = settings.seed
         self._rng = None if seed is None else np.random.default_rng([seed, len(MADE)])
@@ -62,6 +63,9 @@ class WaitingEngine:
 
     def quiesce(self) -> None:
         self._take(self.option.activate_s)
+
+    def shrink(self) -> int:
+        return self.gives_up_bytes
 
     def stop(self) -> None:
         if not self.stubborn:

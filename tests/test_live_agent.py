@@ -148,6 +148,32 @@ def test_a_whole_life(made, tmp_path):
     assert steps[3] == ("ACTIVE", "activate")
 
 
+def test_what_drains_gives_memory_up(made):
+    """a serves and b is WARM, so 20 bytes are free and c's load of 30 is refused. a drains,
+    and its engine says that 15 bytes of its KV cache are not needed any more: c loads
+    beside it. Asleep, a holds 30 as ever, and served again 50."""
+    owner = made()
+    owner.serve(A)
+    owner("load", B)
+    owner.until(lambda _: owner.phases().get("b") == "WARM")
+    assert "bytes asked" in owner("load", C)
+    owner("demote", A)
+    ENGINES[A].gives_up_bytes = 15
+    report = owner.until(lambda r: r.free_bytes[gpu(0)] == 35)
+    assert (report.rows[0].held_bytes, report.rows[0].spare_bytes) == (35, 15)
+    owner.agent.forgive()
+    assert owner("load", C) == ""
+    owner.until(lambda _: owner.phases().get("c") == "WARM")
+    owner("quiesce", A)
+    report = owner.until(lambda r: r.rows[0].phase == "WARM")
+    assert (report.rows[0].held_bytes, report.free_bytes[gpu(0)]) == (30, 10)
+    owner("drop", C)
+    owner.until(gone("c"))
+    owner("activate", A)
+    report = owner.until(lambda _: owner.phases()["a"] == "ACTIVE")
+    assert (report.rows[0].held_bytes, report.rows[0].spare_bytes) == (50, 0)
+
+
 def test_refuses_what_does_not_fit(made):
     """50 serve and 30 are loaded: another 30 would make 110, whatever anybody believes. It
     may be asked for again after a while, however often."""
@@ -424,6 +450,11 @@ def entered(phase: str | None) -> str:
     return json.dumps({"event": "phase", **facts})
 
 
+def shrink(held: int) -> str:
+    facts = {"event": "shrink", "llm": "a", "gpus": ["n0/0"], "held": held}
+    return json.dumps(facts)
+
+
 def fence(generation: int = 1) -> str:
     return json.dumps({"event": "fence", "generation": generation})
 
@@ -448,6 +479,8 @@ LOADED = [
         (intent(step=2, held=10), "before anything is gone"),
         (intent(step=2, held=101), "holds 101 of 100 bytes"),
         (intent(step=2, generation=0), "obeys generation 0"),
+        (shrink(20), "shrinks while WARM"),
+        (shrink(30), "does not shrink"),
         ("{", "not a JSON line"),
         ('{"event":"dance"}', "no event of an agent: 'dance'"),
     ],

@@ -95,6 +95,12 @@ class Engine(Protocol):
         """Back to WARM. Whoever routes has seen to it that nothing is in flight."""
         ...
 
+    def shrink(self) -> int:
+        """While it drains: give up the KV memory that its requests cannot need any more.
+        Bytes that it has given up on each of its GPUs; it has them again when it is next
+        activated. 0 where an engine cannot do that. Quick, may be called often."""
+        ...
+
     def stop(self) -> None:
         """End it and all its processes: asked first, killed after the grace. Never fails;
         any number of calls from any thread."""

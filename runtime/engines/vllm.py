@@ -153,6 +153,9 @@ class VllmEngine:
         if self.capabilities.real_sleep and not self._fall_asleep():
             raise EngineFailed("vLLM: said to sleep, but its memory did not go")
 
+    def shrink(self) -> int:
+        return 0  # vLLM's KV cache has one size while it is awake
+
     def stop(self) -> None:
         self._stopped.set()
         with self._lock:

@@ -5,7 +5,8 @@ own behind a socket, and inside a Ray actor. What holds:
 
 1. No action begins before its peak is booked on each of its GPUs and written to the log,
    in one step; what does not fit is refused here, whatever the controller believes.
-2. Bytes are released when the engine is seen to be gone, or seen to have given them up.
+2. Bytes are released when the engine is seen to be gone, or to have given them up: when
+   it sleeps, or while it drains, so that loads need not wait for its last request.
 3. One action per replica at a time, each in a thread; a drop cancels a load.
 4. Orders of an older controller are refused, and none is carried out twice.
 5. A replica that fails is left alone for a time that doubles, and after ``tries``
@@ -194,7 +195,7 @@ class NodeAgent:
         if life is None:
             life = self._new(key, now_s)
         held = life.held_bytes
-        if after is not None:
+        if after is not None and order.kind != "quiesce":
             held = max(held, life.needs_bytes(after))
         try:
             self._ledger.hold(key.gpus, held - life.held_bytes)
@@ -281,8 +282,27 @@ class NodeAgent:
                 # Only known now: what it holds asleep is not what the plan believes.
                 self._end(life, str(error), failed=True)
                 return
-            life.held_bytes = needs
+            life.held_bytes, life.spare_bytes = needs, 0
             self._enter(life, after, done=kind, took_s=took_s)
+
+    def _shrink(self, life: Life) -> None:
+        """Book that a replica which drains has given up memory for good."""
+        with self._changed:
+            since_s, spare_bytes = life.shrunk
+            more = spare_bytes - life.spare_bytes
+            ends = life.leaving or life.acting_since_s is not None
+            if life.phase != "DRAINING" or since_s != life.since_s or ends or more <= 0:
+                return
+            self._ledger.hold(life.id.gpus, -more)
+            life.held_bytes, life.spare_bytes = life.held_bytes - more, spare_bytes
+            self._log.append(
+                "shrink",
+                at_s=self._now_s(),
+                llm=life.id.llm,
+                gpus=[str(gpu) for gpu in life.id.gpus],
+                held=life.held_bytes,
+            )
+            self._touch()
 
     # --- ends -------------------------------------------------------------------------
 
@@ -404,3 +424,5 @@ class NodeAgent:
                 reason = self._signs.fault(life)
                 if reason:
                     self._end(life, reason, failed=True)
+                elif life.phase == "DRAINING":
+                    self._shrink(life)

@@ -151,6 +151,7 @@ class LiveBackend:
                 if node.here is None:
                     lost.update(self.fleet.cluster.node_by_name[node.name].gpu_ids())
                 busy.update(node.waited_with(now_s))
+                spare = node.spare_bytes()
                 for key, phase, leaving in node.phases():
                     if leaving:
                         busy.add(key)
@@ -164,6 +165,7 @@ class LiveBackend:
                             phase=phase,
                             in_flight=works if serves else 0,
                             idle_since_s=idle.get(key) if idles else None,
+                            spare_bytes=spare.get(key, 0),
                         )
                     )
         return Observed(

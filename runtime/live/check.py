@@ -161,6 +161,15 @@ class _Agent:
             self._fault(f"{after} with other bytes than booked")
         self._hold(key, line["held"])
 
+    def _shrink(self, line: Line) -> None:
+        """It gives up memory before it is gone: only while it drains, and only ever more."""
+        key = _key(line)
+        if self.phase.get(key) != "DRAINING":
+            self._fault(f"shrinks while {self.phase.get(key)}")
+        if not 0 < line["held"] < self.held.get(key, 0):
+            self._fault("does not shrink")
+        self._hold(key, line["held"])
+
     def _hold(self, key: Key, num_bytes: int) -> None:
         self.held[key] = num_bytes
         if not num_bytes:

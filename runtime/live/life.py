@@ -49,6 +49,10 @@ class Life:
     limit_s: float = math.inf
     """How long it may take."""
     measured_bytes: int | None = None
+    spare_bytes: int = 0
+    """Given up while it drains."""
+    shrunk: tuple[float, int] = (0.0, 0)
+    """Since when it was draining when its engine said that it had given up so much."""
     door: Door = Door()
     sign: Future[bool] | None = None
     """Of life: asked for, not there yet."""
@@ -70,6 +74,7 @@ class Life:
             phase=self.phase,
             age_s=now_s - self.since_s,
             held_bytes=self.held_bytes,
+            spare_bytes=self.spare_bytes,
             measured_bytes=self.measured_bytes,
             acting=self.acting_since_s is not None,
             leaving=self.leaving,
@@ -117,6 +122,9 @@ class Signs:
 
     def _ask(self, life: Life) -> bool:
         life.asked_s = self._now_s()
+        if life.phase == "DRAINING":
+            since_s = life.since_s
+            life.shrunk = since_s, life.engine.shrink()
         return life.engine.alive()
 
 

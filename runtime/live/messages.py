@@ -54,6 +54,8 @@ class Row:
     """Since when it is in this phase."""
     held_bytes: int
     """Booked on each of its GPUs."""
+    spare_bytes: int = 0
+    """What it would hold more in its phase, had it not given that up to drain."""
     measured_bytes: int | None = None
     """As the engine says, where it can, after its last action."""
     acting: bool = False
@@ -108,6 +110,23 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostRow:
+    """Weights of one LLM in the host memory of a node."""
+
+    llm: str
+    held_bytes: int
+    """Booked."""
+    whole: bool
+    """All of it has been read, so that loads copy from here."""
+    readers: int
+    """Loads under way."""
+    resident_bytes: int | None = None
+    """Of its files, what was in memory when last looked; None where there are none."""
+    locked: bool = False
+    """The kernel does not evict them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
     """One node at one instant."""
 
@@ -123,3 +142,6 @@ class NodeReport:
     usable_bytes: dict[GpuId, int]
     free_bytes: dict[GpuId, int]
     place: Place = Place()
+    host_bytes: int = 0
+    """Host memory that weights may take."""
+    hosted: tuple[HostRow, ...] = ()

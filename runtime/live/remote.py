@@ -95,6 +95,11 @@ class Remote:
                     key=report.place.key,
                 )
 
+    def spare_bytes(self) -> dict[ReplicaId, int]:
+        """What replicas that drain have given up on each of their GPUs."""
+        rows = () if self.here is None else self.here.rows
+        return {row.id: row.spare_bytes for row in rows if row.phase == "DRAINING"}
+
     def waited_with(self, now_s: float) -> Iterator[ReplicaId]:
         """Replicas that failed and may not be tried yet."""
         if self.here is not None:

@@ -126,5 +126,6 @@ def _kinds(fleet: Fleet, row: Row) -> Mapping[str, int]:
     if row.phase in HOLDS_KV or row.held_bytes >= option.active_bytes + sum(
         known.values()
     ):
-        known |= {"kv": option.kv_bytes, "activation": option.activation_bytes}
+        kv_bytes = option.kv_bytes - row.spare_bytes
+        known |= {"kv": kv_bytes, "activation": option.activation_bytes}
     return known
