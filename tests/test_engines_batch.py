@@ -127,3 +127,21 @@ def test_a_request_that_never_fits_is_refused():
     assert not engine.fits(Job(100, 62, arrival_s=0.0))
     with pytest.raises(ValueError, match="never fit"):
         engine.submit(Job(100, 62, arrival_s=0.0))
+
+
+def test_what_drains_gives_up_what_nobody_can_need():
+    """Of 1000 blocks a request of 100 + 60 tokens may come to need 10: 990 are given up,
+    none more later, its times stay the same, and after `grow` all are there again."""
+    jobs = [Job(100, 60, arrival_s=0.0) for _ in range(2)]
+    alone, engine = batch(), batch()
+    drive(alone, jobs[:1])
+    engine.submit(jobs[1])
+    engine.advance(0.1)
+    assert engine.shrink() == engine.shrink() == 990
+    assert (engine.blocks, engine.fits(Job(100, 61, arrival_s=0.1))) == (10, True)
+    assert not engine.fits(Job(100, 62, arrival_s=0.1))
+    while engine.event_s < math.inf:
+        engine.advance(engine.event_s)
+    assert jobs[0].end_s == jobs[1].end_s
+    engine.grow()
+    assert engine.free == engine.blocks == 1000

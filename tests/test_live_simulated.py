@@ -84,6 +84,32 @@ def test_a_switch_lets_an_answer_end(run):
     assert ask(url(run, "c"), "c") == 5
 
 
+def test_a_load_begins_in_what_a_drain_gives_up(run):
+    """As before, but a has 3 s to go: the 2000 bytes that are free are too few for c's
+    weights, yet they are there before a has ended, in KV memory that a's last request
+    cannot need; and the answer is whole."""
+    run.reach(on("a", 0), on("b", 0, "WARM"))
+    request, given = run.request("a"), []
+    address = url(run, "a")
+
+    def stream() -> None:
+        given.append(ask(address, "a", 300))
+        run.table.release(request)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    run.want(on("c", 0), on("b", 0, "WARM"))
+
+    def phases() -> dict[str, str]:
+        return {r.llm: r.phase for r in run.backend.observe().replicas}
+
+    run.until(lambda: phases().get("c") == "WARM")
+    assert phases()["a"] == "DRAINING"
+    run.until(lambda: phases().get("c") == "ACTIVE")
+    thread.join()
+    assert given == [300]
+
+
 @pytest.mark.parametrize("kind", ["die", "hang"])
 def test_an_engine_that_fails_is_replaced(run, kind):
     """It dies, or says nothing any more: another one answers within 5 s; b's does not

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from foreserve.models.cost import IterationTime
 
 
+BLOCK_TOKENS = 16
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One request. Times are None until they are known."""
@@ -95,10 +98,10 @@ class Batch:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        block_tokens: int = 16,
+        block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         self.time, self.block_tokens = time, block_tokens
-        self.blocks = self.free = room_tokens // block_tokens
+        self.room = self.blocks = self.free = room_tokens // block_tokens
         self.max_num_seqs, self.budget = max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
@@ -154,6 +157,21 @@ class Batch:
         if job in self.waiting:
             self.waiting.remove(job)
         self._cut(now_s)
+
+    def shrink(self) -> int:
+        """Give up the blocks that nobody who is here can come to need: as many as were
+        given up in all."""
+        jobs = (*self.running, *self.waiting)
+        needs = sum(self._needs(job.input_tokens + job.output_tokens) for job in jobs)
+        unneeded = max(0, min(self.free, self.blocks - needs))
+        self.blocks -= unneeded
+        self.free -= unneeded
+        return self.room - self.blocks
+
+    def grow(self) -> None:
+        """Have what was given up again."""
+        self.free += self.room - self.blocks
+        self.blocks = self.room
 
     def change_time(self, time: IterationTime, now_s: float) -> None:
         """What iterations take, from the next one on."""

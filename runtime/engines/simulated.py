@@ -21,6 +21,7 @@ from typing import Any, Literal
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
 from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
+from foreserve.runtime.engines.batch import BLOCK_TOKENS
 from foreserve.runtime.engines.calls import NoAnswer, call
 from foreserve.runtime.engines.process import Child
 
@@ -208,6 +209,9 @@ class SimulatedEngine:
     def quiesce(self) -> None:
         self._call("POST", "sleep?level=1")
 
+    def shrink(self) -> int:
+        return int(self._call("POST", "shrink")["bytes"])
+
     def stop(self) -> None:
         with self._guard:
             self._stopped = True
@@ -261,6 +265,7 @@ class SimulatedEngine:
             "activate_s": option.activate_s,
             "resident_bytes": option.resident_bytes,
             "active_bytes": option.active_bytes,
+            "block_bytes": BLOCK_TOKENS * option.kv_token_bytes,
             "output_tokens": option.output_tokens,
         }
 

@@ -80,7 +80,13 @@ class Engine:
     def held_bytes(self) -> int:
         """Held on each GPU."""
         held = self.spec["resident_bytes"] if self.loaded else 0
-        return int(held + (self.spec["active_bytes"] if self.awake else 0))
+        awake = self.spec["active_bytes"] - self.spare_bytes if self.awake else 0
+        return int(held + awake)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Given up on each GPU while it drains."""
+        return int((self.batch.room - self.batch.blocks) * self.spec["block_bytes"])
 
     def slow_down(self, factor: float) -> None:
         """From the next iteration on everything takes so many times as long."""
@@ -272,6 +278,7 @@ class Connection(HttpConnection):
             ("POST", "fail"): self._fail,
             ("POST", "sleep"): self._sleep,
             ("POST", "wake_up"): self._wake,
+            ("POST", "shrink"): self._shrink,
             ("DELETE", ""): self._delete,
             ("GET", "v1/models"): self._models,
             ("GET", "health"): lambda engine, _: self.json({}),
@@ -310,6 +317,7 @@ class Connection(HttpConnection):
     def _wake(self, engine: Engine, body: bytes) -> None:
         def done() -> None:
             engine.awake = True
+            engine.batch.grow()
             self.json({})
 
         seconds = 0.0 if engine.awake else engine.spec["activate_s"]
@@ -320,6 +328,12 @@ class Connection(HttpConnection):
             answer.connection.abort()
         engine.awake = False
         self.json({})
+
+    def _shrink(self, engine: Engine, body: bytes) -> None:
+        engine.pump()
+        if engine.awake:
+            engine.batch.shrink()
+        self.json({"bytes": engine.spare_bytes})
 
     def _delete(self, engine: Engine, body: bytes) -> None:
         del self.node.engines[engine.number]
@@ -366,6 +380,8 @@ class Connection(HttpConnection):
         length = int(wanted or max(1, round(engine.spec["output_tokens"])))
         job = Job(tokens, max(1, length), arrival_s=self.node.now_s())
         if not engine.batch.fits(job):
+            if engine.spare_bytes:
+                raise Refused(503, "the engine drains")
             raise Refused(
                 400,
                 f"{tokens} prompt tokens and {length} more do not fit into "

@@ -7,16 +7,21 @@ every agent's log:
 * no GPU holds more than its capacity;
 * what is held was booked by an intent before the phase that needs it, and nothing is
   held for a replica that is gone;
+* no weights leave host memory while a load copies from there, and they stay within it;
 * moves are legal, and each ordered one is preceded by its intent;
 * generations only grow; no order of an older one is obeyed, none twice;
 * every order that was obeyed is an intent of the controller's log, written before it was
   sent.
+
+And of the journal, where there is one: every request that was accepted has one end, those
+that a killed gateway took with it too. What was accepted since the last start may be open.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +34,7 @@ Line = Mapping[str, Any]
 Key = tuple[str, tuple[str, ...]]
 
 CONTROLLER = "controller.log"
+JOURNAL = "journal.jsonl"
 ORDERED: Mapping[Phase | None, str] = {
     "LOADING": "load",
     "ACTIVATING": "activate",
@@ -46,6 +52,12 @@ class Found:
     orders: int = 0
     peak: dict[str, float] = field(default_factory=dict)
     """Largest share of its capacity that was ever held, by GPU."""
+    requests: int = 0
+    """That were accepted."""
+    unfinished: int = 0
+    """Of these, since the last start, without an end."""
+    ends: Counter[str] = field(default_factory=Counter)
+    """Why the others ended: ``finished``, or the reason."""
 
 
 def check(folder: Path) -> Found:
@@ -57,7 +69,35 @@ def check(folder: Path) -> Found:
     for path in sorted(folder.glob("*.log")):
         if path.name != CONTROLLER:
             _Agent(path.name, sent, found).read(_lines(path, found))
+    if (folder / JOURNAL).exists():
+        _requests(_lines(folder / JOURNAL, found), found)
     return found
+
+
+def _requests(lines: Iterable[Line], found: Found) -> None:
+    """Accepted requests and their ends; each run numbers its own."""
+    accepted: set[int] = set()
+    under_way: set[int] = set()
+    for line in lines:
+        number = line.get("request")
+        if line["event"] == "started":
+            for left in sorted(under_way):
+                found.faults.append(f"{JOURNAL}: request {left} has no end")
+            accepted, under_way = set(), set()
+        elif line["event"] == "accepted":
+            if number in accepted:
+                found.faults.append(f"{JOURNAL}: request {number} is accepted again")
+            accepted.add(number)
+            under_way.add(number)
+            found.requests += 1
+        elif line["event"] == "request":
+            if number not in under_way:
+                how = "ends again" if number in accepted else "was never accepted"
+                found.faults.append(f"{JOURNAL}: request {number} {how}")
+            under_way.discard(number)
+            finished = line["result"] == "finished"
+            found.ends["finished" if finished else str(line["reason"])] += 1
+    found.unfinished = len(under_way)
 
 
 def _lines(path: Path, found: Found) -> Iterable[Line]:
@@ -95,6 +135,7 @@ class _Agent:
 
     def read(self, lines: Iterable[Line]) -> None:
         self.capacity: dict[str, int] = {}
+        self.host: int | None = None
         self._forget()
         for self.number, line in enumerate(lines, start=1):
             obey = getattr(self, f"_{line.get('event')}", None)
@@ -108,6 +149,7 @@ class _Agent:
         self.phase: dict[Key, Phase] = {}
         self.asked: dict[Key, str] = {}
         self.generation = self.step = 0
+        self.hosted: dict[str, tuple[int, int]] = {}
 
     def _fault(self, message: str) -> None:
         self.found.faults.append(f"{self.name}:{self.number}: {message}")
@@ -115,7 +157,7 @@ class _Agent:
     def _start(self, line: Line) -> None:
         """An agent starts with nothing: what an earlier one had was ended before."""
         self._forget()
-        self.capacity = line["capacity"]
+        self.capacity, self.host = line["capacity"], line.get("host")
 
     def _fence(self, line: Line) -> None:
         if line["generation"] <= self.generation:
@@ -137,8 +179,24 @@ class _Agent:
             self._fault("obeys what no controller has written down")
         if line["held"] < self.held.get(key, 0):
             self._fault("releases bytes before anything is gone")
+        loads = line["kind"] == "load" and self.host is not None
+        if loads and not self.hosted.get(line["llm"], (0, 0))[1]:
+            self._fault("loads without a look at host memory")
         self.asked[key] = line["kind"]
         self._hold(key, line["held"])
+
+    def _host(self, line: Line) -> None:
+        """Weights in host memory: within its size, and none go that a load copies from."""
+        llm, held, readers = line["llm"], line["held"], line["readers"]
+        before, copying = self.hosted.get(llm, (0, 0))
+        if held < before and copying and line["why"] != "end":
+            self._fault(f"weights of {llm} go while a load copies from them")
+        if readers < 0:
+            self._fault(f"{readers} loads copy the weights of {llm}")
+        self.hosted[llm] = held, readers
+        booked = sum(num_bytes for num_bytes, _ in self.hosted.values())
+        if self.host is None or booked > self.host:
+            self._fault(f"host memory holds {booked} of {self.host} bytes")
 
     def _phase(self, line: Line) -> None:
         key, after = _key(line), line["phase"]
@@ -162,7 +220,7 @@ class _Agent:
         self._hold(key, line["held"])
 
     def _shrink(self, line: Line) -> None:
-        """It gives up memory before it is gone: only while it drains, and only ever more."""
+        """It gives up memory before it is gone: while it drains, ever more."""
         key = _key(line)
         if self.phase.get(key) != "DRAINING":
             self._fault(f"shrinks while {self.phase.get(key)}")
@@ -198,6 +256,7 @@ def main() -> int:
     peak = max(found.peak.values(), default=0.0)
     sys.stdout.write(
         f"{found.lines} lines, {found.orders} orders, peak {peak:.1%} of a GPU, "
+        f"{found.requests} requests ({found.unfinished} under way), "
         f"{len(found.faults)} faults\n"
     )
     return 1 if found.faults else 0
