@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 from foreserve.models.cost import IterationTime
 
-
 BLOCK_TOKENS = 16
 
 
