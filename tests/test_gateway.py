@@ -244,7 +244,7 @@ def test_an_engine_that_dies_before_the_first_token_is_retried():
             assert "t0 " in answer.text
             assert '"length"' in answer.text
         assert [len(engine.asked) for engine in two.engines] == [2, 2]
-        assert two.failed == ["ServerDisconnectedError", "ClientPayloadError"]
+        assert two.failed == ["no answer", "broke off"]
 
 
 def test_an_engine_that_hangs():
@@ -257,7 +257,7 @@ def test_an_engine_that_hangs():
         assert "engine_lost" in answer.text
         assert "[DONE]" not in answer.text
         wait_for(lambda: sum(engine.left for engine in two.engines) == 2, within_s=1.0)
-        assert two.failed == ["SocketTimeoutError", "SocketTimeoutError"]
+        assert two.failed == ["silent", "silent"]
 
 
 def test_an_engine_that_answers_500_is_a_bad_gateway(one):

@@ -8,17 +8,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import aiohttp
-
+from foreserve.runtime.gateway.connection import (
+    Connection,
+    Connections,
+    EngineLost,
+    place_of,
+)
 from foreserve.runtime.gateway.errors import ApiError, engine_lost
 from foreserve.runtime.gateway.table import Routable
-
-CONNECT_S = 2.0
-"""Engines are near; one that does not accept within this is gone."""
-
-KEPT_S = 3.0
-"""Idle connections are dropped before the engine does it (5 s for vLLM), so that no
-request meets one that is just being closed."""
 
 END_S = 1.0
 """For an answer to end behind its last event."""
@@ -28,41 +25,25 @@ FORWARDED = frozenset(
 )
 
 
-class EngineLost(Exception):
-    """No answer, or one that broke off. Another replica may do better."""
-
-
-def forwarded(
-    headers: Sequence[tuple[bytes, bytes]], request_id: str
-) -> dict[str, str]:
-    """The headers that an engine gets."""
-    passed = {
-        name.decode(): value.decode("latin-1")
+def forwarded(headers: Sequence[tuple[bytes, bytes]], request_id: str) -> bytes:
+    """The headers that an engine gets of the client's, as lines."""
+    lines = [
+        b"%s: %s\r\n" % (name, value)
         for name, value in headers
-        if name in FORWARDED and value.isascii()
-    }
-    return {**passed, "content-type": "application/json", "x-request-id": request_id}
+        if name in FORWARDED and value.isascii() and value.decode().isprintable()
+    ]
+    return b"%sx-request-id: %s\r\n" % (b"".join(lines), request_id.encode())
 
 
 class Engines:
-    """One pool of connections to all engines. For one event loop."""
+    """Asks engines, over one pool of connections. For one event loop."""
 
     def __init__(self, silence_s: float) -> None:
         self._silence_s = silence_s
-        self._session: aiohttp.ClientSession | None = None
+        self._connections = Connections()
 
-    async def open(self) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            skip_auto_headers=("Accept-Encoding", "User-Agent"),
-            read_bufsize=1 << 20,
-        )
-
-    async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+    def close(self) -> None:
+        self._connections.close()
 
     @asynccontextmanager
     async def ask(
@@ -70,44 +51,45 @@ class Engines:
         replica: Routable,
         path: str,
         payload: bytes,
-        headers: Mapping[str, str],
+        headers: bytes,
         stream: bool,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[Connection]:
         """An answer with status 200. Leaving early closes the connection, which cancels
         the request at the engine."""
-        assert self._session is not None
+        host, port, netloc, prefix = place_of(replica.url)
         if replica.key:
-            headers = {**headers, "authorization": f"Bearer {replica.key}"}
-        silence_s = self._silence_s if stream else None
-        limit = aiohttp.ClientTimeout(sock_connect=CONNECT_S, sock_read=silence_s)
-        response = None
-        try:
-            response = await self._session.post(
-                replica.url + path,
-                data=payload,
-                headers=headers,
-                timeout=limit,
-                allow_redirects=False,
+            headers = b"authorization: Bearer %s\r\n%s" % (
+                replica.key.encode(),
+                headers,
             )
-            if response.status != 200:
-                raise _meaning(response.status, await response.read())
-            yield response
-        except aiohttp.ClientError as error:
-            raise EngineLost(type(error).__name__) from error
+        request = (
+            b"POST %s%s HTTP/1.1\r\nhost: %s\r\n"
+            b"content-type: application/json\r\ncontent-length: %d\r\n%s\r\n%s"
+        ) % (
+            prefix,
+            path.encode(),
+            netloc,
+            len(payload),
+            headers,
+            payload,
+        )
+        answer = await self._connections.open(host, port)
+        try:
+            answer.begin(request, self._silence_s if stream else None)
+            await answer.head()
+            if answer.status != 200:
+                raise _meaning(answer.status, await answer.read())
+            yield answer
         finally:
-            if response is not None:
-                # Of an answer that was read to its end, the connection is kept already.
-                response.close()
+            answer.end()
 
 
-async def finish(response: aiohttp.ClientResponse) -> None:
+async def finish(answer: Connection) -> None:
     """Read to the end behind the last event, so that the connection can be used again."""
-    if response.content.at_eof():
-        return
-    with suppress(aiohttp.ClientError, TimeoutError):
-        async with asyncio.timeout(END_S):
-            async for _ in response.content.iter_any():
-                pass
+    if not answer.whole:
+        with suppress(EngineLost, TimeoutError):
+            async with asyncio.timeout(END_S):
+                await answer.read()
 
 
 def _meaning(status: int, body: bytes) -> Exception:

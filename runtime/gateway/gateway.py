@@ -14,7 +14,8 @@ from numpy.random import Generator
 
 from foreserve.runtime.gateway import errors
 from foreserve.runtime.gateway.body import read_call
-from foreserve.runtime.gateway.engines import EngineLost, Engines, finish, forwarded
+from foreserve.runtime.gateway.connection import EngineLost
+from foreserve.runtime.gateway.engines import Engines, finish, forwarded
 from foreserve.runtime.gateway.errors import ApiError, Headers
 from foreserve.runtime.gateway.job import (
     Job,
@@ -102,20 +103,18 @@ class Gateway:
         table.predicted = self._predicted
         self.metrics.watch(self._running, table.held)
 
-    async def open(self) -> None:
-        await self._engines.open()
-
     def shut(self) -> None:
         """Take nothing new, and let those go who wait; what runs, runs on."""
         self.closing = True
         for event in self._held.values():
             event.set()
 
-    async def close(self) -> None:
-        await self._engines.close()
+    def close(self) -> None:
+        self._engines.close()
 
     def state(self, llm: str) -> str:
-        """``active``, or what the owner of the replicas says, such as ``failed``."""
+        """``active``, or what the owner of the replicas says, such as ``failed``, or
+        ``held`` by the operator."""
         return "active" if self.table.routable(llm) else self._state(llm)
 
     def allowed(self, key: ApiKey) -> list[str]:
@@ -275,6 +274,8 @@ class Gateway:
         state = self.state(llm)
         if state == "failed":
             raise errors.llm_failed(llm)
+        if state == "held":
+            raise errors.llm_held(llm)
         said = table.predict(llm)
         if said.position > self.settings.queue:
             raise self._refusal(llm, said, state, full=True)
@@ -325,9 +326,9 @@ class Gateway:
         async with self._engines.ask(
             replica, call.path, payload, headers, True
         ) as response:
-            if response.content_type != "text/event-stream":
+            if not response.kind.lower().startswith(b"text/event-stream"):
                 raise EngineLost("no stream")
-            async for data in response.content.iter_any():
+            while data := await response.more():
                 events = [answer.take(event) for event in cutter.feed(data)]
                 out = b"".join([event for event in events if event is not None])
                 if not out:

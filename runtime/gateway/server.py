@@ -204,7 +204,6 @@ class Server:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        await self._gateway.open()
         self._servers = [uvicorn.Server(_config(app)) for app in self._apps]
         try:
             async with asyncio.TaskGroup() as group:
@@ -219,7 +218,7 @@ class Server:
                 await asyncio.wait(tasks, timeout=1.0)
         finally:
             self._up.set()
-            await self._gateway.close()
+            self._gateway.close()
 
 
 def _config(app: App) -> uvicorn.Config:
