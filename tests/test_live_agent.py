@@ -130,8 +130,10 @@ def test_a_whole_life(made, tmp_path):
     assert report.free_bytes[gpu(0)] == 100
     told = [(e["event"], e.get("phase"), e.get("held")) for e in logged(tmp_path)[2:]]
     assert told == [
+        ("host", None, 30),
         ("intent", "LOADING", 30),
         ("phase", "LOADING", 30),
+        ("host", None, 30),
         ("phase", "WARM", 30),
         ("intent", "ACTIVATING", 50),
         ("phase", "ACTIVATING", 50),

@@ -269,6 +269,7 @@ def test_views(made):
         ("n0/0", "weights"): 60,
         ("n0/0", "all"): 80,
         ("n0/1", "all"): 0,
+        ("host", "host"): 60,
     }
     whole = views.ledger(run.backend)[2]
     assert (whole["capacity_bytes"], whole["free_bytes"]) == (100, 20)

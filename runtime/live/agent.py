@@ -38,6 +38,7 @@ from foreserve.runtime.live.messages import (
     Place,
 )
 from foreserve.runtime.live.patience import Failures, Patience
+from foreserve.runtime.live.store import Files, HostStore
 from foreserve.runtime.states import check_action, check_move
 
 Make = Callable[[ReplicaOption, ReplicaId], Engine]
@@ -63,15 +64,18 @@ class NodeAgent:
         clock: Clock | None = None,
         patience: Patience | None = None,
         place: Place | None = None,
+        files: Files = lambda llm: (),
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """``place`` goes into reports, ``facts`` into the log's line of this start."""
+        """``place`` goes into reports, ``facts`` into the log's line of this start;
+        ``files`` as for `HostStore`."""
         self.node, self._fleet, self._make, self._log = node, fleet, make, log
         self._clock: Clock = clock or SystemClock()
         self._patience, self._place = patience or Patience(), place or Place()
         self._gpus = fleet.cluster.node_by_name[node].gpu_ids()
         self._usable = {gpu: fleet.cluster.usable_bytes(gpu) for gpu in self._gpus}
         self._ledger = Ledger(fleet)
+        self._store = HostStore(fleet, node, log, self._now_s, files)
         self._lives: dict[ReplicaId, Life] = {}
         self._failures = Failures(self._patience, self._now_s)
         self._signs = Signs(self._patience, self._now_s)
@@ -80,7 +84,10 @@ class NodeAgent:
         self._changed = threading.Condition(threading.RLock())
         self._closed = threading.Event()
         capacity = {str(gpu): num_bytes for gpu, num_bytes in self._usable.items()}
-        self._log.append("start", node=node, capacity=capacity, **(facts or {}))
+        host = self._store.capacity_bytes if self._store.cached else None
+        self._log.append(
+            "start", node=node, capacity=capacity, host=host, **(facts or {})
+        )
         self._told = self._tell(-1)
         threading.Thread(target=self._watch, name=f"watch-{node}", daemon=True).start()
 
@@ -152,7 +159,16 @@ class NodeAgent:
             usable_bytes=dict(self._usable),
             free_bytes={gpu: self._ledger.free_bytes[gpu] for gpu in self._gpus},
             place=self._place,
+            host_bytes=self._store.capacity_bytes,
+            hosted=self._store.rows(),
         )
+
+    def keep(self, generation: int, llms: tuple[str, ...]) -> None:
+        """Whose weights host memory is to keep, as the plan of the controller in charge
+        has it."""
+        with self._changed:
+            if generation == self._generation:
+                self._store.keep(llms)
 
     def forgive(self, key: ReplicaId | None = None) -> None:
         """Try a replica that failed again at once; None: all of them."""
@@ -204,6 +220,8 @@ class NodeAgent:
             self._failures.note(key, str(error), ever=True)
             raise
         life.held_bytes = held
+        if order.kind == "load":
+            self._store.begin(life.option)
         self._log.append(
             "intent",
             at_s=now_s,
@@ -229,6 +247,9 @@ class NodeAgent:
             raise ForeserveError(f"{key}: not a replica of node {self.node!r}")
         self._failures.check(key)
         option = self._fleet.option_of(key.llm, key.gpus)
+        load_s = self._store.load_s(option, key.gpus)
+        if load_s != option.load_s:
+            option = replace(option, load_s=load_s)
         try:
             engine = self._make(option, key)
         except Exception as error:  # the factory is somebody else's code
@@ -259,7 +280,7 @@ class NodeAgent:
         after: Phase = "ACTIVE" if kind == "activate" else "WARM"
         try:
             if kind == "load":
-                life.engine.start()
+                self._load(life)
             elif kind == "activate":
                 life.engine.activate()
             else:
@@ -284,6 +305,19 @@ class NodeAgent:
                 return
             life.held_bytes, life.spare_bytes = needs, 0
             self._enter(life, after, done=kind, took_s=took_s)
+
+    def _load(self, life: Life) -> None:
+        """Weights into host memory, where there is room booked for them, and then to the
+        GPUs."""
+        llm, done = life.id.llm, False
+        try:
+            self._store.fill(llm, lambda: life.leaving)
+            life.engine.start()
+            done = True
+        finally:
+            with self._changed:
+                self._store.end(llm, done=done)
+                self._touch()
 
     def _shrink(self, life: Life) -> None:
         """Book that a replica which drains has given up memory for good."""
@@ -426,3 +460,6 @@ class NodeAgent:
                     self._end(life, reason, failed=True)
                 elif life.phase == "DRAINING":
                     self._shrink(life)
+            if self._store.look():
+                with self._changed:
+                    self._touch()

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from foreserve.models.errors import ForeserveError
 from foreserve.models.observed import Observed, ObservedReplica
-from foreserve.models.placement import Action, ReplicaId
+from foreserve.models.placement import Action, HostCopy, ReplicaId
 from foreserve.models.problem import Fleet
 from foreserve.models.specs import GpuId
 from foreserve.runtime.clock import Clock, SystemClock
@@ -182,6 +182,13 @@ class LiveBackend:
                 self._order(action.kind, action.replica)
             self._publish()
 
+    def keep(self, copies: Sequence[HostCopy]) -> None:
+        """Whose weights the plan wants in host memory; agents know within a second."""
+        with self._lock:
+            for name, node in self._nodes.items():
+                llms = sorted(copy.llm for copy in copies if copy.node == name)
+                node.keeps = tuple(llms)
+
     # --- for the gateway and for people -----------------------------------------------
 
     def eta(self, llm: str) -> Estimate:
@@ -242,8 +249,11 @@ class LiveBackend:
                 continue
             try:
                 self._take_over(link)
-                after = -1
+                after, kept = -1, None
                 while not self._closed.is_set():
+                    if node.keeps != kept:
+                        kept = node.keeps
+                        link.call("keep", self.generation, kept, timeout_s=ANSWER_S)
                     report: NodeReport = link.call(
                         "report", after, POLL_S, timeout_s=ANSWER_S
                     )

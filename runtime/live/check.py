@@ -189,7 +189,7 @@ class _Agent:
         """Weights in host memory: within its size, and none go that a load copies from."""
         llm, held, readers = line["llm"], line["held"], line["readers"]
         before, copying = self.hosted.get(llm, (0, 0))
-        if held < before and copying and line["why"] != "end":
+        if held < before and (readers if line["why"] == "end" else copying):
             self._fault(f"weights of {llm} go while a load copies from them")
         if readers < 0:
             self._fault(f"{readers} loads copy the weights of {llm}")

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ START_S = 20.0
 """A process may take so long until it answers."""
 PEER = struct.Struct("3i")
 """Process, user and group at the other end of a Unix socket."""
-CALLS = ("hello", "order", "report", "forgive", "close")
+CALLS = ("hello", "order", "report", "forgive", "keep", "close")
 """All that comes over a link."""
 
 
@@ -103,7 +104,8 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
 
     def make(option: ReplicaOption, key: ReplicaId) -> Engine:
         if setup.made_with is not None:
-            option = setup.made_with.option_of(key.llm, key.gpus)
+            real = setup.made_with.option_of(key.llm, key.gpus)
+            option = replace(real, load_s=option.load_s)
         devices = setup.binding.of(key.gpus)
         return factory(option, key, replace(setup.settings, devices=devices))
 
@@ -115,6 +117,7 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
         log=log,
         patience=setup.patience,
         place=Place(pid=pid, binding=binding, key=setup.settings.key),
+        files=partial(weights_of, setup.settings),
         facts={
             "date": datetime.now(UTC).isoformat(),
             "pid": pid,
@@ -122,6 +125,14 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
             "devices": {str(gpu): i for gpu, i in binding.index_of.items()},
         },
     )
+
+
+def weights_of(settings: EngineSettings, llm: str) -> tuple[Path, ...]:
+    """Files of an LLM's weights on this machine, where its engine is told a folder."""
+    folder = Path(settings.checkpoints.get(llm, ""))
+    if llm not in settings.checkpoints or not folder.is_dir():
+        return ()
+    return tuple(sorted(folder.glob("*.safetensors")))
 
 
 def dispatch(agent: NodeAgent, name: str, args: tuple[Any, ...]) -> Any:

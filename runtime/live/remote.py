@@ -51,6 +51,9 @@ class Remote:
     pending: dict[ReplicaId, Order] = field(default_factory=dict)
     """The last order on each replica, until a report has it."""
 
+    keeps: tuple[str, ...] = ()
+    """LLMs whose weights its host memory is to keep."""
+
     @property
     def here(self) -> NodeReport | None:
         """The last report, while the node answers."""

@@ -99,7 +99,7 @@ class HostStore:
         self._ram.open(llm, num_bytes)
         self._readers[llm] = self._readers.get(llm, 0) + 1
         for gone in before.keys() - self._ram.pinned.keys():
-            self._drop(gone)
+            self._drop(gone, "drop")
         self._note(llm, "load")
 
     def fill(self, llm: str, stopped: Callable[[], bool]) -> None:
@@ -127,7 +127,7 @@ class HostStore:
         self._readers[llm] -= 1
         self._ram.close(llm, done=done and (copy is None or copy.read))
         if not self._ram.books(llm) and not self._readers[llm]:
-            self._drop(llm)
+            self._drop(llm, "end")
         else:
             self._note(llm, "end")
 
@@ -168,14 +168,19 @@ class HostStore:
     def _machine_has(self, num_bytes: int) -> bool:
         """Whether what is booked can be true: files are not to push anybody out."""
         free = available_bytes()
-        return free is None or num_bytes <= (1.0 - SPARE_SHARE) * free
+        if free is None:
+            return True
+        for llm, copy in self._copies.items():
+            if copy.held.locked and not self._readers.get(llm):
+                free += copy.held.num_bytes
+        return num_bytes <= (1.0 - SPARE_SHARE) * free
 
-    def _drop(self, llm: str) -> None:
+    def _drop(self, llm: str, why: str) -> None:
         copy = self._copies.pop(llm, None)
         if copy is not None:
             copy.held.close(drop=True)
         self._readers.pop(llm, None)
-        self._note(llm, "drop")
+        self._note(llm, why)
 
     def _note(self, llm: str, why: str) -> None:
         self._log.append(

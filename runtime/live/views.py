@@ -87,7 +87,29 @@ def ledger(backend: LiveBackend) -> list[dict[str, Any]]:
     for status in backend.status():
         if status.report is not None and not status.error:
             rows += _of_node(backend.fleet, status.report)
+            rows += host_rows(status.report)
     return rows
+
+
+def host_rows(report: NodeReport) -> list[dict[str, Any]]:
+    """A row for each LLM whose weights are booked in the node's host memory, and one for
+    all of it."""
+    place = {"node": report.node, "device": "host", "kind": "host"}
+    rows: list[dict[str, Any]] = [
+        {
+            **place,
+            "llm": row.llm,
+            "reserved_bytes": row.held_bytes,
+            "observed_bytes": row.resident_bytes,
+            "whole": row.whole,
+            "locked": row.locked,
+            "readers": row.readers,
+        }
+        for row in report.hosted
+    ]
+    booked = sum(row.held_bytes for row in report.hosted)
+    total = {"reserved_bytes": booked, "capacity_bytes": report.host_bytes}
+    return [*rows, {**place, "llm": None, **total}]
 
 
 def _of_node(fleet: Fleet, report: NodeReport) -> list[dict[str, Any]]:

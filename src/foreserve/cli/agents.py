@@ -10,9 +10,9 @@ from typing import Protocol
 
 from foreserve.models.problem import Fleet
 from foreserve.runtime.engines.base import ENGINES, EngineSettings
-from foreserve.runtime.live.backend import NodeStatus
 from foreserve.runtime.live.binding import Binding
 from foreserve.runtime.live.host import Hosted, NodeSetup, Open, setups
+from foreserve.runtime.live.remote import NodeStatus
 
 
 class Agents(Protocol):

@@ -249,6 +249,8 @@ class Serving:
         try:
             while not self._stopping.is_set():
                 self.controller.turn(self.clock.now_s() + REVIEW_S)
+                if self.controller.desired is not None:
+                    self.backend.keep(self.controller.desired.hosted)
         except BaseException as error:
             self.failed = error
             raise

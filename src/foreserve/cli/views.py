@@ -15,6 +15,7 @@ from foreserve.models.transitions import transition
 from foreserve.planner.online import Proposal
 from foreserve.runtime.journal import Decision, Event, Faulted, Refusal
 from foreserve.runtime.live.remote import NodeStatus
+from foreserve.runtime.live.views import host_rows
 from foreserve.runtime.timeline import Past, Sample, Stay
 
 MOST_STATES = 2000
@@ -63,9 +64,19 @@ def proposal_row(proposal: Proposal) -> Mapping[str, Any]:
         "bound": None if report is None else report.bound,
         "gap": None if report is None else report.gap,
         "solve_s": None if report is None else report.wall_s,
-        "replicas": []
+        "count": 0 if placement is None else len(placement.replicas),
+        "active": 0
         if placement is None
-        else [replica_row(r) for r in placement.replicas],
+        else sum(r.state == "ACTIVE" for r in placement.replicas),
+    }
+
+
+def whole_proposal(proposal: Proposal) -> Mapping[str, Any]:
+    """With its replicas."""
+    placement = proposal.placement or Placement()
+    return {
+        **proposal_row(proposal),
+        "replicas": [replica_row(r) for r in placement.replicas],
     }
 
 
@@ -86,6 +97,9 @@ def ledger_rows(nodes: Sequence[NodeStatus]) -> list[Mapping[str, Any]]:
                 {"node": node.node, "device": str(gpu), "kind": kind, "bytes": count}
                 for kind, count in kinds
             ]
+        rows += [
+            {**row, "bytes": row["reserved_bytes"]} for row in host_rows(node.report)
+        ]
     return rows
 
 
