@@ -40,6 +40,7 @@ class Llm:
         stated = json.loads(path.read_text()) | config
         path.write_text(json.dumps(stated))
         self.folder = folder
+        self._told: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self.config = read_config(folder)
         self.decoder = Decoder(self.config)
         layout = lay_out(self.config, "float32")
@@ -56,6 +57,12 @@ class Llm:
 
     def told(self, prompt: Sequence[int], tokens: int) -> list[int]:
         """Transformers' greedy answer, whatever ends it."""
+        key = (tuple(prompt), tokens)
+        if key not in self._told:
+            self._told[key] = self._generate(prompt, tokens)
+        return self._told[key]
+
+    def _generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
         ids = torch.tensor([prompt])
         out = self.reference.generate(
             ids,
@@ -67,6 +74,14 @@ class Llm:
             eos_token_id=None,
         )
         return out[0][len(prompt) :].tolist()
+
+    def after_each(self, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+        """What transformers says after the prompt and after each token of ``answer`` but
+        the last: the answer itself, if that is its greedy one. In one go, so quick."""
+        known = torch.tensor([[*prompt, *answer[:-1]]])
+        with torch.inference_mode():
+            logits = self.reference(known).logits[0, len(prompt) - 1 :]
+        return logits.argmax(-1).tolist()
 
     def cache(self, pages):
         return cache_view(

@@ -150,3 +150,10 @@ def _view(
 ) -> torch.Tensor:
     size = prod(shape) * ITEM_BYTES[dtype]
     return memory[offset : offset + size].view(DTYPES[dtype]).view(shape)
+
+
+def tensor(span: object) -> torch.Tensor:
+    """uint8, over memory that a pool shows (`memory.pool.Span`), without a copy."""
+    if hasattr(span, "__cuda_array_interface__"):
+        return torch.as_tensor(span, device="cuda")
+    return torch.frombuffer(span, dtype=torch.uint8)

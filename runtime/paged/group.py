@@ -1,0 +1,380 @@
+"""The LLMs of one GPU group in turns: each iteration runs a batch of one of them.
+
+What runs, who joins and who gives up his pages is `turns.next_turn`'s choice, as in the
+simulator; pages are `memory.kv.KvSpace`'s. Long prompts are computed in chunks, one per
+iteration; who is preempted computes his tokens again, the answer so far among them.
+Nobody is preempted, joins or leaves but between two iterations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from foreserve.models.cost import IterationTime
+from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
+from foreserve.runtime.memory.rules import pages_of
+from foreserve.runtime.paged.attention import Work, cache_view, plan_step
+from foreserve.runtime.paged.decoder import Decoder, Weights
+from foreserve.runtime.paged.sampling import GREEDY, Sampling, choose
+from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
+from foreserve.runtime.turns import Rules, Turn, next_turn
+
+Reason = Literal["stop", "length", "abort"]
+PACE_SHARE = 0.1
+"""Weight of the last iteration in what is known of this machine's pace."""
+
+
+class Listener(Protocol):
+    """Who asked. Called between iterations, by the thread that runs them."""
+
+    def token(self, token: int) -> bool:
+        """The next token of the answer; whether that is enough."""
+        ...
+
+    def end(self, reason: Reason) -> None:
+        """No further token comes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosted:
+    """One LLM of the group, its weights in place. ``run`` is the decoder over them."""
+
+    llm: str
+    decoder: Decoder
+    weights: Weights
+    dtype: str
+    time: IterationTime
+    """As planned; what iterations here take instead is learnt."""
+    needs: KvNeeds
+    reference_s: float
+    """e_s: a mean request alone."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Job:
+    """One request on its way: a `turns.Standing`. Its maker fills in the upper part, the
+    group the rest."""
+
+    service: int
+    prompt: Sequence[int]
+    most_tokens: int
+    """Of the answer."""
+    listener: Listener
+    arrival_s: float
+    sampling: Sampling = GREEDY
+    chance: np.random.Generator | None = None
+    """Needed unless it is greedy."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end the answer and are not part of it."""
+    known: list[int] = field(default_factory=list)
+    """Prompt and answer so far."""
+    computed: int = 0
+    """Tokens whose keys and values are in its pages."""
+    joined_s: float | None = None
+    first_s: float | None = None
+    last_s: float = 0.0
+    """When its last token came."""
+    decode_s: float = 0.0
+    preemptions: int = 0
+    over: bool = False
+    progress: Progress = field(init=False)
+    table: KvTable = field(init=False)
+    prompt_tokens: int = 0
+    next_pages: int = 0
+
+    @property
+    def pages(self) -> int:
+        return self.table.pages
+
+    @property
+    def promise(self) -> int:
+        return self.table.promise
+
+    @property
+    def resident(self) -> bool:
+        return self.table.pages > 0
+
+    @property
+    def given(self) -> int:
+        return len(self.known) - len(self.prompt)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counted since the LLM joined."""
+
+    prompt_tokens: int = 0
+    given_tokens: int = 0
+    preemptions: int = 0
+
+
+class Group:
+    """For one thread, but for what says otherwise."""
+
+    def __init__(
+        self,
+        space: KvSpace,
+        pages: torch.Tensor,
+        policy: Policy,
+        now_s: Callable[[], float],
+        rules: Rules | None = None,
+    ) -> None:
+        """``pages``: the pool's window, uint8 ``[pages, bytes]``; ``space``: over that one
+        pool."""
+        self.space, self.policy, self.rules = space, policy, rules or Rules()
+        self._pages, self._now_s = pages, now_s
+        self._hosted: dict[int, Hosted] = {}
+        self._caches: dict[int, torch.Tensor] = {}
+        self._profiles: list[Profile] = []
+        """By number, of those that have left, too."""
+        self._pace: dict[int, float] = {}
+        self.totals: dict[int, Totals] = {}
+        self._jobs: dict[Job, None] = {}
+        self._running: frozenset[int] = frozenset()
+        self._made = 0
+        self._quotas_next_s = 0.0
+        self.iterations = 0
+        self.switches = 0
+        """Changes from one LLM to another."""
+        self._last: int | None = None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    def counts(self, service: int) -> tuple[int, int]:
+        """Requests of that LLM that have pages, and that wait for some."""
+        mine = [job for job in self._jobs if job.service == service]
+        running = sum(job.resident for job in mine)
+        return running, len(mine) - running
+
+    # --- LLMs ----------------------------------------------------------------------
+
+    def add(self, hosted: Hosted) -> int:
+        """It may be asked from now on; its number."""
+        service = self.space.add(hosted.needs)
+        config = hosted.decoder.config
+        self._caches[service] = cache_view(
+            self._pages,
+            layers=config.layers,
+            kv_heads=hosted.decoder.kv_heads,
+            head_dim=config.head_dim,
+            dtype=hosted.dtype,
+        )
+        self._hosted[service] = hosted
+        profile = Profile(
+            reference_s=hosted.reference_s,
+            decode_s=hosted.time.decode_s(1, hosted.needs.input_tokens)
+            * max(1.0, hosted.needs.output_tokens),
+            rate_rps=hosted.needs.rate_rps,
+        )
+        assert service == len(self._profiles)
+        self._profiles.append(profile)
+        self._pace[service] = 1.0
+        self.totals[service] = Totals()
+        return service
+
+    def remove(self, service: int) -> None:
+        """It may not be asked any more, and what it was asked is aborted. Nothing here
+        refers to its weights then."""
+        for job in [job for job in self._jobs if job.service == service]:
+            self.cancel(job)
+        self.space.remove(service)
+        for known in (self._hosted, self._caches, self._pace, self.totals):
+            known.pop(service)
+
+    def room_tokens(self, service: int) -> int:
+        """Of one request with its answer, if it is the only one."""
+        return self.space.pages() * self.space.per_page(service)
+
+    # --- requests ------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """It has come. ``job.prompt`` is not empty, and with ``most_tokens`` it has at most
+        `room_tokens`."""
+        hosted = self._hosted[job.service]
+        prompt = len(job.prompt)
+        if not prompt or prompt + job.most_tokens - 1 > self.room_tokens(job.service):
+            raise ValueError("the request would never fit")
+        job.known = list(job.prompt)
+        prefill_s = hosted.time.prefill_s(prompt, prompt**2) * self._pace[job.service]
+        self._made += 1
+        job.progress = self.policy.arrive(
+            Progress(
+                request=self._made,
+                service=job.service,
+                arrival_s=job.arrival_s,
+                prefill_s=prefill_s,
+            ),
+            self._profiles,
+        )
+        job.table = self.space.open(job.service)
+        self._jobs[job] = None
+        self._refresh(job)
+
+    def cancel(self, job: Job, reason: Reason = "abort") -> None:
+        """Nobody wants its answer any more; any number of calls."""
+        if job.over:
+            return
+        job.over = True
+        self._jobs.pop(job, None)
+        job.table.release()
+        job.listener.end(reason)
+
+    def step(self) -> bool:
+        """Run an iteration; False if there was nothing to do."""
+        if not self._jobs:
+            return False
+        begin_s = self._now_s()
+        self._rebalance(begin_s)
+        turn = next_turn(
+            self._jobs,
+            policy=self.policy,
+            rules=self.rules,
+            now_s=begin_s,
+            profiles=self._profiles,
+            pages=self.space.pages(),
+            quotas=self.space.quotas,
+            running=self._running,
+        )
+        for job in turn.evicted:
+            self._evict(job)
+        batch = [job for job in turn.batch if self._ready(job, begin_s)]
+        if batch:
+            self._iterate(turn, batch, begin_s)
+        return True
+
+    def _ready(self, job: Job, now_s: float) -> bool:
+        """Have pages for what it computes next."""
+        held = job.table.pages
+        if not job.table.grow(job.computed + (job.prompt_tokens or 1)):
+            return False  # Lent meanwhile; the next turn knows of it.
+        fresh = list(job.table.numbers()[held:])
+        if fresh:
+            # What another LLM left there need not even be numbers.
+            self._pages[fresh] = 0
+        if job.joined_s is None:
+            job.joined_s = now_s
+            self.totals[job.service].prompt_tokens += len(job.prompt)
+        return True
+
+    def _iterate(self, turn: Turn[Job], batch: list[Job], begin_s: float) -> None:
+        hosted, cache = self._hosted[turn.service], self._caches[turn.service]
+        work = [
+            Work(
+                tokens=job.known[
+                    job.computed : job.computed + (job.prompt_tokens or 1)
+                ],
+                begin=job.computed,
+                table=job.table.numbers(),
+            )
+            for job in batch
+        ]
+        step = plan_step(
+            work,
+            tokens_per_page=cache.shape[3],
+            group=hosted.decoder.group,
+            windows=hosted.decoder.windows,
+            device=hosted.decoder.device,
+        )
+        logits = hosted.decoder(hosted.weights, cache, step)
+        for job, done in zip(batch, work, strict=True):
+            job.computed += len(done.tokens)
+        ready = [i for i, job in enumerate(batch) if job.computed == len(job.known)]
+        tokens: dict[Job, int] = {}
+        if ready:
+            telling = [batch[i] for i in ready]
+            chosen = choose(
+                logits if len(ready) == len(batch) else logits[ready],
+                [job.sampling for job in telling],
+                [job.chance for job in telling],
+            )
+            tokens = dict(zip(telling, chosen, strict=True))
+        now_s = self._now_s()
+        self._learn(hosted, turn, work, now_s - begin_s)
+        self.iterations += 1
+        self.switches += self._last not in (None, turn.service)
+        self._last = turn.service
+        for job in batch:
+            self._after(job, tokens.get(job), turn.prompts, now_s - begin_s, now_s)
+        self._running = frozenset(job.progress.request for job in batch if not job.over)
+
+    def _after(
+        self, job: Job, token: int | None, prompts: bool, took_s: float, now_s: float
+    ) -> None:
+        if not prompts:
+            job.decode_s += took_s
+        if token is not None:
+            reason = self._tell(job, token, now_s)
+            if reason is not None:
+                profile = self._profiles[job.service]
+                self._profiles[job.service] = finished(profile, job.decode_s)
+                self.cancel(job, reason)
+                return
+        job.progress = self.policy.ran(job.progress, took_s, now_s)
+        self._refresh(job)
+
+    def _tell(self, job: Job, token: int, now_s: float) -> Reason | None:
+        """Why the answer ends with this token, if it does."""
+        if job.first_s is None:
+            job.first_s = now_s
+        job.last_s = now_s
+        if token in job.ends:
+            return "stop"
+        job.known.append(token)
+        self.totals[job.service].given_tokens += 1
+        if job.listener.token(token):
+            return "stop"
+        return "length" if job.given >= job.most_tokens else None
+
+    def _evict(self, job: Job) -> None:
+        job.table.release()
+        job.table = self.space.open(job.service)
+        job.computed = 0
+        job.preemptions += 1
+        self.totals[job.service].preemptions += 1
+        self._refresh(job)
+
+    def _refresh(self, job: Job) -> None:
+        """Bring what the choice sees up to date; a promise is renewed on joining."""
+        per_page = self.space.per_page(job.service)
+        left = len(job.known) - job.computed
+        decodes = job.computed > 0 and left == 1
+        job.prompt_tokens = 0 if decodes else min(left, self.rules.max_prompt_tokens)
+        job.next_pages = pages_of(job.computed + (job.prompt_tokens or 1), per_page)
+        if not job.resident:
+            job.table.promise = self.space.promise(
+                job.service, len(job.prompt), pages_of(len(job.known), per_page)
+            )
+
+    def _rebalance(self, now_s: float) -> None:
+        if now_s < self._quotas_next_s:
+            return
+        waiting: Counter[int] = Counter(
+            job.service for job in self._jobs if not job.resident
+        )
+        self.space.rebalance(waiting)
+        self._quotas_next_s = now_s + self.rules.quota_every_s
+
+    def _learn(
+        self, hosted: Hosted, turn: Turn[Job], work: Sequence[Work], took_s: float
+    ) -> None:
+        """How this machine's pace compares with what was planned."""
+        time = hosted.time
+        if turn.prompts:
+            counts = [len(one.tokens) for one in work]
+            squares = sum((w.begin + len(w.tokens)) ** 2 - w.begin**2 for w in work)
+            planned_s = time.prefill_s(sum(counts), squares)
+        else:
+            planned_s = time.decode_s(len(work), sum(one.begin + 1 for one in work))
+        if planned_s > 0:
+            pace = self._pace[turn.service]
+            pace += PACE_SHARE * (took_s / planned_s - pace)
+            self._pace[turn.service] = pace

@@ -1,0 +1,262 @@
+"""Several LLMs of one group, turn by turn over one pool of pages."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch", reason="the paged engine needs torch")
+pytest.importorskip("transformers", reason="compared with transformers")
+
+from foreserve.models.cost import IterationTime  # noqa: E402
+from foreserve.runtime.memory.kv import KvNeeds, KvSpace  # noqa: E402
+from foreserve.runtime.memory.pool import PagePool  # noqa: E402
+from foreserve.runtime.memory.posix import PosixMemory  # noqa: E402
+from foreserve.runtime.paged.group import Group, Hosted, Job  # noqa: E402
+from foreserve.runtime.paged.loading import tensor  # noqa: E402
+from foreserve.runtime.paged.sampling import GREEDY, Sampling, choose  # noqa: E402
+from foreserve.runtime.paged.text import Speech, Words  # noqa: E402
+from foreserve.runtime.scheduler import POLICIES  # noqa: E402
+from foreserve.runtime.turns import Rules  # noqa: E402
+from tests.paged_llms import Llm  # noqa: E402
+
+TIME = IterationTime(
+    prefill_base_s=0.01,
+    prefill_s_per_token=1e-4,
+    prefill_s_per_token2=0.0,
+    decode_base_s=0.01,
+    decode_s_per_seq=1e-3,
+    decode_s_per_context_token=0.0,
+    relative_error=0.0,
+    source="test",
+)
+FAMILIES = ("llama", "qwen3", "mixtral", "gemma2")
+PAGE_BYTES = 4096
+ANSWER = 14
+
+
+@pytest.fixture(scope="module")
+def llms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llms")
+    return [Llm(folder / family, family) for family in FAMILIES]
+
+
+class Stand:
+    """A group over a pool of its own, and what its listeners heard."""
+
+    def __init__(self, llms, pages, policy="db-mean", **rules):
+        self.pool = PagePool(PosixMemory(PAGE_BYTES, pages))
+        self.space = KvSpace([self.pool.books], PAGE_BYTES)
+        seconds = itertools.count()
+        self.group = Group(
+            self.space,
+            tensor(self.pool.window_span()).view(pages, PAGE_BYTES),
+            POLICIES[policy].make(),
+            lambda: next(seconds) / 1000,
+            Rules(**rules),
+        )
+        self.services = {llm.folder: self.group.add(hosted(llm)) for llm in llms}
+
+    def ask(self, llm, prompt, tokens=ANSWER, stop_after=None, **how):
+        heard = Heard(stop_after)
+        job = Job(
+            service=self.services[llm.folder],
+            prompt=prompt,
+            most_tokens=tokens,
+            listener=heard,
+            arrival_s=0.0,
+            **how,
+        )
+        self.group.submit(job)
+        heard.job = job
+        return heard
+
+    def run(self):
+        while self.group.step():
+            pass
+        assert self.pool.free == self.pool.capacity
+
+
+class Heard:
+    def __init__(self, stop_after):
+        self.tokens, self.reason, self.stop_after = [], None, stop_after
+
+    def token(self, token):
+        assert self.reason is None
+        self.tokens.append(token)
+        return len(self.tokens) == self.stop_after
+
+    def end(self, reason):
+        assert self.reason is None
+        self.reason = reason
+
+
+def hosted(llm) -> Hosted:
+    return Hosted(
+        llm=llm.config.family,
+        decoder=llm.decoder,
+        weights=llm.weights,
+        dtype="float32",
+        time=TIME,
+        needs=KvNeeds(
+            llm=llm.config.family,
+            token_bytes=llm.config.kv_token_bytes(4),
+            input_tokens=30.0,
+            output_tokens=ANSWER,
+            usual_output_tokens=1,
+        ),
+        reference_s=0.02 if llm.config.family == "llama" else 0.2,
+    )
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, 540, rng.integers(1, 80)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "round-robin", "db-mean", "mlfq"])
+def test_answers_are_those_of_each_llm_alone(llms, policy):
+    """Twenty requests of four LLMs, four of which 26 pages hold; prompts in chunks of 32;
+    hardly any output is expected, so pages run out. Whoever was preempted, each answer is
+    transformers'; all pages are free again."""
+    stand = Stand(llms, 26, policy, max_prompt_tokens=32, max_num_seqs=8)
+    asked = []
+    for i, prompt in enumerate(prompts(20)):
+        llm = llms[1 + i % 3] if i < 14 else llms[0]
+        asked.append((llm, prompt, stand.ask(llm, prompt)))
+        if i >= 11:
+            stand.group.step()
+    stand.run()
+    for llm, prompt, heard in asked:
+        assert heard.tokens == llm.after_each(prompt, heard.tokens)
+        assert heard.reason == "length"
+    totals = stand.group.totals.values()
+    assert sum(total.given_tokens for total in totals) == 20 * ANSWER
+    assert sum(total.preemptions for total in totals) > 0
+    assert stand.group.switches >= 3
+
+
+def test_what_ends_an_answer(llms):
+    """A token of the LLM's that means the end is not part of it; a listener that has heard
+    enough; the most tokens; and who is cancelled hears no more."""
+    (llm, *_) = llms
+    (prompt,) = prompts(1)
+    whole = llm.told(prompt, ANSWER)
+    stand = Stand([llm], 40)
+    by_token = stand.ask(llm, prompt, ends=frozenset(whole[5:6]))
+    by_listener = stand.ask(llm, prompt, stop_after=3)
+    by_length = stand.ask(llm, prompt, tokens=1)
+    cancelled = stand.ask(llm, prompt)
+    for _ in range(3):
+        stand.group.step()
+    stand.group.cancel(cancelled.job)
+    stand.run()
+    assert (by_token.tokens, by_token.reason) == (
+        whole[: whole.index(whole[5])],
+        "stop",
+    )
+    assert (by_listener.tokens, by_listener.reason) == (whole[:3], "stop")
+    assert (by_length.tokens, by_length.reason) == (whole[:1], "length")
+    assert cancelled.tokens == whole[: len(cancelled.tokens)]
+    assert cancelled.reason == "abort"
+
+
+def test_an_llm_leaves_and_comes_back(llms):
+    """What it was asked is aborted and its pages are free; its neighbour's answer is as if
+    nothing had happened, and so is its own when it is asked again."""
+    first, second = llms[:2]
+    stand = Stand([first, second], 40)
+    lost, kept = stand.ask(first, [5] * 40), stand.ask(second, [5] * 40)
+    for _ in range(6):
+        stand.group.step()
+    stand.group.remove(stand.services[first.folder])
+    assert lost.reason == "abort"
+    stand.services[first.folder] = stand.group.add(hosted(first))
+    again = stand.ask(first, [5] * 40)
+    stand.run()
+    assert kept.tokens == second.told([5] * 40, ANSWER)
+    assert again.tokens == first.told([5] * 40, ANSWER)
+
+
+def test_a_seed_fixes_the_answer(llms):
+    """Drawn at temperature 1.5 with a seed: the same in company, preempted now and then, as
+    alone; another seed says something else."""
+    (llm, *_) = llms
+    (prompt,) = prompts(1)
+    how = Sampling(temperature=1.5, top_p=0.95, top_k=50, seed=3)
+
+    def ask(stand, seed):
+        return stand.ask(llm, prompt, sampling=how, chance=np.random.default_rng(seed))
+
+    alone = Stand([llm], 40)
+    wanted, other = ask(alone, 3), ask(alone, 4)
+    alone.run()
+    crowd = Stand([llm], 30, "round-robin", max_num_seqs=8)
+    heard = ask(crowd, 3)
+    for more in prompts(12):
+        crowd.ask(llm, more)
+    crowd.run()
+    assert heard.tokens == wanted.tokens != other.tokens
+    assert crowd.group.totals[0].preemptions > 0
+
+
+def test_choosing():
+    """Shares 0.5, 0.3, 0.15, 0.05. By 20,000 draws: all of them at temperature 1; half and
+    three tenths renormalised under top-p 0.6 and under top-k 2; only the first under top-p
+    0.4; and no chance is asked for at temperature 0."""
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
+    rng = np.random.default_rng(0)
+
+    def shares(**how):
+        n = 20_000
+        found = choose(logits.expand(n, 4), [Sampling(**how)] * n, [rng] * n)
+        return np.bincount(found, minlength=4) / n
+
+    np.testing.assert_allclose(shares(), [0.05, 0.5, 0.15, 0.3], atol=0.015)
+    two = [0, 0.625, 0, 0.375]
+    np.testing.assert_allclose(shares(top_p=0.6), two, atol=0.015)
+    np.testing.assert_allclose(shares(top_k=2), two, atol=0.015)
+    np.testing.assert_allclose(shares(top_p=0.4), [0, 1, 0, 0])
+    hot = np.array([0.05, 0.5, 0.15, 0.3]) ** 0.5
+    np.testing.assert_allclose(shares(temperature=2.0), hot / hot.sum(), atol=0.015)
+    assert choose(logits[None], [GREEDY], [None]) == [1]
+
+
+def test_speech(llms):
+    """Characters are said whole, a stop string never, nor what may become one; what ends
+    inside a character is said at the end."""
+    words = Words(llms[0].folder)
+    text = "kalo é 😀 so STOP it"
+    tokens = words.tokens(text)
+    assert words.text(tokens) == text
+
+    def said(stops, count=None, **how):
+        speech = Speech(words, stops, **how)
+        pieces = [speech.add(token) for token in tokens[:count]]
+        return [*pieces, speech.end()], speech.stopped
+
+    pieces, stopped = said([])
+    assert "".join(pieces) == text
+    assert pieces.count("😀") == 1
+    assert not stopped
+    pieces, stopped = said(["STOP", "it"])
+    assert "".join(pieces) == "kalo é 😀 so "
+    assert stopped
+    assert "".join(said(["STOP"], keep_stop=True)[0]) == "kalo é 😀 so STOP"
+    pieces, stopped = said(["STOPPED"])
+    assert "".join(pieces) == text  # Held back, and said when it was another word.
+    assert not stopped
+    cut = len(words.tokens("kalo é ")) + 2
+    assert "".join(said([], cut)[0]) == "kalo é \ufffd"
+
+
+def test_chat_template(llms):
+    """As the tiny LLMs' template has it: who speaks, and whose turn it is."""
+    words = Words(llms[0].folder)
+    told = words.chat([{"role": "user", "content": " kalo"}], {})
+    number = words.tokenizer.token_to_id
+    user, assistant = number("<|user|>"), number("<|assistant|>")
+    assert told == [user, number("\u0120kalo"), assistant]
