@@ -30,9 +30,11 @@ VERBS = {
     "compare": "foreserve.cli.compare:compare",
     "size": "foreserve.cli.size:size",
     "serve": "foreserve.cli.serve:serve",
-    "status": "foreserve.cli.serve:status",
-    "approve": "foreserve.cli.serve:approve",
-    "stop": "foreserve.cli.serve:stop",
+    "status": "foreserve.cli.operate:status",
+    "approve": "foreserve.cli.operate:approve",
+    "reject": "foreserve.cli.operate:reject",
+    "drain": "foreserve.cli.operate:drain",
+    "stop": "foreserve.cli.operate:stop",
 }
 
 BESIDE = {("simulate", "validate"): "foreserve.cli.replay:validate"}

@@ -30,6 +30,8 @@ from foreserve.runtime.timeline import Timeline
 SHOWN = 20
 """Proposals and events that the admin port tells of at once."""
 
+AHEAD = 4
+"""Epochs of the plan that are shown."""
 RUNNING: Mapping[str, str] = {
     "active": "ready",
     "activating": "starting",
@@ -94,7 +96,7 @@ class Operating:
 
     def view(self, stays: int, after_s: float) -> Mapping[str, Any]:
         timeline, now_s = self.timeline, self.clock.now_s()
-        version = timeline.version
+        version, pending = timeline.version, self.policy.pending
         return {
             **self.status(),
             "epoch_s": timeline.epoch_s,
@@ -104,8 +106,8 @@ class Operating:
             "models": self.llms(),
             "nodes": self.nodes(),
             "gpus": views.gpu_rows(self.fleet, self.backend.status()),
-            "plan_s": [self.policy.plan.start_s, self.policy.plan.end_s],
-            "pending": self.plans()["proposed"],
+            "planned": self._planned(now_s),
+            "pending": None if pending is None else views.whole_proposal(pending),
             "epochs": [views.past_row(p, timeline.epoch_s) for p in timeline.epochs()],
             "drift": self.drift(),
             "notes": [views.note_row(note) for note in timeline.notes(SHOWN)],
@@ -225,7 +227,7 @@ class Operating:
                 "generation": self.policy.generation,
                 "replicas": [views.replica_row(r) for r in epoch.placement.replicas],
             },
-            "proposed": None if pending is None else views.proposal_row(pending),
+            "proposed": None if pending is None else views.whole_proposal(pending),
             "history": [views.proposal_row(p) for p in reversed(self.policy.proposals)],
         }
 
@@ -396,6 +398,21 @@ class Operating:
         """What is carried out now, as a plan of one epoch."""
         plan = self.policy.plan
         return replace(plan, epochs=(plan.at(self.clock.now_s()),))
+
+    def _planned(self, now_s: float) -> list[Mapping[str, Any]]:
+        """The plan's epochs from now on, those that are in it."""
+        plan = self.policy.plan
+        if self.policy.plan_id is None:
+            return []
+        epochs = [e for e in plan.epochs if e.end_s > now_s] or [plan.at(now_s)]
+        return [
+            {
+                "start_s": epoch.start_s,
+                "end_s": epoch.end_s,
+                "replicas": [views.replica_row(r) for r in epoch.placement.replicas],
+            }
+            for epoch in epochs[:AHEAD]
+        ]
 
     def _outlook(self, after: Placement) -> Mapping[str, Any]:
         broken = [

@@ -1,14 +1,9 @@
-"""`plan serve`: an OpenAI-compatible endpoint whose cluster re-plans itself; and what to
-ask of one that runs: `plan status`, `plan approve`, `plan stop`."""
+"""`plan serve`: an OpenAI-compatible endpoint whose cluster re-plans itself."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import threading
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,28 +12,17 @@ import click
 
 from foreserve.cli.common import (
     consoles,
-    echo_json,
-    json_option,
     quiet_option,
     read_history,
     read_scenario,
 )
+from foreserve.cli.operate import page_url, state_option
 from foreserve.models.errors import ForeserveError, InvalidInput
 
 if TYPE_CHECKING:
     from foreserve.cli.serving import Serving
     from foreserve.planner.scenario import Scenario
     from foreserve.runtime.engines.base import EngineSettings
-
-STATE = ".foreserve"
-state_option = click.option(
-    "--state",
-    "folder",
-    type=click.Path(path_type=Path),
-    default=Path(STATE),
-    show_default=True,
-    help="Folder of the cluster's logs, journal, plan and sockets.",
-)
 
 
 @click.command(
@@ -147,6 +131,7 @@ def serve(
         node_folder=node_folder,
     )
     from foreserve.cli.agents import shared_machines
+    from foreserve.cli.news import News
 
     out, _ = consoles(quiet)
     ended = threading.Event()
@@ -161,9 +146,16 @@ def serve(
             out.print(
                 f"  {machine} is {', '.join(nodes)}: plans take them to fail apart"
             )
+    if out.is_terminal:  # not into a log: whoever has the token may change things
+        url = page_url(
+            {"admin_port": serving.server.admin_port, "token": serving.token}
+        )
+        out.print(f"  {url}", soft_wrap=True)
     out.print(f"  plan status --state {folder}")
+    news = News(serving.policy, serving.feed)
     while not ended.wait(0.5) and serving.failed is None:
-        pass
+        for line in news.lines():
+            out.print(line, soft_wrap=True, highlight=False)
     out.print("stopping: what was accepted is answered first")
     serving.stop(engines=not keep_engines)
     if serving.failed is not None:
@@ -263,107 +255,3 @@ def on_gpus(settings: EngineSettings) -> bool:
     from foreserve.runtime.engines.vllm import VllmSettings, device_of
 
     return isinstance(settings, VllmSettings) and device_of(settings.python) == "cuda"
-
-
-@click.command(epilog="Example: plan status --state .foreserve")
-@state_option
-@json_option
-def status(folder: Path, as_json: bool) -> int:
-    """What a serving cluster holds, wants and waits for."""
-    from rich.table import Table
-
-    seen = ask(folder, "GET", "status")
-    if as_json:
-        echo_json(seen)
-        return 0
-    out, _ = consoles(False)
-    plan = seen["plan_id"] or "none yet"
-    out.print(
-        f"plan {plan}, generation {seen['generation']}, mode {seen['mode']}, "
-        f"up for {seen['now_s']:.0f} s"
-    )
-    states = {row["replica"]: row["state"] for row in seen["wanted"]}
-    table = Table("replica", "GPUs", "is", "wanted", "requests", box=None)
-    for row in seen["observed"]:
-        table.add_row(
-            row["llm"],
-            ", ".join(row["gpus"]),
-            row["phase"],
-            states.pop(row["replica"], "gone"),
-            str(row["in_flight"]),
-        )
-    for replica, state in states.items():
-        table.add_row(replica, "", "absent", state, "")
-    out.print(table)
-    for llm, count in seen["waiting"].items():
-        out.print(f"{count} requests wait for {llm}")
-    for node in seen["nodes"]:
-        if node["error"]:
-            out.print(f"node {node['node']}: {node['error']}")
-    for trouble in seen["troubles"]:
-        out.print(f"{trouble['replica']} failed: {trouble['reason']}")
-    for proposal in seen["proposals"][-3:]:
-        what = proposal["failed"] or f"{len(proposal['replicas'])} replicas"
-        out.print(
-            f"planned epoch {proposal['epoch']} in {proposal['took_s']:.1f} s "
-            f"({proposal['id'] or 'nothing'}): {what}"
-        )
-    return 0
-
-
-@click.command(epilog="Example: plan approve 3f2a9c01d4b5 --state .foreserve")
-@click.argument("plan_id")
-@state_option
-@json_option
-def approve(plan_id: str, folder: Path, as_json: bool) -> int:
-    """Carry out a proposed plan, in mode ``recommend``."""
-    done = ask(folder, "POST", f"plans/{plan_id}/approve")
-    if as_json:
-        echo_json(done)
-    else:
-        click.echo(f"plan {plan_id} is carried out")
-    return 0
-
-
-@click.command(epilog="Example: plan stop --state .foreserve")
-@state_option
-@json_option
-def stop(folder: Path, as_json: bool) -> int:
-    """End a serving cluster, after what it has accepted is answered."""
-    about = _about(folder)
-    os.kill(about["pid"], signal.SIGTERM)
-    if as_json:
-        echo_json({"pid": about["pid"]})
-    else:
-        click.echo(f"process {about['pid']} is stopping")
-    return 0
-
-
-def ask(folder: Path, method: str, path: str) -> Any:
-    """What the admin port of the cluster in ``folder`` answers."""
-    about = _about(folder)
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{about['admin_port']}/admin/v1/{path}",
-        method=method,
-        headers={"authorization": f"Bearer {about['token']}"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=10.0) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        told = json.loads(error.read() or b"{}").get("error", {})
-        raise InvalidInput(told.get("message", str(error))) from None
-    except OSError as error:
-        raise ForeserveError(
-            f"{folder}: the cluster does not answer: {error}"
-        ) from None
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    path = folder / "admin.json"
-    if not path.exists():
-        raise InvalidInput(
-            "no cluster serves from here", file=str(folder), hint="plan serve --state"
-        )
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
