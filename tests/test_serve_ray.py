@@ -204,6 +204,8 @@ def test_over_machines_that_come_and_go(machines, tmp_path):
     code, _ = served.ask("small", url=min(urls))
     assert code == 401
     node = served.node_of("large")
+    books = [row for row in served.admin("ledger") if row["kind"] == "host"]
+    assert {row["llm"] for row in books} == {"small", "other", "large", None}
     first = served.starts(node)[-1]
     assert sorted(first["devices"].values()) == [0, 1]
 
