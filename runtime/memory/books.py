@@ -90,7 +90,7 @@ class Pages:
     __slots__ = ("_books", "_numbers")
 
     def __init__(self, books: Books, numbers: list[int]) -> None:
-        """Only `Books.take` and `split` make them."""
+        """Only `Books.take`, `split` and `head` make them."""
         self._books, self._numbers = books, numbers
 
     def __len__(self) -> int:
@@ -112,6 +112,12 @@ class Pages:
         cut = len(self._numbers) - count
         away = self._numbers[cut:]
         del self._numbers[cut:]
+        return Pages(self._books, away)
+
+    def head(self, count: int) -> Pages:
+        """Its first ``count`` pages, or all if it has fewer, which it has no longer."""
+        away = self._numbers[:count]
+        del self._numbers[:count]
         return Pages(self._books, away)
 
     def absorb(self, other: Pages) -> None:

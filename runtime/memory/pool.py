@@ -217,7 +217,10 @@ class Slot:
         """End of each use under way, by a number of its own."""
         self._used = 0
         self._released = False
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        """Of what is said of it; nobody has it while the machine works."""
+        self._mapping = threading.RLock()
+        """Of mapping and unmapping, which wait for each other."""
 
     @property
     def mapped(self) -> int:
@@ -236,7 +239,7 @@ class Slot:
     def map(self, pages: Pages) -> None:
         """Map ``pages`` behind its own; they are the slot's then, and ``pages`` is empty.
         If that fails (`OSError`) all is as before."""
-        with self._lock:
+        with self._mapping:
             if self._released or self.mapped + len(pages) > self.num_pages:
                 raise ValueError(
                     f"{len(pages)} pages behind {self.mapped} of {self.num_pages}"
@@ -250,26 +253,37 @@ class Slot:
             except OSError:
                 pages.absorb(mine)
                 raise
-            self._pages.absorb(mine)
+            with self._lock:
+                self._pages.absorb(mine)
 
     def unmap(self, count: int) -> Pages:
         """Take its last ``count`` pages off; they are the caller's. Raises `InUse` if
         anybody uses one of them."""
-        with self._lock:
-            left = (self.mapped - count) * self.pool.page_bytes
-            if count < 0 or left < 0:
-                raise ValueError(f"{count} of {self.mapped} pages")
-            if self.used_bytes > left:
-                raise InUse(
-                    f"bytes up to {self.used_bytes} are used, {left} would stay"
-                )
-            self.pool.memory.unmap(self.address + left, count * self.pool.page_bytes)
-            return self._pages.split(count)
+        with self._mapping:
+            with self._lock:
+                left = (self.mapped - count) * self.pool.page_bytes
+                if count < 0 or left < 0:
+                    raise ValueError(f"{count} of {self.mapped} pages")
+                if self.used_bytes > left:
+                    raise InUse(
+                        f"bytes up to {self.used_bytes} are used, {left} would stay"
+                    )
+                # From here on nobody can begin to use them.
+                gone = self._pages.split(count)
+            try:
+                size = count * self.pool.page_bytes
+                self.pool.memory.unmap(self.address + left, size)
+            except OSError:
+                with self._lock:
+                    self._pages.absorb(gone)
+                raise
+            return gone
 
     @property
     def used_bytes(self) -> int:
         """Up to where somebody uses it now."""
-        return max(tuple(self._uses.values()), default=0)
+        # A copy, since uses may end at any moment, wherever the collector runs.
+        return max(self._uses.copy().values(), default=0)
 
     def view(self, offset_bytes: int, num_bytes: int) -> Span:
         """That part of it, without a copy; all of it must be mapped, and stays mapped as
@@ -301,7 +315,7 @@ class Slot:
 
     def release(self) -> None:
         """Unmap everything and give the range up; any number of calls. Raises `InUse`."""
-        with self._lock:
+        with self._mapping:
             if self._released:
                 return
             self.unmap(self.mapped).release()

@@ -1,0 +1,309 @@
+"""Weights on their way from host memory into a slot: in chunks that can be stopped.
+
+A `Link` is what leads to one GPU. It takes one load at a time, urgent ones first, then in
+the order in which they were asked for (the simulator's rule in `links`); another one's turn
+begins at the next chunk. Pages are mapped by a thread of its own, ahead of the copies. A
+throttle bounds the rate beside serving.
+
+What has arrived is always a prefix: a load that was cancelled goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+from foreserve.runtime.clock import Clock
+from foreserve.runtime.memory.books import Pages
+from foreserve.runtime.memory.pool import Copying, Slot
+
+End = Literal["done", "cancelled", "failed"]
+
+
+def next_rate(
+    bytes_per_s: float,
+    tpot_s: float,
+    alone_s: float,
+    *,
+    most_loss: float,
+    least_bytes_per_s: float,
+    most_bytes_per_s: float,
+) -> float:
+    """The rate of copies beside serving, after decode iterations of ``tpot_s`` were seen
+    that take ``alone_s`` without copies: halved if they lost more than ``most_loss`` of
+    it, else a tenth up. Never below the least, or nothing would ever arrive."""
+    too_much = tpot_s > alone_s * (1 + most_loss)
+    changed = bytes_per_s * (0.5 if too_much else 1.1)
+    return min(max(changed, least_bytes_per_s), most_bytes_per_s)
+
+
+@dataclass(slots=True)
+class TokenBucket:
+    """Lets bytes through at a rate; after a pause up to ``burst_bytes`` at once."""
+
+    burst_bytes: float
+    bytes_per_s: float = math.inf
+    """May be changed at any time."""
+    _level: float = 0.0
+    _seen_s: float = -math.inf
+
+    def wait_s(self, now_s: float) -> float:
+        """Until the next bytes may go."""
+        self._fill(now_s)
+        return max(0.0, -self._level / self.bytes_per_s)
+
+    def spend(self, num_bytes: int, now_s: float) -> None:
+        """They go now; the next ones wait for as long as these were worth."""
+        self._fill(now_s)
+        if not math.isinf(self.bytes_per_s):
+            self._level -= num_bytes
+
+    def _fill(self, now_s: float) -> None:
+        if math.isinf(self.bytes_per_s) or math.isinf(self._seen_s):
+            self._level = 0.0
+        else:
+            gained = (now_s - self._seen_s) * self.bytes_per_s
+            self._level = min(self.burst_bytes, self._level + gained)
+        self._seen_s = now_s
+
+
+@dataclass(eq=False)
+class Load:
+    """One shard on its way. Any thread may look, cancel and wait."""
+
+    slot: Slot
+    source: int
+    """Address in host memory of the shard's first byte."""
+    num_bytes: int
+    pages: Pages
+    """Not mapped yet."""
+    urgent: bool
+    order: int
+    held_pages: int
+    """Of the slot and its own, while it is under way."""
+    copied_bytes: int
+    """Arrived: a prefix of the shard."""
+    end: End | None = None
+    """How it ended; None while it is under way."""
+    error: str = ""
+    ended: threading.Event = field(default_factory=threading.Event)
+    _begun_bytes: int = 0
+    _cancelled: bool = False
+    _mapping: bool = False
+
+    @property
+    def mapped(self) -> bool:
+        return not self.pages and not self._mapping
+
+
+class Link:
+    """Copies onto one GPU, by two threads of its own. Any thread may call."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        chunk_bytes: int = 8 * 1024**2,
+        map_bytes: int = 64 * 1024**2,
+        throttle: TokenBucket | None = None,
+    ) -> None:
+        """``chunk_bytes``: what a cancelled load still copies, at most twice that.
+        ``map_bytes``: mapped in one go."""
+        self._clock = clock
+        self._chunk_bytes, self._map_bytes = chunk_bytes, map_bytes
+        self.throttle = throttle or TokenBucket(chunk_bytes)
+        self._loads: dict[Load, None] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._asked = 0
+        self._threads = [
+            threading.Thread(target=work, daemon=True)
+            for work in (self._map_all, self._copy_all)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def begin(
+        self,
+        slot: Slot,
+        source: int,
+        num_bytes: int,
+        *,
+        resident_bytes: int = 0,
+        pages: Pages,
+        urgent: bool = False,
+    ) -> Load:
+        """Copy the shard at ``source`` into ``slot``, of which ``resident_bytes`` are
+        there; ``pages`` are what the slot lacks, and are the load's from now on."""
+        with self._changed:
+            if self._closed:
+                raise ValueError("the link is closed")
+            have = slot.mapped + len(pages)
+            if have * slot.pool.page_bytes < num_bytes:
+                raise ValueError(f"{have} pages for {num_bytes} bytes")
+            self._asked += 1
+            load = Load(
+                slot=slot,
+                source=source,
+                num_bytes=num_bytes,
+                pages=pages.split(len(pages)),
+                urgent=urgent,
+                order=self._asked,
+                held_pages=have,
+                copied_bytes=resident_bytes,
+                _begun_bytes=resident_bytes,
+            )
+            self._loads[load] = None
+            self._changed.notify_all()
+            return load
+
+    def hurry(self, load: Load) -> None:
+        """Requests wait for it now."""
+        with self._changed:
+            load.urgent = True
+            self._changed.notify_all()
+
+    def cancel(self, load: Load) -> None:
+        """It ends after the chunks under way, `Load.ended`; what has arrived stays. After
+        `Load.ended` nothing is copied into its slot any more."""
+        with self._changed:
+            load._cancelled = True
+            self._changed.notify_all()
+
+    def set_rate(self, bytes_per_s: float) -> None:
+        """Copy at most so fast from now on, all loads together."""
+        with self._changed:
+            self.throttle.wait_s(self._clock.now_s())
+            self.throttle.bytes_per_s = bytes_per_s
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Cancel everything and end the threads."""
+        with self._changed:
+            self._closed = True
+            for load in self._loads:
+                load._cancelled = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _ranked(self) -> list[Load]:
+        return sorted(self._loads, key=lambda load: (not load.urgent, load.order))
+
+    # --- mapping -------------------------------------------------------------------
+
+    def _map_all(self) -> None:
+        while True:
+            with self._changed:
+                load = self._to_map()
+                while load is None:
+                    if self._closed and not self._loads:
+                        return
+                    self._changed.wait()
+                    load = self._to_map()
+                count = max(1, self._map_bytes // load.slot.pool.page_bytes)
+                batch = load.pages.head(count)
+                load._mapping = True
+            error = ""
+            try:
+                load.slot.map(batch)
+            except OSError as failure:
+                error = str(failure)
+                batch.release()
+            with self._changed:
+                load._mapping = False
+                if error:
+                    load.error, load._cancelled = error, True
+                self._changed.notify_all()
+
+    def _to_map(self) -> Load | None:
+        waiting = (x for x in self._ranked() if x.pages and not x._cancelled)
+        return next(waiting, None)
+
+    # --- copying -------------------------------------------------------------------
+
+    def _copy_all(self) -> None:
+        # Two chunks are under way, so that the link is never idle in between.
+        flying: deque[tuple[Load, int, Copying, ExitStack]] = deque()
+        while True:
+            chunk = self._next_chunk(wait=not flying)
+            if chunk is not None:
+                load, at, size = chunk
+                uses = ExitStack()
+                try:
+                    address = uses.enter_context(load.slot.using(at, size))
+                    copy = load.slot.pool.memory.copy(address, load.source + at, size)
+                except Exception as failure:
+                    uses.close()
+                    self._fail(load, failure)
+                else:
+                    flying.append((load, size, copy, uses))
+            elif not flying:
+                return
+            if flying and (chunk is None or len(flying) > 1):
+                load, size, copy, uses = flying.popleft()
+                try:
+                    copy.wait()
+                except Exception as failure:
+                    self._fail(load, failure)
+                else:
+                    with self._changed:
+                        # Behind a chunk that failed there is no prefix to add to.
+                        load.copied_bytes += 0 if load.error else size
+                uses.close()
+            self._settle({load for load, *_ in flying})
+
+    def _next_chunk(self, *, wait: bool) -> tuple[Load, int, int] | None:
+        """What to copy next; None if there is nothing (with ``wait``: ever again)."""
+        with self._changed:
+            while True:
+                if wait:
+                    self._settle(set())
+                load = self._to_copy()
+                now_s = self._clock.now_s()
+                left_s = self.throttle.wait_s(now_s) if load else math.inf
+                if load is not None and left_s <= 0:
+                    ready = min(load.slot.mapped_bytes, load.num_bytes)
+                    size = min(self._chunk_bytes, ready - load._begun_bytes)
+                    at = load._begun_bytes
+                    load._begun_bytes += size
+                    self.throttle.spend(size, now_s)
+                    return load, at, size
+                if not wait or (self._closed and not self._loads):
+                    return None
+                self._changed.wait(None if math.isinf(left_s) else left_s)
+
+    def _to_copy(self) -> Load | None:
+        """The first in order, even if its pages are still being mapped: nobody overtakes
+        it for that."""
+        for load in self._ranked():
+            if load._cancelled or load._begun_bytes >= load.num_bytes:
+                continue
+            ready = min(load.slot.mapped_bytes, load.num_bytes)
+            return load if ready > load._begun_bytes else None
+        return None
+
+    def _fail(self, load: Load, failure: Exception) -> None:
+        with self._changed:
+            load.error, load._cancelled = str(failure), True
+
+    def _settle(self, flying: set[Load]) -> None:
+        """End loads that are through, or cancelled with nothing under way any more."""
+        with self._changed:
+            for load in tuple(self._loads):
+                if load._mapping or load in flying:
+                    continue
+                through = load.copied_bytes >= load.num_bytes
+                if not (through or load._cancelled):
+                    continue
+                load.pages.release()
+                load.end = (
+                    "done" if through else "failed" if load.error else "cancelled"
+                )
+                del self._loads[load]
+                load.ended.set()
+                self._changed.notify_all()
