@@ -138,6 +138,8 @@ class Part:
         for gpu in action.gpus:
             there = self.on[gpu]
             held = sum(life.num_bytes(then) for life in there)
+            if action.kind == "load":
+                held += own.option.load_extra_bytes
             if held > self.fleet.cluster.usable_bytes(gpu):
                 return False
             if action.kind == "activate" and any(

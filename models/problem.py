@@ -77,6 +77,9 @@ class ReplicaOption(Record):
     """What the process of a resident replica keeps on a GPU beside its weights."""
     activation_bytes: int = 0
     """Per GPU while ACTIVE: peak of a forward pass."""
+    load_extra_bytes: int = 0
+    """Per GPU while LOADING, on top of ``resident_bytes``: of an engine that allocates its
+    KV memory at its start and only then can sleep. Placements do not know of it."""
     weight_bytes: int | None = None
     """Of the LLM, as storage and host memory hold it; None: as its GPUs do."""
     copy_s: float | None = None

@@ -18,7 +18,8 @@ def phase_bytes(option: ReplicaOption, phase: Phase | None) -> int:
     """Bytes per GPU that a replica holds in ``phase``: (C1) for every moment."""
     if phase is None:
         return 0
-    return held_bytes(option, "ACTIVE" if phase in HOLDS_KV else "WARM")
+    extra = option.load_extra_bytes if phase == "LOADING" else 0
+    return held_bytes(option, "ACTIVE" if phase in HOLDS_KV else "WARM") + extra
 
 
 class Ledger:

@@ -19,7 +19,9 @@ rest. What holds for every call:
    that is missed least, and the circle is looked at again.
 4. *Convergence.* With `desired` within (C1)-(C4) and every phase of finite length,
    repeated calls reach exactly `desired`, from any start, in at most one demote, drop,
-   load and activate per replica and crash.
+   load and activate per replica and crash. Not so where loads take more than what they
+   end with (`ReplicaOption.load_extra_bytes`): a WARM replica for whose load there is no
+   room beside what is to serve stays absent, and takes nobody's room meanwhile.
 5. *Lost GPUs.* Nothing is asked of them. What is desired there counts as desired to
    serve, so replicas that it was to replace go on serving where they are in nobody's way.
    The same goes for busy replicas, which can take no action for the moment.
@@ -27,7 +29,7 @@ rest. What holds for every call:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from foreserve.models.observed import HOLDS_KV, Observed, ObservedReplica, Phase
 from foreserve.models.placement import Action, Kind, Placement, ReplicaId
@@ -76,8 +78,12 @@ def reconcile(
         option = fleet.option_of(key.llm, key.gpus)
         held = phase_bytes(option, phase)
         if phase is None:
-            if ledger.can_hold(key.gpus, option.resident_bytes):
+            peak = phase_bytes(option, "LOADING")
+            if ledger.can_hold(key.gpus, peak):
                 steps["load"].append(key)
+            elif peak > goal_bytes and not _has_room(key, peak, desired, phases, fleet):
+                peak = 0
+            goal_bytes = max(goal_bytes, peak)
         elif phase == "WARM" and desired.by_id[key].state == "ACTIVE":
             peak = phase_bytes(option, "ACTIVE")
             if ledger.can_hold(key.gpus, peak - held) and not any(
@@ -94,6 +100,26 @@ def reconcile(
         for key in keys
         if key not in observed.busy
     )
+
+
+def _has_room(
+    key: ReplicaId,
+    num_bytes: int,
+    desired: Placement,
+    phases: Mapping[ReplicaId, Phase],
+    fleet: Fleet,
+) -> bool:
+    """Whether ``num_bytes`` fit on its GPUs beside what is to be ACTIVE there, and what is
+    there already and stays."""
+    for gpu in key.gpus:
+        held = sum(
+            fleet.bytes_on_gpu(other)
+            for other in desired.by_gpu.get(gpu, ())
+            if other.id != key and (other.state == "ACTIVE" or other.id in phases)
+        )
+        if held + num_bytes > fleet.cluster.usable_bytes(gpu):
+            return False
+    return True
 
 
 def _by_urgency(
@@ -242,8 +268,8 @@ class _Ahead:
         """Where a replacement cannot be ACTIVE yet, its weights may come at least."""
         for key in self.missing:
             absent = self.phases.get(key) in (None, "LOADING")
-            if absent and self._can_keep(key, "WARM"):
-                self._keep(key, "WARM")
+            if absent and self._can_keep(key, "LOADING"):
+                self._keep(key, "LOADING")
 
     def _can_keep(self, key: ReplicaId, phase: Phase) -> bool:
         return self.ledger.can_hold(key.gpus, self._bytes(key, phase) - self.held[key])

@@ -173,6 +173,30 @@ def test_prewarming_does_not_take_a_replacements_room():
     assert steps(goal, [now[0], now[2]], f) == ["load b@n0/0x1", "load a@n0/1x1"]
 
 
+def test_loads_wait_for_the_room_of_their_peak():
+    """a takes 50 while it loads and 30 once it is WARM. Beside x, which is to go and holds
+    30 on a GPU of 100, and b, there already, there is no room yet; c, which is no more
+    urgent, waits with it. Once x is gone a loads, then c."""
+    f = fleet(*(option(llm) for llm in "bcx"), option("a", load_extra_bytes=20))
+    goal = [want(llm, 0, state="WARM") for llm in "abc"]
+    b = seen("b", 0, phase="WARM")
+    assert steps(goal, [b, seen("x", 0, phase="WARM")], f) == ["drop x@n0/0x1"]
+    assert steps(goal, [b], f) == ["load a@n0/0x1"]
+    assert steps(goal, [b, seen("a", 0, phase="LOADING")], f) == []
+    assert steps(goal, [b, seen("a", 0, phase="WARM")], f) == ["load c@n0/0x1"]
+
+
+def test_a_peak_for_which_there_is_never_room_keeps_nobody_waiting():
+    """a takes 60 while it loads; beside b, which serves with 50, only its 30 would fit. No
+    load is begun that an agent would refuse; c, which fits, is loaded."""
+    a = option("a", load_extra_bytes=30)
+    f = fleet(a, option("b"), option("c", resident_bytes=20))
+    goal = [want("b", 0), *(want(llm, 0, state="WARM") for llm in "ac")]
+    b = seen("b", 0, phase="ACTIVE")
+    assert steps(goal, [b], f) == ["load c@n0/0x1"]
+    assert steps(goal[:2], [b], f) == []
+
+
 def test_never_two_active_on_overlapping_gpus():
     """b on GPUs 0-1 is not activated while a serves on GPU 0, though memory would do."""
     f = fleet(option("a"), option("b", tp=2))

@@ -1,10 +1,22 @@
-"""Engines that cannot sleep: what a WARM replica of theirs takes."""
+"""Engines that cannot sleep, or not from the first: what is to be booked for them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from foreserve.models.problem import Fleet
+
+
+def awake_while_loading(fleet: Fleet) -> Fleet:
+    """``fleet`` as the books see it when its engines allocate their KV memory at their
+    start, and sleep only then: loads have a peak."""
+    return replace(
+        fleet,
+        options=tuple(
+            replace(option, load_extra_bytes=option.active_bytes)
+            for option in fleet.options
+        ),
+    )
 
 
 def always_awake(fleet: Fleet) -> Fleet:

@@ -46,7 +46,7 @@ from foreserve.runtime.gateway.keys import ApiKey, hashed
 from foreserve.runtime.gateway.server import Server
 from foreserve.runtime.gateway.table import RequestRecord, RoutingTable
 from foreserve.runtime.journal import Started
-from foreserve.runtime.live.awake import always_awake
+from foreserve.runtime.live.awake import always_awake, awake_while_loading
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.journal import LiveJournal
@@ -102,6 +102,8 @@ class Serving:
     ) -> None:
         self.made_with = fleet
         fleet = fleet if options.sleeps else always_awake(fleet)
+        if options.sleeps and options.engine == "vllm":
+            fleet = awake_while_loading(fleet)
         self.fleet, self.options = fleet, options
         folder = options.folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
