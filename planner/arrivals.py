@@ -146,7 +146,7 @@ class Arrivals:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:
-                np.savez(file, **kept)
+                np.savez(file, **kept)  # type: ignore[arg-type]
             temporary.replace(self._path)
         finally:
             temporary.unlink(missing_ok=True)

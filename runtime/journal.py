@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.codec import structure, to_plain
+from foreserve.models.drift import EpochDrift
 from foreserve.models.errors import InvalidInput
 from foreserve.models.faults import Fault, FaultKind
 from foreserve.models.observed import Phase
@@ -244,6 +245,7 @@ Event = (
     | Accepted
     | RequestEnd
     | Served
+    | EpochDrift
     | Ended
 )
 
@@ -256,6 +258,7 @@ EVENTS: Mapping[str, type[Event]] = {
     "accepted": Accepted,
     "request": RequestEnd,
     "served": Served,
+    "drift": EpochDrift,
     "ended": Ended,
 }
 _NAMES = {cls: name for name, cls in EVENTS.items()}

@@ -27,6 +27,7 @@ VERBS = {
     "diff": "foreserve.cli.diff:diff",
     "regret": "foreserve.cli.regret:regret",
     "simulate": "foreserve.cli.simulate:simulate",
+    "drift": "foreserve.cli.drift:drift",
     "compare": "foreserve.cli.compare:compare",
     "size": "foreserve.cli.size:size",
     "serve": "foreserve.cli.serve:serve",

@@ -1,0 +1,180 @@
+"""`plan drift`: what became of the plan, epoch by epoch, and whose fault misses were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from foreserve.cli.common import consoles, echo_json, json_option, print_parts
+from foreserve.cli.forecast import Duration
+from foreserve.models.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from foreserve.models.drift import DriftTotal, EpochDrift, Measured
+    from foreserve.planner.tables import Part
+
+GIB = 2**30
+
+
+@click.command(epilog="Example: plan drift run.jsonl.gz --plan plan.json --bin 1h")
+@click.argument("journal", type=click.Path(path_type=Path))
+@click.option(
+    "--plan",
+    "plan_path",
+    type=click.Path(),
+    help="Of a simulated run: the plan that it followed.",
+)
+@click.option(
+    "--bin", "bin_s", type=Duration(), metavar="S", help="Add up epochs, e.g. 1h."
+)
+@json_option
+def drift(
+    journal: Path, plan_path: str | None, bin_s: float | None, as_json: bool
+) -> None:
+    """Compare a plan with what came: forecasts, predictions, prewarming, missed targets.
+
+    JOURNAL is that of a simulation (`plan simulate --journal`), with --plan, or the state
+    folder of a cluster that serves or has served (`plan serve --state`).
+    """
+    from foreserve.models.codec import to_plain
+    from foreserve.models.drift import total
+    from foreserve.planner.display import plural
+
+    epochs = read(journal, plan_path)
+    if as_json:
+        rows = [row for epoch in epochs for row in epoch.llms]
+        names = list(dict.fromkeys(row.llm for row in rows))
+        echo_json(
+            {
+                "epochs": [to_plain(epoch) for epoch in epochs],
+                "total": to_plain(total(rows)),
+                "by_llm": {
+                    name: to_plain(total(r for r in rows if r.llm == name))
+                    for name in names
+                },
+            }
+        )
+        return
+    out, _ = consoles(False)
+    if not epochs:
+        out.print("no epoch is over yet")
+        return
+    print_parts(out, parts(epochs, bin_s))
+    late = sum(epoch.late for epoch in epochs)
+    if late:
+        out.print(f"{plural(late, 'request')} ended after the report of their epoch")
+
+
+def read(journal: Path, plan_path: str | None) -> list[EpochDrift]:
+    """The reports in a live cluster's journal, or those of a simulated run."""
+    from functools import partial
+
+    from foreserve.models.codec import load_plan
+    from foreserve.planner.fleet import busy_s
+    from foreserve.runtime.drift import fold, read_drift
+    from foreserve.runtime.journal import read_journal
+
+    if journal.is_dir():
+        journal = journal / "journal.jsonl"
+        if plan_path is not None:
+            raise InvalidInput(
+                "a cluster's journal has its reports in it: leave the plan out",
+                field="--plan",
+            )
+        return list(read_drift(journal))
+    if plan_path is None:
+        found = [] if journal.suffix == ".gz" else list(read_drift(journal))
+        if not found:
+            raise InvalidInput(
+                "no reports in this journal",
+                file=str(journal),
+                hint="of a simulated run, give its plan: --plan plan.json",
+            )
+        return found
+    plan = load_plan(plan_path)
+    return list(fold(plan, read_journal(journal), partial(busy_s, plan.fleet)))
+
+
+def parts(epochs: Sequence[EpochDrift], bin_s: float | None = None) -> list[Part]:
+    """Tables: over time, by LLM, and the cost model by LLM."""
+    from foreserve.models.drift import BLAMES, total
+    from foreserve.planner.display import clock, number, plural
+    from foreserve.planner.tables import Part
+
+    bins: dict[float, list[EpochDrift]] = {}
+    for epoch in epochs:
+        place = epoch.start_s if bin_s is None else epoch.start_s // bin_s * bin_s
+        bins.setdefault(place, []).append(epoch)
+    rows = [row for epoch in epochs for row in epoch.llms]
+    names = list(dict.fromkeys(row.llm for row in rows))
+    by_llm = {name: total(r for r in rows if r.llm == name) for name in names}
+    whole = total(rows)
+    counts = ("requests", "missed", *BLAMES)
+    time = Part(
+        "[bold]Plan against actual[/]",
+        ["from", *counts, "peaks passed", "hit", "miss", "unused", "wasted GiB"],
+        [
+            *(
+                (clock(at_s), *_counts(total(r for e in own for r in e.llms)))
+                for at_s, own in bins.items()
+            ),
+            ("all", *_counts(whole)),
+        ],
+        "missed: not answered within the targets, each one with one blame. peaks passed: "
+        "above the 95 % bound. hit, miss, unused: WARM replicas",
+    )
+    llms = Part(
+        "[bold]By LLM[/]",
+        ["LLM", *counts, "peaks passed", "hit", "miss", "unused", "wasted GiB"],
+        [(name, *_counts(found)) for name, found in by_llm.items()],
+    )
+    model = Part(
+        "[bold]Forecasts and predictions by LLM[/]",
+        ["LLM", "rps off", "by", "peak off", "by", "TTFT", "TPOT", "load", "activate"],
+        [
+            (
+                name,
+                _signed(found.rate_error_rps),
+                number(found.rate_abs_error_rps),
+                _signed(found.peak_error),
+                number(found.peak_abs_error),
+                *(
+                    _ratio(getattr(found, which))
+                    for which in ("ttft", "tpot", "load", "activate")
+                ),
+            )
+            for name, found in [*by_llm.items(), ("all", whole)]
+        ],
+        f"mean over {plural(whole.planned, 'forecast')}: actual less forecast, and its "
+        "size. Others: measured by predicted (how many)",
+    )
+    return [time, llms, model]
+
+
+def _counts(found: DriftTotal) -> Iterable[str]:
+    from foreserve.models.drift import BLAMES
+
+    numbers = (found.requests, found.missed, *(found.blame[x] for x in BLAMES))
+    return (
+        *(f"{count:,}" if count else "" for count in numbers),
+        f"{found.passed}/{found.planned}" if found.planned else "",
+        *(f"{x:,}" if x else "" for x in (found.hits, found.misses, found.unused)),
+        f"{found.wasted_bytes / GIB:,.0f}" if found.wasted_bytes else "",
+    )
+
+
+def _signed(value: float) -> str:
+    from foreserve.planner.display import number
+
+    return number(value) if value < 0 else f"+{number(value)}"
+
+
+def _ratio(measured: Measured) -> str:
+    from foreserve.planner.display import NONE
+
+    if measured.ratio is None:
+        return NONE
+    return f"{measured.ratio:.2f} ({measured.count:,})"
