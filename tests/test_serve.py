@@ -45,9 +45,11 @@ def plan(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 class Served:
     """A cluster that serves from ``folder``."""
 
+    scenario = SCENARIO
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "s.yaml").write_text(SCENARIO)
+        (folder / "s.yaml").write_text(self.scenario)
         self.start()
 
     def start(self) -> None:

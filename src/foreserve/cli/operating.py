@@ -253,7 +253,7 @@ class Operating:
         return {"from": self.policy.plan_id, "to": plan_id, **plain}
 
     def hand_in(self, text: str, *, dry_run: bool) -> Mapping[str, Any]:
-        plan = from_json(Plan, text)
+        plan = from_json(Plan, text, "plan")
         placement = plan.at(self.clock.now_s()).placement
         broken = [
             f"({label}) {message}"
