@@ -16,6 +16,7 @@ transformers = pytest.importorskip(
 )
 
 from foreserve.runtime.engines import tiny  # noqa: E402
+from foreserve.runtime.memory.safetensors import Checkpoint, fill  # noqa: E402
 from foreserve.runtime.paged.attention import (  # noqa: E402
     Work,
     cache_view,
@@ -24,7 +25,7 @@ from foreserve.runtime.paged.attention import (  # noqa: E402
 from foreserve.runtime.paged.config import read_config  # noqa: E402
 from foreserve.runtime.paged.decoder import Decoder  # noqa: E402
 from foreserve.runtime.paged.layout import lay_out  # noqa: E402
-from foreserve.runtime.paged.loading import Checkpoint, fill, views  # noqa: E402
+from foreserve.runtime.paged.loading import views  # noqa: E402
 
 torch.set_num_threads(1)
 PAGE_BYTES = 20_000
@@ -45,7 +46,7 @@ class Llm:
         self.decoder = Decoder(self.config)
         layout = lay_out(self.config, "float32")
         self.memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-        fill(layout, Checkpoint(folder), self.memory)
+        fill(layout, Checkpoint(folder), self.memory.numpy())
         self.weights = views(layout, self.memory)
 
     @cached_property

@@ -123,6 +123,7 @@ class MakeEngine(Protocol):
 
 
 ENGINES: Mapping[str, str] = {
+    "paged": "foreserve.runtime.engines.paged:make",
     "simulated": "foreserve.runtime.engines.simulated:make",
     "vllm": "foreserve.runtime.engines.vllm:make",
 }

@@ -7,14 +7,9 @@ ends with whoever started it.
 
 from __future__ import annotations
 
-import json
-import socket
-import sys
 import threading
 import zlib
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +17,12 @@ from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
 from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
 from foreserve.runtime.engines.batch import BLOCK_TOKENS
-from foreserve.runtime.engines.calls import NoAnswer, call
-from foreserve.runtime.engines.process import Child
+from foreserve.runtime.engines.hosted import HostedEngine, HostServer
 
 SYLLABLES = ("ba", "co", "di", "fe", "gu", "ha", "jo", "ki", "le", "mu", "na", "po")
 WORDS = [f" {a}{b}{c}" for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES[:7]]
 QUESTION = "say what you always say"
 ANSWER_TOKENS = 3
-KEY = "FORESERVE_ENGINE_KEY"
-"""Variable that tells the server its key: others may read command lines."""
 
 Failure = Literal["die", "hang", "gibberish", "slow"]
 
@@ -63,55 +55,20 @@ class SimulatedSettings(EngineSettings):
     """Real seconds after which an engine that does not answer is not alive."""
 
 
-class SimulatedNode:
+class SimulatedNode(HostServer):
     """The server of one node's engines."""
 
     def __init__(self, settings: SimulatedSettings) -> None:
-        self.settings = settings
-        listener = socket.create_server((settings.host, 0), backlog=1024)
-        self.port: int = listener.getsockname()[1]
-        with listener:
-            self.child = Child(
-                [
-                    *(
-                        sys.executable,
-                        "-m",
-                        "foreserve.runtime.engines.simulated_server",
-                    ),
-                    *("--fd", str(listener.fileno())),
-                    *("--scale", str(settings.time_scale)),
-                    *("--tick-ms", str(1000 * settings.tick_s)),
-                ],
-                settings.folder,
-                "simulated",
-                grace_s=settings.stop_grace_s,
-                env={KEY: settings.key},
-                pass_fds=[listener.fileno()],
-            )
-
-    def call(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        wait_s: float = 0.0,
-    ) -> Any:
-        """What the server answers, from JSON; raises `EngineFailed` if it does not within
-        ``wait_s`` and its usual time."""
-        settings = self.settings
-        within_s = wait_s + settings.answers_within_s
-        host, key = settings.host, settings.key
-        try:
-            return json.loads(
-                call(
-                    self.port, method, path, body, within_s=within_s, host=host, key=key
-                )
-            )
-        except NoAnswer as error:
-            what = str(error)
-            if not self.child.running():
-                what = f"the server has ended: {self.child.why()}"
-            raise EngineFailed(f"simulated engine: {what}") from error
+        super().__init__(
+            "foreserve.runtime.engines.simulated_server",
+            [
+                *("--scale", str(settings.time_scale)),
+                *("--tick-ms", str(1000 * settings.tick_s)),
+            ],
+            settings,
+            name="simulated",
+            answers_within_s=settings.answers_within_s,
+        )
 
     def fail_loads(self, llm: str, times: int = 1) -> None:
         """The next loads of the LLM fail, at their end."""
@@ -148,7 +105,7 @@ def close_node(folder: Path) -> None:
         node.child.stop()
 
 
-class SimulatedEngine:
+class SimulatedEngine(HostedEngine):
     """An engine of `node_of` its settings."""
 
     capabilities = Capabilities(real_sleep=True)
@@ -156,40 +113,11 @@ class SimulatedEngine:
     def __init__(
         self, option: ReplicaOption, replica: ReplicaId, settings: SimulatedSettings
     ) -> None:
-        self.option, self.replica, self.settings = option, replica, settings
-        self._node: SimulatedNode | None = None
-        self._number: int | None = None
-        self._stopped = False
-        self._guard = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        node, number = self._made()
-        return f"http://{node.settings.host}:{node.port}/r/{number}"
-
-    @property
-    def served_name(self) -> str:
-        return self.replica.llm
-
-    @property
-    def max_num_seqs(self) -> int:
-        return self.option.concurrency
-
-    @cached_property
-    def room_tokens(self) -> int:
-        return self.option.kv_bytes // self.option.kv_token_bytes
+        super().__init__(option, replica, lambda: node_of(settings))
+        self.settings = settings
 
     def start(self) -> None:
-        try:
-            node = node_of(self.settings)
-        except OSError as error:
-            raise EngineFailed(f"simulated engine: {error}") from error
-        with self._guard:
-            if self._stopped:
-                raise EngineFailed("stopped before it was started")
-            self._node = node
-            made = node.call("POST", "/engines", self._spec(), wait_s=30.0)
-            self._number = made["number"]
+        self.begin(self._spec())
         load_s = self.option.load_s / self.settings.time_scale
         self._call("POST", "load", wait_s=10 * load_s + 60)
 
@@ -206,52 +134,12 @@ class SimulatedEngine:
         if told != expected:
             raise EngineFailed(f"canary: answered {told!r}, expected {expected!r}")
 
-    def quiesce(self) -> None:
-        self._call("POST", "sleep?level=1")
-
     def shrink(self) -> int:
         return int(self._call("POST", "shrink")["bytes"])
-
-    def stop(self) -> None:
-        with self._guard:
-            self._stopped = True
-            node, number = self._node, self._number
-        if node is not None and number is not None:
-            # One that has died already, or all of them, is as stopped as can be.
-            with suppress(EngineFailed):
-                node.call("DELETE", f"/r/{number}/")
-
-    def alive(self) -> bool:
-        # Without its guard the server would outlive its owner: that counts as dead, too.
-        try:
-            self._call("GET", "health")
-            return self._made()[0].child.running()
-        except EngineFailed:
-            return False
-
-    def memory_bytes(self) -> int | None:
-        with suppress(EngineFailed):
-            return int(self._call("GET", "memory")["bytes"])
-        return None
 
     def fail(self, kind: Failure, **how: float) -> None:
         """Make it fail: for tests of those who have to notice."""
         self._call("POST", "fail", {"kind": kind, **how})
-
-    def _made(self) -> tuple[SimulatedNode, int]:
-        if self._node is None or self._number is None or self._stopped:
-            raise EngineFailed("simulated engine: not started, or stopped")
-        return self._node, self._number
-
-    def _call(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        wait_s: float = 0.0,
-    ) -> Any:
-        node, number = self._made()
-        return node.call(method, f"/r/{number}/{path}", body, wait_s)
 
     def _spec(self) -> dict[str, Any]:
         option = self.option

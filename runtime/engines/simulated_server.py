@@ -34,9 +34,10 @@ from foreserve.runtime.engines.bodies import (
     prompt_of,
     telling,
 )
+from foreserve.runtime.engines.hosted import KEY
 from foreserve.runtime.engines.http import HttpConnection
 from foreserve.runtime.engines.series import Series
-from foreserve.runtime.engines.simulated import KEY, gibberish, seed_of, words
+from foreserve.runtime.engines.simulated import gibberish, seed_of, words
 
 
 @dataclass(slots=True, eq=False)

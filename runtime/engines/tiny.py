@@ -205,7 +205,7 @@ def _weights(
             yield f"{name}.pre_feedforward_layernorm.weight", norm()
             yield f"{name}.post_feedforward_layernorm.weight", norm()
         for path, rows, columns, strength in _feed_forward(config, family, inner):
-            yield f"{name}.{path}.weight", drawn(rows, columns, factor)
+            yield f"{name}.{path}.weight", drawn(rows, columns, strength)
     yield "model.norm.weight", norm()
     if tied:
         return

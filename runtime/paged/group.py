@@ -150,8 +150,8 @@ class Group:
         return bool(self._jobs)
 
     def counts(self, service: int) -> tuple[int, int]:
-        """Requests of that LLM that have pages, and that wait for some."""
-        mine = [job for job in self._jobs if job.service == service]
+        """Requests of that LLM that have pages, and that wait for some. Any thread."""
+        mine = [job for job in tuple(self._jobs) if job.service == service]
         running = sum(job.resident for job in mine)
         return running, len(mine) - running
 
@@ -227,6 +227,32 @@ class Group:
         self._jobs.pop(job, None)
         job.table.release()
         job.listener.end(reason)
+
+    def make_room(self, pages: int) -> bool:
+        """Have so many pages free: the last to have come give theirs up, and compute
+        again. False, and nothing done, if those in flight could not end then."""
+        most = max((self._most_pages(job) for job in self._jobs), default=0)
+        if self.space.pages() - pages < most:
+            return False
+        for job in reversed(tuple(self._jobs)):
+            if self.space.pools[0].free >= pages:
+                break
+            if job.resident:
+                self._evict(job)
+        return self.space.pools[0].free >= pages
+
+    def held(self, service: int) -> int:
+        """Pages that its requests have. Any thread."""
+        return sum(job.pages for job in tuple(self._jobs) if job.service == service)
+
+    def needs(self, service: int) -> int:
+        """Pages that its requests have, or may come to need. Any thread."""
+        mine = [job for job in tuple(self._jobs) if job.service == service]
+        return sum(self._most_pages(job) for job in mine)
+
+    def _most_pages(self, job: Job) -> int:
+        tokens = len(job.prompt) + job.most_tokens - 1
+        return pages_of(tokens, self.space.per_page(job.service))
 
     def step(self) -> bool:
         """Run an iteration; False if there was nothing to do."""

@@ -1,0 +1,505 @@
+"""The server of one GPU group: real LLMs behind one port, engine ``n`` under ``/r/n``.
+
+The routes are those of `engines.simulated_server`: OpenAI's, health, metrics, sleep and
+wake; ``POST /engines`` makes an engine, ``POST /r/n/load`` returns when its weights are
+there, ``DELETE /r/n`` ends it. The loop here does HTTP; iterations run in the worker's
+thread, which hands over what was said after each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foreserve.models.cost import IterationTime
+from foreserve.models.errors import ForeserveError
+from foreserve.runtime.clock import SystemClock
+from foreserve.runtime.engines.bodies import Refused, Telling, object_of, telling
+from foreserve.runtime.engines.hosted import KEY
+from foreserve.runtime.engines.http import HttpConnection
+from foreserve.runtime.engines.series import Series
+from foreserve.runtime.memory.pool import PagePool
+from foreserve.runtime.memory.posix import PosixMemory
+from foreserve.runtime.paged.asked import understand
+from foreserve.runtime.paged.group import Job, Reason
+from foreserve.runtime.paged.text import Speech
+from foreserve.runtime.paged.worker import Resident, Service, Worker
+from foreserve.runtime.scheduler import POLICIES
+from foreserve.runtime.turns import Rules
+
+
+class Answer:
+    """A request that is being answered: a `group.Listener`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        engine: Engine,
+        telling: Telling,
+        speech: Speech,
+        news: list[Answer],
+    ) -> None:
+        """``news``: of the worker's thread, where answers go of which there is some."""
+        self.connection, self.engine = connection, engine
+        self.telling, self._speech, self._news = telling, speech, news
+        self.job: Job
+        self._text = ""
+        self._reason: Reason | None = None
+        self._noted = False
+
+    # --- the worker's thread -------------------------------------------------------------
+
+    def token(self, token: int) -> bool:
+        self._text += self._speech.add(token)
+        self._note()
+        return self._speech.stopped
+
+    def end(self, reason: Reason) -> None:
+        self._text += self._speech.end()
+        self._reason = reason
+        self._note()
+
+    def take(self) -> tuple[str, Reason | None, int, float]:
+        """What is new: text, how it ended, tokens so far, when the last one came."""
+        text, self._text, self._noted = self._text, "", False
+        return text, self._reason, self.job.given, self.job.last_s
+
+    def _note(self) -> None:
+        if not self._noted:
+            self._noted = True
+            self._news.append(self)
+
+
+class Engine:
+    """One LLM of the group, as the outside knows it."""
+
+    def __init__(self, number: int, spec: dict[str, Any]) -> None:
+        self.number = number
+        self.name: str = spec["served_name"]
+        self.room_tokens: int = spec["room_tokens"]
+        self.service = Service(
+            # Not the name alone: the next one may be made before this one is gone.
+            llm=f"{self.name}/{number}",
+            folder=Path(spec["checkpoint"]),
+            time=IterationTime(**spec["time"]),
+            reference_s=spec["exec_s"],
+            input_tokens=spec["input_tokens"],
+            output_tokens=spec["output_tokens"],
+            rate_rps=spec["rate_rps"],
+        )
+        self.resident: Resident | None = None
+        self.loaded = self.gone = False
+        self.series = Series(self.name)
+        self.seen: dict[Answer, tuple[int, float]] = {}
+        """Tokens given, and when: of those being answered."""
+
+    def room(self, worker: Worker) -> int:
+        """Tokens of one request with its answer."""
+        assert self.resident is not None
+        assert self.resident.number is not None
+        return min(
+            self.room_tokens,
+            self.resident.config.context_tokens,
+            worker.group.room_tokens(self.resident.number),
+        )
+
+    def heard(self, answer: Answer, given: int, now_s: float) -> None:
+        """For the metrics: tokens have come."""
+        before, since_s = self.seen.get(answer, (0, 0.0))
+        self.seen[answer] = given, now_s
+        if given and not before:
+            seen = self.series.histograms["time_to_first_token_seconds"]
+            seen.observe(now_s - answer.job.arrival_s)
+        elif given > before:
+            gap_s = (now_s - since_s) / (given - before)
+            seen = self.series.histograms["inter_token_latency_seconds"]
+            seen.observe(gap_s, given - before)
+
+    def ended(self, answer: Answer, reason: Reason, given: int, now_s: float) -> None:
+        self.seen.pop(answer, None)
+        self.series.finished[reason] += 1
+        job = answer.job
+        if reason != "abort" and job.joined_s is not None and job.first_s is not None:
+            self.series.finish(
+                job.joined_s - job.arrival_s,
+                job.first_s - job.joined_s,
+                now_s - job.first_s,
+                given,
+            )
+
+    def metrics(self, worker: Worker) -> str:
+        gauges: dict[str, float] = {
+            "num_requests_running": 0,
+            "num_requests_waiting": 0,
+        }
+        counters = dict.fromkeys(
+            ("prompt_tokens", "generation_tokens", "num_preemptions"), 0
+        )
+        number = self.resident.number if self.resident else None
+        totals = worker.group.totals.get(-1 if number is None else number)
+        if number is not None and totals is not None:
+            running, waiting = worker.group.counts(number)
+            gauges = {"num_requests_running": running, "num_requests_waiting": waiting}
+            pages = max(1, worker.pool.capacity)
+            gauges["kv_cache_usage_perc"] = worker.group.held(number) / pages
+            counters = {
+                "prompt_tokens": totals.prompt_tokens,
+                "generation_tokens": totals.given_tokens,
+                "num_preemptions": totals.preemptions,
+            }
+        counters |= {"prefix_cache_queries": 0, "prefix_cache_hits": 0}
+        return self.series.text(gauges, counters, asleep=number is None)
+
+
+class Node:
+    """The group's worker and its engines, on the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, make: Callable[..., Worker]):
+        self.loop = loop
+        self._news: list[Answer] = []
+        self.worker = make(on_step=self._stepped, on_death=_die)
+        self.engines: dict[int, Engine] = {}
+        self.made = self.answers = 0
+        self._threads = ThreadPoolExecutor(64, thread_name_prefix="states")
+        self.chance = np.random.default_rng()
+
+    def submit(self, answer: Answer, job: Job) -> None:
+        answer.job = job
+        job.listener = answer
+        self.worker.ask(lambda: self.worker.group.submit(job)).add_done_callback(
+            partial(self._submitted, answer)
+        )
+
+    def new_answer(
+        self, connection: Connection, engine: Engine, told: Telling, speech: Speech
+    ) -> Answer:
+        return Answer(connection, engine, told, speech, self._news)
+
+    def _submitted(self, answer: Answer, done: Future[None]) -> None:
+        """In the worker's thread."""
+        if done.exception() is not None:  # Asleep by now, or without room.
+            self.loop.call_soon_threadsafe(answer.connection.abort)
+
+    def _stepped(self) -> None:
+        """In the worker's thread: hand over what was said."""
+        if self._news:
+            told = [(answer, *answer.take()) for answer in self._news]
+            self._news.clear()
+            self.loop.call_soon_threadsafe(self._deliver, told)
+
+    def _deliver(
+        self, told: list[tuple[Answer, str, Reason | None, int, float]]
+    ) -> None:
+        for answer, text, reason, given, now_s in told:
+            answer.engine.heard(answer, given, now_s)
+            if reason is not None:
+                answer.engine.ended(answer, reason, given, now_s)
+            answer.connection.hear(answer, text, reason, given)
+
+    def outside(
+        self, action: Callable[[], object], done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Have it done by a thread, then call ``done`` on the loop."""
+
+        def ended(future: Future[object]) -> None:
+            self.loop.call_soon_threadsafe(done, future.exception())
+
+        self._threads.submit(action).add_done_callback(ended)
+
+
+class Connection(HttpConnection):
+    """One client connection."""
+
+    def __init__(self, node: Node, key: bytes) -> None:
+        super().__init__(key)
+        self.node = node
+        self._answer: Answer | None = None
+        self._texts: list[str] = []
+        self._waits = False
+
+    @property
+    def occupied(self) -> bool:
+        return self._waits or self._answer is not None
+
+    def left(self) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            worker = self.node.worker
+            worker.ask(lambda: worker.group.cancel(answer.job))
+
+    # --- routes --------------------------------------------------------------------------
+
+    def handle(self, method: str, path: str, body: bytes) -> None:
+        node = self.node
+        if path.startswith("/r/"):
+            number, _, rest = path[3:].partition("/")
+            engine = node.engines.get(int(number)) if number.isdigit() else None
+            if engine is None:
+                self.abort()  # As where no process listens any more.
+                return
+            self._route(engine, method, rest, body)
+        elif (method, path) == ("POST", "/engines"):
+            engine = Engine(node.made, object_of(body))
+            node.engines[node.made] = engine
+            node.made += 1
+            self.json({"number": engine.number})
+        elif (method, path) == ("GET", "/health"):
+            self.json({})
+        else:
+            raise Refused(404, "Not Found")
+
+    def _route(self, engine: Engine, method: str, path: str, body: bytes) -> None:
+        node = self.node
+        plain: dict[tuple[str, str], Callable[[], Any]] = {
+            ("GET", "health"): dict,
+            ("GET", "version"): lambda: {"version": "paged"},
+            ("GET", "is_sleeping"): lambda: {"is_sleeping": not self._awake(engine)},
+            ("GET", "needs"): lambda: {"bytes": self._needs(engine)},
+            ("GET", "v1/models"): lambda: self._models(engine),
+        }
+        if (method, path) == ("DELETE", ""):
+            self._delete(engine)
+        elif (method, path) == ("POST", "load"):
+            self._outside(lambda: self._load(engine))
+        elif (method, path) == ("GET", "memory"):
+            self.json({"bytes": self._held(engine)})
+        elif not engine.loaded:
+            raise Refused(503, "the engine is still loading")
+        elif (method, path) in plain:
+            self.json(plain[method, path]())
+        elif (method, path) == ("GET", "metrics"):
+            text = engine.metrics(node.worker).encode()
+            self.send(200, text, b"text/plain; version=0.0.4")
+        elif (method, path) == ("POST", "wake_up"):
+            assert engine.resident is not None
+            self._outside(partial(node.worker.wake, engine.resident))
+        elif (method, path) == ("POST", "sleep"):
+            assert engine.resident is not None
+            self._outside(partial(node.worker.sleep, engine.resident))
+        elif (method, path) == ("POST", "v1/completions"):
+            self._complete(engine, body, chat=False)
+        elif (method, path) == ("POST", "v1/chat/completions"):
+            self._complete(engine, body, chat=True)
+        else:
+            raise Refused(404, "Not Found")
+
+    def _awake(self, engine: Engine) -> bool:
+        return engine.resident is not None and engine.resident.number is not None
+
+    def _held(self, engine: Engine) -> int:
+        resident = engine.resident
+        return 0 if resident is None else self.node.worker.held_bytes(resident)
+
+    def _needs(self, engine: Engine) -> int:
+        """KV memory that its requests hold, or may come to hold."""
+        assert engine.resident is not None
+        number, worker = engine.resident.number, self.node.worker
+        pages = 0 if number is None else worker.group.needs(number)
+        return pages * worker.pool.page_bytes
+
+    def _models(self, engine: Engine) -> Any:
+        card = {
+            "id": engine.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "foreserve",
+            "max_model_len": engine.room_tokens,
+        }
+        return {"object": "list", "data": [card]}
+
+    def _load(self, engine: Engine) -> None:
+        """In a thread."""
+        worker = self.node.worker
+        resident = engine.resident = worker.begin(engine.service)
+        if engine.gone:
+            resident.leaving.set()
+        try:
+            worker.fetch(resident)
+        except BaseException:
+            engine.resident = None
+            worker.drop(resident)
+            raise
+        engine.loaded = True
+
+    def _delete(self, engine: Engine) -> None:
+        """It ends at once; a load under way sees to itself."""
+        engine.gone = True
+        resident, loaded = engine.resident, engine.loaded
+        if resident is not None:
+            resident.leaving.set()
+
+        def drop() -> None:
+            if resident is not None and loaded:
+                self.node.worker.drop(resident)
+
+        del self.node.engines[engine.number]
+        self._outside(drop)
+
+    def _outside(self, action: Callable[[], object]) -> None:
+        """Answer when a thread has done it."""
+        self._waits = True
+
+        def done(failed: BaseException | None) -> None:
+            self._waits = False
+            if failed is None:
+                self.json({})
+            elif isinstance(failed, ForeserveError):
+                self.refuse(Refused(500, str(failed)))
+            else:
+                traceback.print_exception(failed, file=sys.stderr)
+                self.refuse(Refused(500, f"{type(failed).__name__}: {failed}"))
+
+        self.node.outside(action, done)
+
+    # --- answers -------------------------------------------------------------------------
+
+    def _complete(self, engine: Engine, body: bytes, *, chat: bool) -> None:
+        node, resident = self.node, engine.resident
+        asked = object_of(body)
+        if asked.get("model") != engine.name:
+            raise Refused(404, f"The model `{asked.get('model')}` does not exist.")
+        if resident is None or resident.number is None:
+            raise Refused(503, "the engine sleeps")
+        wanted = understand(asked, resident.words, chat=chat)
+        room, prompt = engine.room(node.worker), len(wanted.tokens)
+        most = wanted.most_tokens or max(1, room - prompt)
+        if prompt + most > room:
+            raise Refused(
+                400,
+                f"{prompt} prompt tokens and {most} more do not fit into {room}",
+                "context_length_exceeded",
+            )
+        node.answers += 1
+        told = telling(engine.name, f"{engine.number}-{node.answers}", chat, asked)
+        speech = Speech(resident.words, wanted.stops, keep_stop=wanted.keep_stop)
+        answer = node.new_answer(self, engine, told, speech)
+        seed = wanted.sampling.seed
+        ends = () if wanted.ignore_end else resident.config.end_tokens
+        job = Job(
+            service=resident.number,
+            prompt=wanted.tokens,
+            most_tokens=most,
+            listener=answer,
+            arrival_s=node.worker.now_s(),
+            sampling=wanted.sampling,
+            chance=node.chance.spawn(1)[0]
+            if seed is None
+            else np.random.default_rng(seed % 2**64),
+            ends=frozenset((*ends, *wanted.stop_tokens)),
+        )
+        self._answer, self._texts = answer, []
+        node.submit(answer, job)
+
+    def hear(
+        self, answer: Answer, text: str, reason: Reason | None, given: int
+    ) -> None:
+        """There is news of an answer."""
+        if answer is not self._answer:
+            return
+        if reason == "abort":
+            self.abort()
+            return
+        if answer.telling.stream:
+            if reason is None:
+                if text:
+                    self.transport.write(answer.telling.say(_escaped(text)))
+                return
+        else:
+            self._texts.append(text)
+            if reason is None:
+                return
+            text = "".join(self._texts)
+        self._answer = None
+        job = answer.job
+        prompt = len(job.prompt)
+        more = {
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": given,
+                "total_tokens": prompt + given,
+            },
+            "paged": {
+                "arrival_s": job.arrival_s,
+                "joined_s": job.joined_s,
+                "first_token_s": job.first_s,
+                "end_s": job.last_s,
+                "preemptions": job.preemptions,
+            },
+        }
+        told = answer.telling.end(_escaped(text), reason, more)
+        if not answer.telling.stream:
+            self.send(200, told)
+            return
+        self.transport.write(told)
+        self.rest()
+
+
+def _escaped(text: str) -> bytes:
+    """As it stands between the quotes in JSON."""
+    return json.dumps(text)[1:-1].encode()
+
+
+def _die(error: BaseException) -> None:
+    """An iteration failed: nobody knows what memory holds now."""
+    traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    pool = PagePool(PosixMemory(given.page_bytes, given.pages))
+    node = Node(
+        loop,
+        partial(
+            Worker,
+            pool,
+            SystemClock(),
+            POLICIES[given.policy].make(),
+            dtype=given.dtype,
+            host_bytes=given.host_bytes,
+            rules=Rules(max_prompt_tokens=given.chunk_tokens, patience=given.patience),
+        ),
+    )
+    server = await loop.create_server(lambda: Connection(node, key), sock=listener)
+    asked = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, asked.set)
+    async with server:
+        await asked.wait()
+    # What is under way has no one to wait for it, and memory goes with the process.
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--pages", type=int, required=True)
+    parser.add_argument("--page-bytes", type=int, required=True)
+    parser.add_argument("--host-bytes", type=int, required=True)
+    parser.add_argument("--policy", choices=list(POLICIES), default="db-mean")
+    parser.add_argument("--patience", type=float, default=float("inf"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--chunk-tokens", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    listener = socket.socket(fileno=given.fd)
+    asyncio.run(serve(listener, given, os.environ.get(KEY, "").encode()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""One process's share of a GPU group: a pool, the weights of many LLMs, and one loop.
+
+A thread of its own runs the iterations, and between two of them whatever others `ask`:
+requests, cancellations, LLMs that wake or sleep. Loads go on beside it, in the threads of
+`memory.loading.Link` and of whoever called. An LLM that is WARM has weights and nothing
+else; waking it pins them and makes it known to the group, so it takes no memory to be
+mapped and no byte to be moved unless some of its weights were taken back for KV.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from foreserve.models.cost import IterationTime
+from foreserve.models.errors import ForeserveError, InvalidInput
+from foreserve.runtime.clock import Clock
+from foreserve.runtime.memory.books import Pages
+from foreserve.runtime.memory.kv import KvNeeds, KvSpace
+from foreserve.runtime.memory.loading import Link
+from foreserve.runtime.memory.pool import PagePool
+from foreserve.runtime.memory.safetensors import Checkpoint, fill
+from foreserve.runtime.memory.store import Fill, HostStore
+from foreserve.runtime.memory.weights import Shelf, Weights
+from foreserve.runtime.paged.config import DecoderConfig, read_config
+from foreserve.runtime.paged.decoder import Decoder
+from foreserve.runtime.paged.group import Group, Hosted
+from foreserve.runtime.paged.layout import ITEM_BYTES, Layout, lay_out
+from foreserve.runtime.paged.loading import tensor, views
+from foreserve.runtime.paged.text import Words
+from foreserve.runtime.scheduler import Policy
+from foreserve.runtime.turns import Rules
+
+T = TypeVar("T")
+
+
+class LoadFailed(ForeserveError):
+    """Weights did not arrive; one line says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What is known ahead of an LLM and its requests."""
+
+    llm: str
+    """Its name in this group."""
+    folder: Path
+    """Its checkpoint."""
+    time: IterationTime
+    reference_s: float
+    """e_s: a mean request alone."""
+    input_tokens: float
+    output_tokens: float
+    """Means."""
+    rate_rps: float = 1.0
+
+
+class Resident:
+    """One LLM of this process: its files read, its weights on the shelf."""
+
+    def __init__(self, service: Service, dtype: str) -> None:
+        self.service, self.dtype = service, dtype
+        self.config: DecoderConfig = read_config(service.folder)
+        self.layout: Layout = lay_out(self.config, dtype)
+        self.words = Words(service.folder)
+        self.leaving = threading.Event()
+        """Nobody waits for its load any more."""
+        self.number: int | None = None
+        """In the group; None while it is not ACTIVE."""
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.config)
+
+    @property
+    def store_key(self) -> str:
+        return f"{self.service.folder.resolve()} {self.dtype}"
+
+
+class Worker:
+    """Any thread may call anything but what says otherwise."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        clock: Clock,
+        policy: Policy,
+        *,
+        dtype: str,
+        host_bytes: int,
+        rules: Rules | None = None,
+        on_step: Callable[[], None] = lambda: None,
+        on_death: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
+        """``on_step`` is called after each iteration, and ``on_death`` when one failed,
+        both by the loop's thread; nothing runs after that."""
+        self.pool, self.dtype = pool, dtype
+        self._clock = clock
+        self._residents: dict[str, Resident] = {}
+        self.shelf = Shelf()
+        self.link = Link(clock)
+        self.store = HostStore(host_bytes, self._shard)
+        self.space = KvSpace([pool.books], pool.page_bytes, borrower=self.shelf)
+        window = tensor(pool.window_span()).view(pool.capacity, pool.page_bytes)
+        self.group = Group(self.space, window, policy, clock.now_s, rules)
+        """For the loop's thread."""
+        self._asked: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._on_step, self._on_death = on_step, on_death
+        self._thread = threading.Thread(
+            target=self._run, name="iterations", daemon=True
+        )
+        self._thread.start()
+
+    def now_s(self) -> float:
+        return self._clock.now_s()
+
+    # --- the loop ------------------------------------------------------------------
+
+    def ask(self, action: Callable[[], T]) -> Future[T]:
+        """Have ``action`` done between two iterations."""
+        done: Future[T] = Future()
+
+        def act() -> None:
+            try:
+                done.set_result(action())
+            except BaseException as error:
+                done.set_exception(error)
+
+        with self._changed:
+            if self._closed:
+                raise ForeserveError("the worker has ended")
+            self._asked.append(act)
+            self._changed.notify()
+        return done
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not (self._asked or self._closed or self.group.busy):
+                        self._changed.wait()
+                    if self._closed:
+                        return
+                    actions = tuple(self._asked)
+                    self._asked.clear()
+                for act in actions:
+                    act()
+                if self.group.step() or actions:
+                    self._on_step()
+        except BaseException as error:
+            self._on_death(error)
+            raise
+
+    def close(self) -> None:
+        """End the loop after the iteration under way, and the loads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        for resident in self._residents.values():
+            resident.leaving.set()
+        self.link.close()
+        self.store.close()
+
+    # --- weights -------------------------------------------------------------------
+
+    def load(self, service: Service) -> Resident:
+        """Have its weights here: WARM. Blocks until they are; raises `LoadFailed` or
+        `InvalidInput`, and nothing of it is left then."""
+        resident = self.begin(service)
+        try:
+            self.fetch(resident)
+        except BaseException:
+            self.drop(resident)
+            raise
+        return resident
+
+    def begin(self, service: Service) -> Resident:
+        """Read what there is to know of it, and reserve its addresses."""
+        resident = Resident(service, self.dtype)
+        token_bytes = resident.config.kv_token_bytes(ITEM_BYTES[self.dtype])
+        if token_bytes > self.pool.page_bytes:
+            raise InvalidInput(
+                f"{service.llm}: a token takes {token_bytes} bytes, a page has "
+                f"{self.pool.page_bytes}"
+            )
+        self._residents[service.llm] = resident
+        self.shelf.put(service.llm, [Weights(self.pool, resident.layout.num_bytes)])
+        return resident
+
+    def fetch(self, resident: Resident, *, urgent: bool = False) -> None:
+        """Bring what is missing of its weights; blocks. Raises `LoadFailed`, also when
+        `leaving` is set meanwhile."""
+        (weights,) = self.shelf.shards(resident.service.llm)
+        if weights.complete:
+            return
+        shared = self.store.open(resident.store_key)
+        if shared is None:
+            raise LoadFailed(
+                f"{resident.service.llm}: no room in host memory for "
+                f"{resident.layout.num_bytes} bytes"
+            )
+        try:
+            pages = self.ask(lambda: self._room(weights)).result()
+            if pages is None:
+                raise LoadFailed(
+                    f"{resident.service.llm}: {weights.missing_pages} pages are "
+                    f"missing, {self.pool.free} free"
+                )
+            load = weights.load(self.link, shared.address, pages, urgent=urgent)
+            while not load.ended.wait(0.01):
+                if resident.leaving.is_set():
+                    self.link.cancel(load)
+            weights.settle()
+            if load.end != "done":
+                raise LoadFailed(
+                    f"{resident.service.llm}: the load was {load.end} {load.error}"
+                )
+        finally:
+            shared.close()
+
+    def drop(self, resident: Resident) -> None:
+        """Give all up: its requests are aborted, its memory is free."""
+        resident.leaving.set()
+        if resident.number is not None:
+            self.sleep(resident)
+        self.shelf.take(resident.service.llm)
+        del self._residents[resident.service.llm]
+
+    def _shard(self, key: str) -> tuple[int, Fill]:
+        """For the store."""
+        resident = next(r for r in self._residents.values() if r.store_key == key)
+
+        def read(memory: object) -> None:
+            fill(
+                resident.layout,
+                Checkpoint(resident.service.folder),
+                memory,  # type: ignore[arg-type]
+                stop=resident.leaving.is_set,
+            )
+
+        return resident.layout.num_bytes, read
+
+    def _room(self, weights: Weights) -> Pages | None:
+        """In the loop's thread: pages for what is missing, taken from requests if need
+        be, which will compute again."""
+        count = weights.missing_pages
+        if not self.group.make_room(count):
+            return None
+        return self.pool.books.take(count, top=True)
+
+    # --- states --------------------------------------------------------------------
+
+    def wake(self, resident: Resident) -> None:
+        """WARM -> ACTIVE: it may be asked when this returns. Fetches what KV has taken
+        back of its weights."""
+        if resident.number is not None:
+            return
+        self.fetch(resident, urgent=True)
+        service = resident.service
+        self.shelf.pin(service.llm)
+        (weights,) = self.shelf.shards(service.llm)
+        hosted = Hosted(
+            llm=service.llm,
+            decoder=resident.decoder,
+            weights=views(resident.layout, tensor(weights.view())),
+            dtype=self.dtype,
+            time=service.time,
+            needs=KvNeeds(
+                llm=service.llm,
+                token_bytes=resident.config.kv_token_bytes(ITEM_BYTES[self.dtype]),
+                input_tokens=service.input_tokens,
+                output_tokens=service.output_tokens,
+                usual_output_tokens=max(1, round(service.output_tokens)),
+                rate_rps=service.rate_rps,
+            ),
+            reference_s=service.reference_s,
+        )
+        resident.number = self.ask(lambda: self.group.add(hosted)).result()
+
+    def sleep(self, resident: Resident) -> None:
+        """ACTIVE -> WARM: what it was asked is aborted, its KV is free."""
+        number = resident.number
+        if number is None:
+            return
+        resident.number = None
+        self.ask(lambda: self.group.remove(number)).result()
+        self.shelf.unpin(resident.service.llm)
+
+    def held_bytes(self, resident: Resident) -> int:
+        """Of GPU memory, now: pages of its weights and of its KV."""
+        llm, number = resident.service.llm, resident.number
+        if llm not in self.shelf:
+            return 0
+        pages = sum(own.held_pages for own in self.shelf.shards(llm))
+        if number is not None:
+            pages += self.group.held(number)
+        return pages * self.pool.page_bytes
