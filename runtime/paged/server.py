@@ -2,7 +2,7 @@
 
 The routes are those of `engines.simulated_server`: OpenAI's, health, metrics, sleep and
 wake; ``POST /engines`` makes an engine, ``POST /r/n/load`` returns when its weights are
-there, ``DELETE /r/n`` ends it. The loop here does HTTP; iterations run in the worker's
+there, ``DELETE /r/n`` ends it, ``GET /pool`` tells of the pages. The loop here does HTTP; iterations run in the worker's
 thread, which hands over what was said after each of them.
 """
 
@@ -259,6 +259,9 @@ class Connection(HttpConnection):
             self.json({"number": engine.number})
         elif (method, path) == ("GET", "/health"):
             self.json({})
+        elif (method, path) == ("GET", "/pool"):
+            pool = node.worker.pool
+            self.json({"pages": pool.capacity, "used": pool.capacity - pool.free})
         else:
             raise Refused(404, "Not Found")
 
