@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -471,3 +474,42 @@ def test_each_thread_says_which_gpu_it_means():
     assert len(slots) == 1
     assert pool.free == 2
     pool.close()
+
+
+def _gpu_benchmark() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "gpu_page_pool.py"
+    spec = importlib.util.spec_from_file_location("gpu_page_pool", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_for_gpus_runs_where_there_is_a_driver(monkeypatch):
+    """All its parts run through the made-up driver and leave nothing there; what they
+    measure of it means nothing."""
+    module = _gpu_benchmark()
+    monkeypatch.setattr(module, "REPEATS", 2)
+    driver = FakeCuda()
+    found = module.measure(driver, 64 * PAGE - 5, PAGE)
+    assert len(found["mapping_us_per_page"]) == 4
+    assert found["loading"]["gb_per_s"]["plain pinned copy"]["median"] > 0
+    assert len(found["switching_ms"]) == 3
+    assert set(found["swapping_gb_per_s"]) == {"out", "back"}
+    left = (driver.handles, driver.reserved, driver.mapped, driver.pinned)
+    assert left == ({}, {}, {}, {})
+
+
+def test_the_benchmark_for_gpus_says_that_there_is_none(monkeypatch, capsys, tmp_path):
+    """One line, no file, and no failure."""
+
+    def none() -> None:
+        raise CudaFailed("no CUDA driver: not here")
+
+    module = _gpu_benchmark()
+    monkeypatch.setattr(module, "load_driver", none)
+    assert module.main(["--out", str(tmp_path / "out.json")]) == 0
+    said = capsys.readouterr().out
+    assert said == "skipped, no GPU to measure on: no CUDA driver: not here\n"
+    assert not (tmp_path / "out.json").exists()

@@ -143,13 +143,15 @@ class Pages:
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(first, count) of ascending neighbours in ``numbers``."""
-    if not numbers:
+    if len(numbers) == 1:
+        yield numbers[0], 1
         return
-    listed = np.asarray(numbers)
+    listed = np.asarray(numbers, np.int64)
     cuts = np.flatnonzero(np.diff(listed) != 1) + 1
     bounds = [0, *cuts.tolist(), len(numbers)]
     for first, last in pairwise(bounds):
-        yield numbers[first], last - first
+        if last > first:
+            yield numbers[first], last - first
 
 
 def take_all(books: Sequence[Books], count: int) -> tuple[Pages, ...] | None:

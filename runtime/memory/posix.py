@@ -26,6 +26,7 @@ _LIBC.mmap.argtypes = [
     ctypes.c_long,
 ]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _LIBC.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _LIBC.memcpy.restype = ctypes.c_void_p
 _LIBC.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -34,6 +35,7 @@ _LIBC.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 MAP_FIXED, MAP_NORESERVE, MAP_POPULATE = 0x10, 0x4000, 0x8000
 PROT_NONE = 0
 PUNCH_HOLE, KEEP_SIZE = 0x2, 0x1
+POPULATE_WRITE = 23
 
 
 class _Done:
@@ -75,8 +77,16 @@ class PosixMemory:
         return os.fstat(self.fd).st_blocks * 512
 
     def create(self) -> None:
-        """Have the machine give the memory of all pages now, not when they are touched."""
-        os.posix_fallocate(self.fd, 0, self.page_bytes * self.num_pages)
+        """Have the machine give the memory of all pages now, not when they are touched,
+        which takes far longer the first time. Raises `OSError` if it has too little."""
+        size = self.page_bytes * self.num_pages
+        os.posix_fallocate(self.fd, 0, size)
+        address = self.reserve(size)
+        self.map(address, [(0, self.num_pages)])
+        # Kernels before 5.14 do not know it; then touching has to do.
+        _LIBC.madvise(address, size, POPULATE_WRITE)
+        self.unmap(address, size)
+        self.free(address, size)
 
     def reserve(self, num_bytes: int) -> int:
         address = _map(None, num_bytes, PROT_NONE, _EMPTY, -1, 0)
