@@ -21,8 +21,6 @@ from foreserve.models.errors import ForeserveError, InvalidInput
 
 if TYPE_CHECKING:
     from foreserve.cli.serving import Serving
-    from foreserve.planner.scenario import Scenario
-    from foreserve.runtime.engines.base import EngineSettings
 
 
 @click.command(
@@ -38,10 +36,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--engine",
-    type=click.Choice(["vllm", "simulated"]),
-    default="vllm",
-    show_default=True,
-    help="What answers: vLLM, or servers that keep its pace and compute nothing.",
+    type=click.Choice(["vllm", "paged", "simulated"]),
+    help="What answers: vLLM, our own engine, or servers that keep vLLM's pace and "
+    "compute nothing.  [default: vllm where it is installed, else paged]",
 )
 @click.option("--replan", metavar="5m", help="Epoch; default: the scenario's.")
 @click.option(
@@ -69,7 +66,9 @@ if TYPE_CHECKING:
     default=1.0,
     help="Of simulated engines: seconds of theirs in one of ours.",
 )
-@click.option("--python", help="Interpreter that has vLLM.  [default: this one]")
+@click.option(
+    "--python", help="Interpreter that has vLLM, or torch.  [default: this one]"
+)
 @click.option(
     "--keep-engines", is_flag=True, help="Leave agents and engines when it stops."
 )
@@ -88,7 +87,7 @@ if TYPE_CHECKING:
 def serve(
     scenario: str,
     plan_path: str | None,
-    engine: str,
+    engine: str | None,
     replan: str | None,
     mode: Any,
     host: str,
@@ -166,7 +165,7 @@ def serve(
 def make(
     scenario: str,
     plan_path: str | None,
-    engine: str,
+    engine: str | None,
     replan: str | None,
     folder: Path,
     time_scale: float = 1.0,
@@ -182,6 +181,7 @@ def make(
         raise InvalidInput(
             f"serving needs {error.name}", hint="pip install 'foreserve[serve]'"
         ) from None
+    from foreserve.cli import engines
     from foreserve.models.codec import load_plan
     from foreserve.models.quantities import parse_seconds
     from foreserve.planner.arrivals import trace_of
@@ -202,7 +202,10 @@ def make(
         fleet = build_fleet(wanted, request_lengths(wanted, nobody, history))
     else:
         fleet = first.fleet
-    settings = engine_settings(wanted, engine, folder, time_scale, python)
+    engine = engine or engines.usual(python)
+    settings = engines.engine_settings(
+        wanted, fleet, engine, folder, time_scale, python
+    )
     return Serving(
         wanted,
         fleet,
@@ -213,45 +216,9 @@ def make(
             keys=None if keys is None else read_keys(keys),
             keep_alive_s=wanted.runtime.keep_alive,
             time_scale=time_scale,
-            sleeps=engine == "simulated" or on_gpus(settings),
+            sleeps=engines.sleeps(settings),
             **options,
         ),
         first=first,
         history=history,
     )
-
-
-def engine_settings(
-    scenario: Scenario, engine: str, folder: Path, time_scale: float, python: str | None
-) -> EngineSettings:
-    """What the agents need to make engines of this kind."""
-    from foreserve.models import catalog
-    from foreserve.runtime.engines.simulated import SimulatedSettings
-    from foreserve.runtime.engines.vllm import VllmSettings, device_of
-
-    if engine == "simulated":
-        return SimulatedSettings(folder=folder, time_scale=time_scale)
-    if time_scale != 1:
-        raise InvalidInput("only simulated engines have a --time-scale")
-    checkpoints = {}
-    for part in scenario.models:
-        source = part.llm or part.name
-        if catalog.is_path(source):
-            path = Path(source)
-            checkpoints[part.name] = str(
-                (path if path.is_dir() else path.parent).resolve()
-            )
-        else:
-            checkpoints[part.name] = source
-    settings = VllmSettings(folder=folder, checkpoints=checkpoints)
-    if python is not None:
-        settings = replace(settings, python=python)
-    device_of(settings.python)  # `InvalidInput` where there is no vLLM
-    return settings
-
-
-def on_gpus(settings: EngineSettings) -> bool:
-    """Whether vLLM runs on GPUs, where its sleep is real."""
-    from foreserve.runtime.engines.vllm import VllmSettings, device_of
-
-    return isinstance(settings, VllmSettings) and device_of(settings.python) == "cuda"
