@@ -51,6 +51,8 @@ def engines(backend: LiveBackend) -> list[dict[str, Any]]:
         for row in status.report.rows:
             rows.append(
                 {
+                    "node": status.node,
+                    "replica": str(row.id),
                     "llm": row.id.llm,
                     "gpus": [str(gpu) for gpu in row.id.gpus],
                     "phase": row.phase,
@@ -67,9 +69,12 @@ def engines(backend: LiveBackend) -> list[dict[str, Any]]:
             given_up = math.isinf(trouble.retry_in_s)
             rows.append(
                 {
+                    "node": status.node,
+                    "replica": str(trouble.id),
                     "llm": trouble.id.llm,
                     "gpus": [str(gpu) for gpu in trouble.id.gpus],
                     "phase": None,
+                    "url": None,
                     "failures": trouble.failures,
                     "error": trouble.reason,
                     "given_up": given_up,

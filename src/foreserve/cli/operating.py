@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from foreserve.planner.wishes import Hold, Level, Wishes
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.controller import Controller
 from foreserve.runtime.gateway.admin import Change, NotThere, Refused
+from foreserve.runtime.live import views as live
 from foreserve.runtime.live.backend import LiveBackend
 from foreserve.runtime.timeline import Timeline
 
@@ -56,6 +56,8 @@ class Operating:
     """Of an LLM, as the gateway tells it."""
     failed: Callable[[], BaseException | None]
     """What ended the controller, if it was not asked to end."""
+    drifted: Callable[[], Mapping[str, Any]] = dict
+    """Reports of plan against actual."""
     time_scale: float = 1.0
 
     # --- to be seen -------------------------------------------------------------------
@@ -137,7 +139,7 @@ class Operating:
                 {
                     "llm": llm.name,
                     "state": state,
-                    "eta_s": 0.0 if state == "active" else _finite(eta_s),
+                    "eta_s": 0.0 if state == "active" else views.finite(eta_s),
                     "waiting": seen.waiting.get(llm.name, 0),
                     "in_flight": sum(r.in_flight for r in own),
                     "places": sum(
@@ -163,42 +165,39 @@ class Operating:
 
     def nodes(self) -> Sequence[Mapping[str, Any]]:
         seen, wishes = self.policy.observed, self.policy.wishes
+        reports = {status.node: status.report for status in self.backend.status()}
         rows: list[Mapping[str, Any]] = []
-        for status in self.backend.status():
-            node = self.fleet.cluster.node_by_name[status.node]
+        for known in live.nodes(self.backend):
+            node = self.fleet.cluster.node_by_name[known["node"]]
             own = [r for r in seen.replicas if r.gpus[0].node == node.name]
+            report = reports[node.name]
             rows.append(
                 {
-                    "node": node.name,
+                    **known,
                     "gpu_type": node.gpu,
                     "gpus": [str(gpu) for gpu in node.gpu_ids()],
-                    "error": status.error,
-                    "age_s": status.age_s,
                     "drained": node.name in wishes.drained,
                     "replicas": len(own),
                     "in_flight": sum(r.in_flight for r in own),
+                    "host_bytes": 0 if report is None else report.host_bytes,
+                    "hosted": []
+                    if report is None
+                    else [
+                        {"llm": r.llm, "bytes": r.held_bytes, "whole": r.whole}
+                        for r in report.hosted
+                    ],
                 }
             )
         return rows
 
     def engines(self) -> Sequence[Mapping[str, Any]]:
-        return [
-            {
-                "node": node.node,
-                "replica": str(row.id),
-                "phase": row.phase,
-                "url": row.url,
-            }
-            for node in self.backend.status()
-            if node.report is not None
-            for row in node.report.rows
-        ]
+        return live.engines(self.backend)
 
     def ledger(self) -> Sequence[Mapping[str, Any]]:
-        return views.ledger_rows(self.backend.status())
+        return live.ledger(self.backend)
 
     def drift(self) -> Mapping[str, Any]:
-        return {}
+        return self.drifted()
 
     def running(self) -> Sequence[Mapping[str, Any]]:
         phases: dict[str, set[str]] = {}
@@ -464,10 +463,6 @@ def _is_done(change: Change, subject: str | None, observed: Observed) -> bool:
         case "unload" | "drain":
             return not phases
     return True
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _plain(record: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,6 @@ from foreserve.models.transitions import transition
 from foreserve.planner.online import Proposal
 from foreserve.runtime.journal import Decision, Event, Faulted, Refusal
 from foreserve.runtime.live.remote import NodeStatus
-from foreserve.runtime.live.views import host_rows
 from foreserve.runtime.timeline import Past, Sample, Stay
 
 MOST_STATES = 2000
@@ -60,9 +60,9 @@ def proposal_row(proposal: Proposal) -> Mapping[str, Any]:
         "generation": proposal.generation,
         "solver": None if report is None else report.solver,
         "status": None if report is None else report.status.value,
-        "objective": None if report is None else report.objective,
-        "bound": None if report is None else report.bound,
-        "gap": None if report is None else report.gap,
+        "objective": None if report is None else finite(report.objective),
+        "bound": None if report is None else finite(report.bound),
+        "gap": None if report is None else finite(report.gap),
         "solve_s": None if report is None else report.wall_s,
         "count": 0 if placement is None else len(placement.replicas),
         "active": 0
@@ -80,27 +80,14 @@ def whole_proposal(proposal: Proposal) -> Mapping[str, Any]:
     }
 
 
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity: None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def demand_row(row: LlmDemand) -> Mapping[str, Any]:
     plain: Mapping[str, Any] = to_plain(row)
     return plain
-
-
-def ledger_rows(nodes: Sequence[NodeStatus]) -> list[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = []
-    for node in nodes:
-        if node.report is None:
-            continue
-        for gpu, usable in sorted(node.report.usable_bytes.items()):
-            free = node.report.free_bytes[gpu]
-            kinds = (("usable", usable), ("booked", usable - free), ("free", free))
-            rows += [
-                {"node": node.node, "device": str(gpu), "kind": kind, "bytes": count}
-                for kind, count in kinds
-            ]
-        rows += [
-            {**row, "bytes": row["reserved_bytes"]} for row in host_rows(node.report)
-        ]
-    return rows
 
 
 def gpu_rows(fleet: Fleet, nodes: Sequence[NodeStatus]) -> list[Mapping[str, Any]]:
