@@ -53,7 +53,8 @@ def status(folder: Path, once: bool, opened: bool, as_json: bool) -> int:
         about = _about(folder)
         page = _opener(folder, about)
         shown = webbrowser.open(page.resolve().as_uri())
-        out.print(page_url(about), soft_wrap=True)
+        if out.is_terminal:
+            out.print(page_url(about), soft_wrap=True)
         return 0 if shown else 1
     from foreserve.cli.status_view import render
 
