@@ -53,9 +53,9 @@ def made(tmp_path) -> Make:
     return make
 
 
-def load(store: HostStore, f: Fleet, llm: str) -> None:
+def load(store: HostStore, llm: str) -> None:
     """One from beginning to end."""
-    store.begin(f.option_of(llm, (gpu(0),)))
+    store.begin(llm, 57)
     store.fill(llm, lambda: False)
     store.end(llm, done=True)
 
@@ -85,13 +85,13 @@ def test_the_second_load_is_from_host_memory(made, tmp_path):
     f = small()
     store = made(f)
     assert seconds(store, f, "a") == pytest.approx(0.6)
-    load(store, f, "a")
+    load(store, "a")
     assert seconds(store, f, "a") == pytest.approx(0.05)
-    store.begin(f.option_of("a", (gpu(0),)))
-    load(store, f, "b")  # streams through
+    store.begin("a", 57)
+    load(store, "b")  # streams through
     assert [row.llm for row in store.rows()] == ["a"]
     store.end("a", done=True)
-    load(store, f, "b")
+    load(store, "b")
     (row,) = store.rows()
     assert (row.llm, row.held_bytes, row.whole, row.readers) == ("b", 57, True, 0)
     assert seconds(store, f, "a") == pytest.approx(0.6)
@@ -113,7 +113,7 @@ def test_rules_without_a_cache(made, cache, expected_s):
     they read storage, however often."""
     f = small(cache)
     store = made(f)
-    load(store, f, "a")
+    load(store, "a")
     assert seconds(store, f, "a") == pytest.approx(expected_s)
     assert len(store.rows()) == (cache == "all")
 
@@ -208,12 +208,12 @@ def test_files_are_really_brought_in(made, weights):
     size = weights.stat().st_size
     f = small(ram=size + 10)
     store = made(f, lambda llm: [weights] if llm == "a" else [])
-    load(store, f, "a")
+    load(store, "a")
     (row,) = store.rows()
     assert (row.held_bytes, row.whole) == (size, True)
     assert row.resident_bytes == size
     assert row.locked == may_lock(size)
-    load(store, f, "b")
+    load(store, "b")
     assert [row.llm for row in store.rows()] == ["b"]
     assert Held([weights]).resident_bytes() == 0
 
@@ -223,11 +223,34 @@ def test_reading_that_is_given_up_leaves_no_claim(made, weights):
     """A drop cancels the load: the weights do not count as being here."""
     f = small(ram=10 * 2**20)
     store = made(f, lambda llm: [weights])
-    store.begin(f.option_of("a", (gpu(0),)))
+    store.begin("a", 57)
     store.fill("a", lambda: True)
     store.end("a", done=False)
     assert store.rows() == ()
     assert seconds(store, f, "a") == pytest.approx(0.6)
+
+
+@needs_linux
+def test_what_the_plan_keeps_is_brought_in_ahead_of_its_load(tmp_path, weights):
+    """An agent with nothing to do is told to keep a, of which there is a file, and b, of
+    which there is none: a is read and whole, before anything is loaded; and once."""
+    f = small(ram=10 * 2**20)
+    folder = {"a": str(weights.parent)}
+    agent = make_agent(setup(tmp_path / "st", f, checkpoints=folder))
+    agent.hello(1)
+    agent.keep(1, ("a", "b"))
+    clock = SystemClock()
+    while not (rows := agent.report().hosted) or not rows[0].whole:
+        assert clock.now_s() < 10.0
+        agent.report(agent.report().version, 0.1)
+    assert [(row.llm, row.resident_bytes) for row in rows] == [
+        ("a", weights.stat().st_size)
+    ]
+    agent.keep(1, ("a", "b"))
+    agent.close()
+    assert check(tmp_path / "st").faults == []
+    lines = (tmp_path / "st/n0.log").read_text()
+    assert lines.count('"event": "host"') == 2
 
 
 def test_files_that_the_machine_has_no_memory_for_stream_through(
@@ -237,7 +260,7 @@ def test_files_that_the_machine_has_no_memory_for_stream_through(
     monkeypatch.setattr("foreserve.runtime.live.store.available_bytes", lambda: 2**20)
     f = small(ram=10 * 2**20)
     store = made(f, lambda llm: [weights])
-    load(store, f, "a")
+    load(store, "a")
     assert store.rows() == ()
 
 

@@ -76,6 +76,7 @@ class NodeAgent:
         self._usable = {gpu: fleet.cluster.usable_bytes(gpu) for gpu in self._gpus}
         self._ledger = Ledger(fleet)
         self._store = HostStore(fleet, node, log, self._now_s, files)
+        self._bringing = False
         self._lives: dict[ReplicaId, Life] = {}
         self._failures = Failures(self._patience, self._now_s)
         self._signs = Signs(self._patience, self._now_s)
@@ -165,10 +166,13 @@ class NodeAgent:
 
     def keep(self, generation: int, llms: tuple[str, ...]) -> None:
         """Whose weights host memory is to keep, as the plan of the controller in charge
-        has it."""
+        has it. Those of which there are files are brought in while nothing loads."""
         with self._changed:
             if generation == self._generation:
                 self._store.keep(llms)
+                if self._store.missing() and not self._bringing:
+                    self._bringing = True
+                    threading.Thread(target=self._bring, daemon=True).start()
 
     def forgive(self, key: ReplicaId | None = None) -> None:
         """Try a replica that failed again at once; None: all of them."""
@@ -221,7 +225,7 @@ class NodeAgent:
             raise
         life.held_bytes = held
         if order.kind == "load":
-            self._store.begin(life.option)
+            self._store.begin(key.llm, life.option.stored_bytes)
         self._log.append(
             "intent",
             at_s=now_s,
@@ -305,6 +309,22 @@ class NodeAgent:
                 return
             life.held_bytes, life.spare_bytes = needs, 0
             self._enter(life, after, done=kind, took_s=took_s)
+
+    def _bring(self) -> None:
+        """Until host memory has what it is to keep. Loads come first: meanwhile, and where
+        one begins, it waits."""
+
+        def loads() -> bool:
+            lives = tuple(self._lives.values())
+            return self._closed.is_set() or any(e.phase == "LOADING" for e in lives)
+
+        while not self._closed.wait(self._patience.watch_s):
+            self._store.bring(self._changed, loads)
+            with self._changed:
+                self._touch()
+                if not self._store.missing():
+                    self._bringing = False
+                    return
 
     def _load(self, life: Life) -> None:
         """Weights into host memory, where there is room booked for them, and then to the

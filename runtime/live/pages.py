@@ -19,6 +19,8 @@ from pathlib import Path
 CHUNK = 8 * 2**20
 LINUX = sys.platform == "linux"
 FAILED = ctypes.c_void_p(-1).value
+Area = tuple[int, int]
+"""Address and length of a mapping."""
 
 
 class Cancelled(Exception):
@@ -26,14 +28,15 @@ class Cancelled(Exception):
 
 
 class Held:
-    """Some files, mapped. For one thread at a time; `close` lets the kernel have them."""
+    """Some files. Calls are made one at a time but for `resident_bytes`; `close` lets the
+    kernel have them."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         self.num_bytes = sum(path.stat().st_size for path in paths)
         self.locked = False
-        self._maps: list[tuple[int, int]] = []
-        """Address and length of each."""
+        self._maps: list[Area] = []
+        """While they are locked."""
 
     def read(self, stopped: Callable[[], bool]) -> None:
         """Bring all of it in; `Cancelled` once ``stopped`` says so."""
@@ -50,39 +53,40 @@ class Held:
         """Forbid the kernel to evict any of it; False, and nothing held, if it does not
         let us."""
         if not self.locked and LINUX:
-            self._map()
-            self.locked = len(self._maps) == len(self.paths) and all(
-                _libc().mlock(address, length) == 0 for address, length in self._maps
-            )
-            if not self.locked:
-                self._unmap()
+            maps = self._map()
+            if len(maps) == len(self.paths) and all(
+                _libc().mlock(address, length) == 0 for address, length in maps
+            ):
+                self._maps, self.locked = maps, True
+            else:
+                _unmap(maps)
         return self.locked
 
     def resident_bytes(self) -> int | None:
-        """How much of it is in memory now; None where that cannot be seen."""
+        """How much of it is in memory now; None where that cannot be seen. May be called
+        while another thread calls `close`."""
         if not LINUX:
             return None
-        mapped = bool(self._maps)
-        if not mapped:
-            self._map()
+        maps = self._map()
         try:
-            if len(self._maps) < len(self.paths):
+            if len(maps) < len(self.paths):
                 return None
-            return sum(_resident(address, length) for address, length in self._maps)
+            return sum(_resident(address, length) for address, length in maps)
         finally:
-            if not mapped:
-                self._unmap()
+            _unmap(maps)
 
     def close(self, *, drop: bool) -> None:
         """Unlock; ``drop``: and tell the kernel that nobody needs it any more."""
-        self._unmap()
-        self.locked = False
+        maps, self._maps, self.locked = self._maps, [], False
+        _unmap(maps)
         if drop and LINUX:
             for path in self.paths:
                 with suppress(OSError), path.open("rb", buffering=0) as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _map(self) -> None:
+    def _map(self) -> list[Area]:
+        """All of the files that can be mapped."""
+        maps: list[Area] = []
         for path in self.paths:
             with suppress(OSError), path.open("rb", buffering=0) as file:
                 length = os.fstat(file.fileno()).st_size
@@ -90,12 +94,13 @@ class Held:
                     None, length, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0
                 )
                 if address not in (None, FAILED):
-                    self._maps.append((address, length))
+                    maps.append((address, length))
+        return maps
 
-    def _unmap(self) -> None:
-        for address, length in self._maps:
-            _libc().munmap(address, length)
-        self._maps.clear()
+
+def _unmap(maps: list[Area]) -> None:
+    for address, length in maps:
+        _libc().munmap(address, length)
 
 
 def available_bytes() -> int | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class HostStore:
         self._ram = HostRam(self._node.host_ram_bytes)
         self._copies: dict[str, _Copy] = {}
         self._readers: dict[str, int] = {}
+        self._tried: set[str] = set()
+        """What there was no room for ahead of its first load."""
         self._looked_s = now_s()
         self.cached = fleet.loading.host_cache != "none"
         """False: no load is to find anything here."""
@@ -69,6 +72,15 @@ class HostStore:
     def keep(self, llms: Collection[str]) -> None:
         """What the plan wants here: others go first."""
         self._ram.keep = frozenset(llms)
+
+    def missing(self) -> list[str]:
+        """Of what the plan wants here, what could be brought in and is not, nor tried."""
+        wanted = sorted(self._ram.keep) if self.cached else []
+        return [
+            llm
+            for llm in wanted
+            if not self._ram.books(llm) and llm not in self._tried and self._files(llm)
+        ]
 
     def load_s(self, option: ReplicaOption, gpus: tuple[GpuId, ...]) -> float:
         """How long a load takes alone that begins now."""
@@ -82,13 +94,13 @@ class HostStore:
         )
         return option.start_s + moved.alone_s
 
-    def begin(self, option: ReplicaOption) -> None:
-        """A load begins: book room for its weights if they are not here and there is any.
-        Those that had to go have gone when this returns."""
+    def begin(self, llm: str, num_bytes: int) -> None:
+        """A load begins, of weights of so many bytes by the plan: book room for them if
+        they are not here and there is any. Those that had to go have gone when this
+        returns."""
         if not self.cached:
             return
-        llm, before = option.llm, self._ram.pinned
-        num_bytes = option.stored_bytes
+        before = self._ram.pinned
         if llm not in before and (paths := self._files(llm)):
             held = Held(paths)
             num_bytes = held.num_bytes
@@ -125,11 +137,30 @@ class HostStore:
             return
         copy = self._copies.get(llm)
         self._readers[llm] -= 1
-        self._ram.close(llm, done=done and (copy is None or copy.read))
+        # Read, it is here, also if the engine has failed that was to have it.
+        here = copy.read if copy is not None else done
+        self._ram.close(llm, done=here)
         if not self._ram.books(llm) and not self._readers[llm]:
             self._drop(llm, "end")
         else:
             self._note(llm, "end")
+
+    def bring(
+        self, lock: AbstractContextManager[object], busy: Callable[[], bool]
+    ) -> None:
+        """Bring in what is `missing`, one LLM after the other, while nobody is ``busy``;
+        returns when somebody is, or nothing is missing. Without the agent's lock."""
+        while not busy():
+            with lock:
+                if not (missing := self.missing()):
+                    return
+                llm = missing[0]
+                self.begin(llm, 0)
+                if not self._ram.books(llm):
+                    self._tried.add(llm)
+            self.fill(llm, busy)
+            with lock:
+                self.end(llm, done=True)
 
     def look(self) -> bool:
         """See how much of the files is still in memory, from time to time; whether that
@@ -139,8 +170,7 @@ class HostStore:
         self._looked_s = self._now_s()
         changed = False
         for copy in list(self._copies.values()):
-            with copy.reading:
-                seen = copy.held.resident_bytes() if copy.read else None
+            seen = copy.held.resident_bytes() if copy.read else None
             changed |= seen != copy.resident_bytes
             copy.resident_bytes = seen
         return changed
