@@ -7,14 +7,9 @@ faults of the last while. docs/drift.md says what is counted how, and why.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,22 +22,27 @@ from foreserve.models.drift import (
     Measured,
     Step,
 )
-from foreserve.models.errors import InvalidInput
 from foreserve.models.placement import Placement, ReplicaId
 from foreserve.models.plan import Epoch, Plan
-from foreserve.models.problem import Fleet, held_bytes
-from foreserve.runtime.drift_lives import Life, Lives, Stretch
-from foreserve.runtime.drift_model import Work, compare, in_one_piece
+from foreserve.models.problem import Fleet
+from foreserve.runtime.drift_blame import (
+    CLIENT_LEFT,
+    Miss,
+    blame_of,
+    fell_short,
+    forecasts,
+    judge,
+)
+from foreserve.runtime.drift_lives import Lives
+from foreserve.runtime.drift_model import Work, compare
 from foreserve.runtime.journal import (
     Decision,
-    Ended,
     Event,
     Faulted,
     PhaseChange,
     RequestEnd,
     RequestEnds,
     Started,
-    parse,
 )
 from foreserve.traces.trace import Demand, Floats, Trace, count_demand, passed_s
 
@@ -52,29 +52,11 @@ REMEMBERED_S = 1000.0
 """For how long after it is over a replica or a fault is remembered beyond that."""
 CLOSED = 1024
 """Epochs whose peaks are remembered for requests that end much later."""
-CLIENT_LEFT = "client_left"
-FAULTS = frozenset({"engine_lost", "gateway_lost", "model_failed", "internal"})
-"""Why requests fail of which nobody need be asked any further."""
-TOO_LONG = "context_length_exceeded"
 
 BusyS = Callable[[Trace], Floats]
 """How long each request of a trace is in flight, as plans count it."""
 OnStep = Callable[[Step, str, float, float], None]
 """Hears of each load and activation: its LLM, what it was to take, what it took."""
-
-
-class _Miss(NamedTuple):
-    """A request that was not answered within its targets."""
-
-    llm: int
-    arrival_s: float
-    answered_s: float
-    """Its first token; its end, where there was none."""
-    end_s: float
-    key: ReplicaId | None
-    late_first: bool
-    """Its first token was late, or never came."""
-    reason: str | None
 
 
 @dataclass(eq=False)
@@ -84,7 +66,7 @@ class _Book:
     llms: int
     rows: list[tuple[float, int, int, int]] = field(default_factory=list)
     """Of requests: arrival, LLM, tokens in and out."""
-    misses: list[_Miss] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
     late: int = 0
     faults: int = 0
 
@@ -203,15 +185,15 @@ class Drift:
         key = None if end.gpus is None else ReplicaId(llm=end.llm, gpus=end.gpus)
         if key is not None:
             self._served(end, key, number)
-        verdict = self._judge(end, key)
+        verdict = judge(self.fleet, end, key)
         if verdict is None:
             return
-        if verdict == CLIENT_LEFT:
+        if verdict == "left":
             book.counts["left"][llm] += 1
             return
         first_s = end.first_token_s
         book.misses.append(
-            _Miss(
+            Miss(
                 llm=llm,
                 arrival_s=end.arrival_s,
                 answered_s=end.at_s if first_s is None else first_s,
@@ -221,27 +203,6 @@ class Drift:
                 reason=end.reason,
             )
         )
-
-    def _judge(self, end: RequestEnd, key: ReplicaId | None) -> str | None:
-        """None: its targets were met; ``client_left``: nobody can say; what was missed:
-        ``first``, the first token, or ``rest``."""
-        slo = self.fleet.llm_by_name[end.llm].slo
-        first_s, tokens = end.first_token_s, end.output_tokens
-        waited_s = (end.at_s if first_s is None else first_s) - end.arrival_s
-        rest_s = 0.0 if first_s is None else end.at_s - first_s
-        steps = max(1, tokens - 1) if tokens > 1 else math.inf
-        if end.result == "finished" and first_s is not None:
-            if waited_s <= slo.ttft_s:
-                return None if rest_s / steps <= slo.tpot_s else "rest"
-            if key is not None and tokens > 1:
-                time = self.fleet.option_of(key.llm, key.gpus).time
-                whole = in_one_piece(time, first_s, end.at_s, tokens)
-                if whole and waited_s <= slo.ttft_s + (tokens - 1) * slo.tpot_s:
-                    return None
-            return "first"
-        if end.reason == CLIENT_LEFT and waited_s <= slo.ttft_s:
-            return CLIENT_LEFT if rest_s / steps <= slo.tpot_s else "rest"
-        return "first" if first_s is None or waited_s > slo.ttft_s else "rest"
 
     def _served(self, end: RequestEnd, key: ReplicaId, number: int) -> None:
         """Note what this says of the replica."""
@@ -359,13 +320,13 @@ class Drift:
         begin_s = max(self._edge(number), self._since_s)
         stop_s = max(min(self._edge(number + 1), now_s), begin_s)
         epoch = self._planned_for(number)
-        said = _forecasts(epoch, self._llms)
+        said = forecasts(epoch, self._llms)
         trace, busy = self._trace(book)
         real = self._counted(trace, busy, begin_s, stop_s)
         self._passed[number] = self._bounds(said, real, trace, busy, begin_s)
         blamed = self._blamed(number, book.misses, epoch, real)
         works = self._compared(number, begin_s, stop_s)
-        lived = self._lived(begin_s, stop_s)
+        lived = self.lives.warm(begin_s, stop_s)
         rows = []
         for llm, name in enumerate(self._llms):
             blame = {x: blamed.get((llm, x), 0) for x in BLAMES}
@@ -452,7 +413,7 @@ class Drift:
     def _blamed(
         self,
         number: int,
-        misses: list[_Miss],
+        misses: list[Miss],
         epoch: Epoch | None,
         real: list[Demanded],
     ) -> Mapping[tuple[int, Blame], int]:
@@ -461,40 +422,14 @@ class Drift:
         for miss in misses:
             llm = miss.llm
             if llm not in short:
-                short[llm] = epoch is not None and _fell_short(
+                short[llm] = epoch is not None and fell_short(
                     self.fleet, epoch, self._llms[llm], real[llm].peak_load
                 )
-            blame = self._blame(number, miss, short[llm])
+            epochs = range(self._number(miss.arrival_s), number + 1)
+            passed = (self._passed[e][llm] for e in epochs if e in self._passed)
+            blame = blame_of(miss, self._llms[llm], self.lives, min(passed), short[llm])
             found[llm, blame] = found.get((llm, blame), 0) + 1
         return found
-
-    def _blame(self, number: int, miss: _Miss, short: bool) -> Blame:
-        """Whose fault it was: the first of the rules of docs/drift.md that holds."""
-        llm = self._llms[miss.llm]
-        if miss.reason is not None and (
-            miss.reason == TOO_LONG or "exceed the KV cache" in miss.reason
-        ):
-            return "capacity"
-        until_s = miss.answered_s if miss.late_first else miss.end_s
-        if miss.reason in FAULTS or self.lives.suffered(
-            llm, miss.key, miss.arrival_s, until_s
-        ):
-            return "fault"
-        for epoch in range(self._number(miss.arrival_s), number + 1):
-            passed = self._passed.get(epoch)
-            if passed is not None and passed[miss.llm] <= until_s:
-                return "forecast"
-        if short:
-            return "capacity"
-        if miss.late_first:
-            if miss.key is None:
-                waited = not self.lives.was_active(llm, miss.arrival_s)
-            else:
-                served = self.lives.served_by(miss.key, miss.answered_s)
-                waited = served is not None and served.begin_s > miss.arrival_s
-            if waited:
-                return "load"
-        return "queue"
 
     def _compared(
         self, number: int, begin_s: float, stop_s: float
@@ -506,7 +441,7 @@ class Drift:
                 work._replace(counts=work.counts and own == number)
                 for own, work in kept
             ]
-            if not any(work.counts for work in works) or self._shares(
+            if not any(work.counts for work in works) or self.lives.shared(
                 key, begin_s, stop_s
             ):
                 continue
@@ -514,46 +449,6 @@ class Drift:
             both = compare(time, works)
             before = found.get(key.llm, (Measured(), Measured()))
             found[key.llm] = before[0] + both[0], before[1] + both[1]
-        return found
-
-    def _shares(self, key: ReplicaId, begin_s: float, stop_s: float) -> bool:
-        """Whether another replica was ACTIVE on its GPUs beside it: they take turns, of
-        which nothing is known here."""
-        if self.fleet.sharing is None:
-            return False
-        lives = [x for x in self.lives.all() if not set(x.id.gpus).isdisjoint(key.gpus)]
-
-        def active(own: bool) -> list[Stretch]:
-            return [
-                stretch
-                for life in lives
-                for stretch in life.stretches
-                if (life.id == key) == own
-                and stretch.phase in ("ACTIVE", "DRAINING")
-                and stretch.within(begin_s, stop_s) > 0
-            ]
-
-        others = active(False)
-        return any(
-            a.within(b.begin_s, b.end_s) > 0 for a in active(True) for b in others
-        )
-
-    def _lived(self, begin_s: float, stop_s: float) -> Mapping[str, tuple[float, int]]:
-        """By LLM: bytes held WARM times seconds; replicas that were WARM in vain."""
-        found: dict[str, tuple[float, int]] = {}
-        for life in self.lives.all():
-            warm_s = sum(
-                x.within(begin_s, stop_s) for x in life.stretches if x.phase == "WARM"
-            )
-            if not warm_s:
-                continue
-            option = self.fleet.option_of(life.id.llm, life.id.gpus)
-            num_bytes = held_bytes(option, "WARM") * len(life.id.gpus)
-            vain = warm_s >= (stop_s - begin_s) / 2 and not _called(
-                life, begin_s, stop_s
-            )
-            so_far = found.get(life.id.llm, (0.0, 0))
-            found[life.id.llm] = so_far[0] + warm_s * num_bytes, so_far[1] + vain
         return found
 
     def _let_go(self, book: _Book, trace: Trace, busy: Floats, stop_s: float) -> None:
@@ -572,111 +467,3 @@ class Drift:
         edge_s = self._edge(self._next)
         old = [pair for pair in self._plans if pair[0] <= edge_s]
         self._plans = [*old[-1:], *(pair for pair in self._plans if pair[0] > edge_s)]
-
-
-def _forecasts(epoch: Epoch | None, llms: Iterable[str]) -> list[Demanded | None]:
-    """What each LLM was planned for; None where there was no plan with a forecast."""
-    if epoch is None or not epoch.demand:
-        return [None for _ in llms]
-    rows = {row.llm: row for row in epoch.demand}
-    found: list[Demanded | None] = []
-    for llm in llms:
-        row = rows.get(llm)
-        found.append(
-            Demanded(
-                rate_rps=row.rate_rps if row else 0.0,
-                mean_load=row.mean_load if row else 0.0,
-                peak_load=row.peak_load if row else 0.0,
-                peak_high=row.peak_high if row else 0.0,
-            )
-        )
-    return found
-
-
-def _fell_short(fleet: Fleet, epoch: Epoch, llm: str, peak: float) -> bool:
-    """Whether the plan left demand of ``llm`` unserved, or held too little of it for a
-    peak within its forecast while nothing more of it would have fitted anywhere."""
-    placement = epoch.placement
-    own = placement.of(llm)
-    shares = sum(replica.traffic_share for replica in own)
-    if 0 < shares < 1 - 1e-6:
-        return True
-    room = sum(fleet.option_of(r.llm, r.gpus).concurrency for r in own)
-    if room >= peak:
-        return False
-    most = fleet.llm_by_name[llm].max_replicas
-    if most is not None and len(own) >= most:
-        return True
-    cluster = fleet.cluster
-    free = {gpu: cluster.usable_bytes(gpu) for gpu in cluster.gpus}
-    for replica in placement.replicas:
-        for gpu in replica.gpus:
-            free[gpu] -= fleet.bytes_on_gpu(replica)
-    taken = {gpu for replica in own for gpu in replica.gpus}
-    return not any(
-        option.llm == llm
-        and taken.isdisjoint(gpus)
-        and all(free[gpu] >= option.resident_bytes for gpu in gpus)
-        for option, gpus in fleet.candidates()
-    )
-
-
-def _called(life: Life, begin_s: float, stop_s: float) -> bool:
-    return any(
-        x.phase != "WARM" and x.phase != "LOADING" and x.within(begin_s, stop_s) > 0
-        for x in life.stretches
-    )
-
-
-def fold(plan: Plan, events: Iterable[Event], busy_s: BusyS) -> Iterator[EpochDrift]:
-    """Drift of ``plan`` over a whole run's events; epochs are as long as its first."""
-    first = plan.epochs[0]
-    drift = Drift(
-        plan.fleet,
-        epoch_s=first.end_s - first.start_s,
-        busy_s=busy_s,
-        origin_s=plan.start_s,
-        until_s=plan.end_s,
-    )
-    drift.adopt(-math.inf, plan)
-    ended_s = None
-    for event in events:
-        yield from drift.advance(event.at_s)
-        drift.record(event)
-        if isinstance(event, Ended):
-            ended_s = event.at_s
-    if ended_s is None:
-        raise InvalidInput("journal: no whole run, its last line is missing")
-    yield from drift.finish(ended_s)
-
-
-def read_drift(path: str | os.PathLike[str]) -> Iterator[EpochDrift]:
-    """The reports in a live cluster's journal; others of its lines are not looked at, and
-    one that is still being written is left out."""
-    try:
-        with Path(path).open("rb") as file:
-            for line in file:
-                if b'"event":"drift"' in line and line.endswith(b"\n"):
-                    yield from _reports([line.decode()], os.fspath(path))
-    except FileNotFoundError:
-        raise InvalidInput("no such file", file=os.fspath(path)) from None
-
-
-def last_drift(
-    path: Path, count: int, *, most_bytes: int = 8 << 20
-) -> list[EpochDrift]:
-    """The last reports in a journal, at most ``count``, of its last ``most_bytes``."""
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - most_bytes))
-        lines = file.read().split(b"\n")[1:-1]
-    own = (x.decode() for x in reversed(lines) if b'"event":"drift"' in x)
-    return list(_reports(islice(own, count), None))[::-1]
-
-
-def _reports(lines: Iterable[str], file: str | None) -> Iterator[EpochDrift]:
-    for line in lines:
-        if json.loads(line).get("event") != "drift":
-            continue
-        yield from (x for x in parse([line], file) if isinstance(x, EpochDrift))

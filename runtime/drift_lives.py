@@ -7,12 +7,12 @@ A memory of the last while, fed with a journal's events in order; older things a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from foreserve.models.observed import Phase
 from foreserve.models.placement import Placement, ReplicaId
-from foreserve.models.problem import Fleet
+from foreserve.models.problem import Fleet, held_bytes
 from foreserve.models.specs import GpuId
 from foreserve.runtime.journal import Decision, Faulted, PhaseChange
 
@@ -228,6 +228,53 @@ class Lives:
             node == key.gpus[0].node and a <= end_s and b >= begin_s
             for node, a, b in self.slow
         )
+
+    def shared(self, key: ReplicaId, begin_s: float, stop_s: float) -> bool:
+        """Whether another replica was ACTIVE on its GPUs beside it: they take turns, of
+        which nothing is known here."""
+        if self.fleet.sharing is None:
+            return False
+        lives = [x for x in self.all() if not set(x.id.gpus).isdisjoint(key.gpus)]
+
+        def active(own: bool) -> list[Stretch]:
+            return [
+                stretch
+                for life in lives
+                for stretch in life.stretches
+                if (life.id == key) == own
+                and stretch.phase in ("ACTIVE", "DRAINING")
+                and stretch.within(begin_s, stop_s) > 0
+            ]
+
+        others = active(False)
+        return any(
+            a.within(b.begin_s, b.end_s) > 0 for a in active(True) for b in others
+        )
+
+    def warm(self, begin_s: float, stop_s: float) -> Mapping[str, tuple[float, int]]:
+        """By LLM: bytes held WARM times seconds; replicas that were WARM in vain."""
+        found: dict[str, tuple[float, int]] = {}
+        for life in self.all():
+            warm_s = sum(
+                x.within(begin_s, stop_s) for x in life.stretches if x.phase == "WARM"
+            )
+            if not warm_s:
+                continue
+            option = self.fleet.option_of(life.id.llm, life.id.gpus)
+            num_bytes = held_bytes(option, "WARM") * len(life.id.gpus)
+            vain = warm_s >= (stop_s - begin_s) / 2 and not _called(
+                life, begin_s, stop_s
+            )
+            so_far = found.get(life.id.llm, (0.0, 0))
+            found[life.id.llm] = so_far[0] + warm_s * num_bytes, so_far[1] + vain
+        return found
+
+
+def _called(life: Life, begin_s: float, stop_s: float) -> bool:
+    return any(
+        x.phase != "WARM" and x.phase != "LOADING" and x.within(begin_s, stop_s) > 0
+        for x in life.stretches
+    )
 
 
 def _close(windows: list[Window], at_s: float, need: float) -> None:

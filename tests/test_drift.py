@@ -19,7 +19,8 @@ from foreserve.models.placement import Placement
 from foreserve.models.plan import Epoch, LlmDemand, Plan, SolverInfo
 from foreserve.models.problem import Fleet
 from foreserve.planner.policies.on_demand import planned
-from foreserve.runtime.drift import Drift, fold, last_drift, read_drift
+from foreserve.runtime.drift import Drift
+from foreserve.runtime.drift_reports import fold, last_drift, read_drift
 from foreserve.runtime.journal import (
     Decision,
     Ended,

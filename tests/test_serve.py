@@ -46,6 +46,7 @@ class Served:
     """A cluster that serves from ``folder``."""
 
     scenario = SCENARIO
+    options = ""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +54,8 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        words = "serve --scenario s.yaml --engine simulated --port 0 --state st"
+        words = "serve --scenario s.yaml --engine simulated --port 0 --state st "
+        words += self.options
         with (self.folder / "serve.log").open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "foreserve", *words.split()],

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     generate_latest,
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from foreserve.models.drift import BLAMES, LlmDrift, Step
 
 # The edges that vLLM uses, so that dashboards and quantiles agree.
 TTFT = (
@@ -157,6 +160,85 @@ class Metrics:
 
     def _counter(self, name: str, labels: tuple[str, ...]) -> Counter:
         return Counter(name, _help(name), labels, registry=self.registry)
+
+
+class DriftMetrics:
+    """The series of plan against actual: counted when an epoch's report is drawn up."""
+
+    RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        llm = ("model_name",)
+
+        def gauge(name: str, text: str, *more: str) -> Gauge:
+            return Gauge(f"foreserve_{name}", text, (*llm, *more), registry=registry)
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(f"foreserve_{name}", text, (*llm, *more), registry=registry)
+
+        def histogram(
+            name: str, text: str, edges: tuple[float, ...], *more: str
+        ) -> Histogram:
+            names = (*llm, *more)
+            return Histogram(
+                f"foreserve_{name}", text, names, buckets=edges, registry=registry
+            )
+
+        self.forecast = gauge(
+            "demand_forecast_rps", "Last epoch, forecast.", "quantile"
+        )
+        self.observed = gauge("demand_observed_rps", "Last epoch, as it came.")
+        self.peak_forecast = gauge(
+            "peak_forecast", "Requests in flight at once, last epoch.", "quantile"
+        )
+        self.peak_observed = gauge("peak_observed", "The same as it came.")
+        self.rate_error = histogram(
+            "forecast_abs_error_rps", "Of each epoch's rate.", self.RATES
+        )
+        self.prewarm = counter("prewarm_total", "WARM replicas, by use.", "result")
+        self.wasted = counter(
+            "prewarm_wasted_bytes_total", "Weights dropped before any use."
+        )
+        self.missed = counter(
+            "slo_missed_total", "Requests not answered within targets.", "blame"
+        )
+        self.switch = histogram(
+            "switch_seconds", "Loads and activations.", TTFT, "kind", "result"
+        )
+        self.switch_error = histogram(
+            "switch_abs_error_seconds",
+            "Measured against predicted.",
+            TTFT,
+            "kind",
+            "result",
+        )
+
+    def step(self, step: Step, llm: str, predicted_s: float, measured_s: float) -> None:
+        """A load or an activation is done."""
+        self.switch.labels(llm, step, "done").observe(measured_s)
+        self.switch_error.labels(llm, step, "done").observe(
+            abs(measured_s - predicted_s)
+        )
+
+    def report(self, row: LlmDrift) -> None:
+        """One LLM in one epoch."""
+        llm, said, real = row.llm, row.forecast, row.actual
+        self.observed.labels(llm).set(real.rate_rps)
+        self.peak_observed.labels(llm).set(real.peak_load)
+        if said is not None:
+            self.forecast.labels(llm, "mean").set(said.rate_rps)
+            self.peak_forecast.labels(llm, "mean").set(said.peak_load)
+            self.peak_forecast.labels(llm, "0.95").set(said.peak_high or 0.0)
+            self.rate_error.labels(llm).observe(abs(real.rate_rps - said.rate_rps))
+        for result, count in (
+            ("hit", row.hits),
+            ("miss", row.misses),
+            ("unused", row.unused),
+        ):
+            self.prewarm.labels(llm, result).inc(count)
+        self.wasted.labels(llm).inc(row.wasted_bytes)
+        for blame in BLAMES:
+            self.missed.labels(llm, blame).inc(row.blame[blame])
 
 
 def _help(name: str) -> str:

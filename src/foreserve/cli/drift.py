@@ -74,7 +74,7 @@ def read(journal: Path, plan_path: str | None) -> list[EpochDrift]:
 
     from foreserve.models.codec import load_plan
     from foreserve.planner.fleet import busy_s
-    from foreserve.runtime.drift import fold, read_drift
+    from foreserve.runtime.drift_reports import fold, read_drift
     from foreserve.runtime.journal import read_journal
 
     if journal.is_dir():

@@ -43,6 +43,7 @@ from foreserve.runtime.gateway.feed import Feed
 from foreserve.runtime.gateway.gateway import Gateway, Settings
 from foreserve.runtime.gateway.job import ServedLlm
 from foreserve.runtime.gateway.keys import ApiKey, hashed
+from foreserve.runtime.gateway.metrics import DriftMetrics
 from foreserve.runtime.gateway.server import Server
 from foreserve.runtime.gateway.table import RequestRecord, RoutingTable
 from foreserve.runtime.journal import Started
@@ -119,7 +120,9 @@ class Serving:
             recent_s=LATELY_S * options.time_scale,
         )
         self.receipts = Receipts(fleet, self.clock.now_s)
-        self.journal = LiveJournal(folder / "journal.jsonl", self.timeline, self.feed)
+        self.journal = LiveJournal(
+            folder / "journal.jsonl", self.timeline, self.feed, self.books
+        )
         self.table = RoutingTable(
             self.clock.now_s,
             on_need=self.clock.wake,
@@ -192,6 +195,7 @@ class Serving:
             receipts=self.receipts,
             state=self.gateway.state,
             failed=lambda: self.failed,
+            drifted=self.books.drift,
             time_scale=options.time_scale,
         )
         self.token = secrets.token_urlsafe(24)
@@ -218,7 +222,9 @@ class Serving:
         self.backend.start()
         self._thread.start()
         self._sampler.start()
-        self.books.start()
+        if self.policy.plan_id is not None:
+            self.books.adopt(self.policy.plan)
+        self.books.start(self.journal, DriftMetrics(self.gateway.metrics.registry))
         self.server.start()
         about = {
             "pid": os.getpid(),
@@ -276,6 +282,7 @@ class Serving:
     def _keep(self, plan: Plan) -> None:
         """The plan that is carried out from now on, for whoever starts again."""
         write_text(self.options.folder / "plan.json", to_json(plan))
+        self.books.adopt(plan)
         now_s = self.clock.now_s()
         self.timeline.planned(now_s, plan.at(now_s).demand)
 
