@@ -225,6 +225,9 @@ def test_plans_are_handed_in_compared_and_approved(operated: Operated) -> None:
     code, told = operated.call("POST", "plans", with_replicas(one, {**one, "llm": "x"}))
     assert (code, told["error"]["code"]) == (400, "invalid_plan")
     assert "unknown LLM 'x'" in told["error"]["message"]
+    for bad in (b"[" * 100_000, b"9" * 10_000, b"{}", b"null", b""):
+        code, told = operated.call("POST", "plans", bad)
+        assert (code, told["error"]["code"]) == (400, "invalid_plan"), bad[:9]
     code, told = operated.call("POST", "plans?dry_run=true", with_replicas(one))
     assert code == 200
     assert operated.get("plans")["proposed"] is None

@@ -92,7 +92,7 @@ class Operating:
             "troubles": self._troubles(),
             "wishes": to_plain(wishes),
             "proposals": [
-                views.proposal_row(p) for p in self.policy.proposals[-SHOWN:]
+                views.whole_proposal(p) for p in self.policy.proposals[-SHOWN:]
             ],
         }
 
@@ -101,6 +101,9 @@ class Operating:
         version, pending = timeline.version, self.policy.pending
         return {
             **self.status(),
+            "proposals": [
+                views.proposal_row(p) for p in self.policy.proposals[-SHOWN:]
+            ],
             "epoch_s": timeline.epoch_s,
             "keep_s": timeline.keep_s,
             "recent_s": timeline.recent_s,
@@ -111,7 +114,7 @@ class Operating:
             "planned": self._planned(now_s),
             "pending": None if pending is None else views.whole_proposal(pending),
             "epochs": [views.past_row(p, timeline.epoch_s) for p in timeline.epochs()],
-            "drift": self.drift(),
+            "drift": {k: v for k, v in self.drift().items() if k != "latest"},
             "notes": [views.note_row(note) for note in timeline.notes(SHOWN)],
             "stays_version": version,
             "stays": None
@@ -252,7 +255,12 @@ class Operating:
         return {"from": self.policy.plan_id, "to": plan_id, **plain}
 
     def hand_in(self, text: str, *, dry_run: bool) -> Mapping[str, Any]:
-        plan = from_json(Plan, text, "plan")
+        try:
+            plan = from_json(Plan, text, "plan")
+        except InvalidInput:
+            raise
+        except (RecursionError, ValueError):  # too deep, or a number of too many digits
+            raise InvalidInput("not a plan file", file="plan") from None
         placement = plan.at(self.clock.now_s()).placement
         broken = [
             f"({label}) {message}"
