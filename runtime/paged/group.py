@@ -140,7 +140,7 @@ class Group:
         self._running: frozenset[int] = frozenset()
         self._made = 0
         self._quotas_next_s = 0.0
-        self.iterations = 0
+        self.iterations = self.preemptions = 0
         self.switches = 0
         """Changes from one LLM to another."""
         self._last: int | None = None
@@ -365,6 +365,7 @@ class Group:
         job.table = self.space.open(job.service)
         job.computed = 0
         job.preemptions += 1
+        self.preemptions += 1
         self.totals[job.service].preemptions += 1
         self._refresh(job)
 
