@@ -45,5 +45,7 @@ class IntentLog:
 
     def close(self) -> None:
         """Let another process write; nothing more can be appended here."""
+        # By name: closing alone would wait for a line that is just on its way to the disk.
+        fcntl.flock(self._file, fcntl.LOCK_UN)
         os.close(self._file)
         self._file = -1
