@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Ray takes a machine that does not answer for dead after 3 s, not after 15.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 LOOKS = {"health_check_period_ms": "1000", "health_check_failure_threshold": "3"}
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | {f"RAY_{k}": LOOKS[k] for k in LOOKS}
+"""Ray takes a machine that does not answer for dead after 3 s, not after 15."""
+for name, value in LOOKS.items():
+    os.environ.setdefault(f"RAY_{name}", value)
 
 
 def say(text: str) -> None:
