@@ -2,8 +2,8 @@
 
 The routes are those of `engines.simulated_server`: OpenAI's, health, metrics, sleep and
 wake; ``POST /engines`` makes an engine, ``POST /r/n/load`` returns when its weights are
-there, ``DELETE /r/n`` ends it, ``GET /pool`` tells of the pages. The loop here does HTTP; iterations run in the worker's
-thread, which hands over what was said after each of them.
+there, ``DELETE /r/n`` ends it, ``GET /pool`` tells of the pages. The loop here does HTTP;
+iterations run in the worker's thread, which hands over what was said after each of them.
 """
 
 from __future__ import annotations
