@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -288,6 +289,8 @@ def main(
     run, clients, inflicted, seconds = asyncio.run(
         served(folder, trace, busiest, every)
     )
+    raw = (inflicted, clients.sent, seconds)
+    (folder / "raw.pickle").write_bytes(pickle.dumps(raw))
     ttft_s = [
         sent.first_s - sent.sent_s
         for sent in clients.sent

@@ -141,7 +141,10 @@ def _left_open(path: Path) -> tuple[list[dict[str, Any]], float]:
     left: list[dict[str, Any]] = []
     last_s: float | None = None
     for line in _backwards(path):
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:  # not ours to mend
+            continue
         if last_s is None:
             last_s = event["at_s"]
         if event["event"] == "request":

@@ -103,22 +103,19 @@ class Signs:
             return f"{life.phase} for more than {life.limit_s:g} s"
         if life.phase == "LOADING":
             return ""
-        if life.sign is None:
-            life.asked_s = math.inf
-            life.sign = self._pool.submit(self._ask, life)
-            return ""
-        if not life.sign.done():
-            late = now_s - life.asked_s > self._patience.hang_s
-            return "it does not answer" if late else ""
-        sign, life.sign = life.sign, None
-        error = sign.exception()
-        if error is None and sign.result():
-            life.misses = 0
-            return ""
-        life.misses += 1
-        if life.misses < self._patience.misses:
-            return ""
-        return "it died" if error is None else line_of(error)
+        if life.sign is not None:
+            if not life.sign.done():
+                late = now_s - life.asked_s > self._patience.hang_s
+                return "it does not answer" if late else ""
+            error = life.sign.exception()
+            life.misses += 1
+            if error is None and life.sign.result():
+                life.misses = 0
+            elif life.misses >= self._patience.misses:
+                return "it died" if error is None else line_of(error)
+        life.asked_s = math.inf
+        life.sign = self._pool.submit(self._ask, life)
+        return ""
 
     def _ask(self, life: Life) -> bool:
         life.asked_s = self._now_s()
