@@ -134,6 +134,7 @@ class LivePolicy:
         self._first = first
         self.plan = self._plan(0, Placement() if first is None else None, ())
         self._because: list[Reason] = []
+        self._approved_s = -math.inf
         self._rules: tuple[object, object, OnDemand] | None = None
         self._thread = threading.Thread(target=self._work, name="planner", daemon=True)
         self._thread.start()
@@ -316,33 +317,43 @@ class LivePolicy:
         with self._lock:
             ready, self._ready = self._ready, None
             chosen, self._approved = self._approved, None
+            if chosen is not None:
+                # Solves that began before know nothing of it.
+                self._approved_s = self._now_s()
             if ready is not None and ready.placement is not None:
-                if chosen is not None and self.mode != "observe":
-                    self._is_now(ready, "replaced")
-                elif self.mode == "automatic":
-                    chosen = ready
-                elif self.mode == "recommend":
-                    ready = self._pend(ready)
+                chosen = self._look_at(ready, index, chosen)
             if chosen is None or chosen.placement is None:
-                return
-            # What was approved is wanted, however old it is; what comes late by itself
-            # is not.
-            if chosen is ready and chosen.epoch < index:
-                self._is_now(
-                    chosen, "late", failed="came after its epoch; the plan before stays"
-                )
                 return
             self.generation += 1
             self._is_now(chosen, "carried out", generation=self.generation)
-            if chosen.origin == "planner" and self.pending is not None:
+            if self.pending is not None and self.pending.origin == "planner":
                 # What it was to replace is no more.
                 self._is_now(self.pending, "replaced")
                 self.pending = None
         self.plan = self._plan(index, chosen.placement, chosen.demand)
         self._adopted(self.plan)
 
+    def _look_at(
+        self, ready: Proposal, index: int, chosen: Proposal | None
+    ) -> Proposal | None:
+        """What to carry out: ``chosen``, which was approved, or what the planner has just
+        come to. With the lock, like the next three."""
+        if self.mode == "observe":
+            return chosen
+        if ready.at_s < self._approved_s:
+            self._is_now(ready, "replaced")
+        elif self.mode == "automatic":
+            if ready.epoch >= index:
+                return ready
+            late = "came after its epoch; the plan before stays"
+            self._is_now(ready, "late", failed=late)
+        elif self.pending is None or self.pending.origin == "planner":
+            # What somebody has handed in waits until somebody decides.
+            self._pend(ready)
+        return chosen
+
     def _note(self, proposal: Proposal) -> None:
-        """Remember; with the lock, like the next two."""
+        """Remember."""
         self.proposals.append(proposal)
         del self.proposals[:-KEPT]
 

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from foreserve.models.observed import Observed
+from foreserve.models.placement import Placement, Replica
 from foreserve.models.problem import Fleet
 from foreserve.planner.arrivals import Arrivals, trace_of
 from foreserve.planner.fleet import build_fleet, busy_s, request_lengths
@@ -146,3 +147,73 @@ def test_planning_that_fails_leaves_the_plan_alone() -> None:
         before = bench.policy.generation
         bench.decide(2.0)
         assert bench.policy.generation == before
+
+
+def test_what_is_handed_in_waits_and_outlives_solves_under_way() -> None:
+    """In mode automatic: a placement of the operator's is pending beside the planner's,
+    which is carried out. Approved, it is in force, and a solve that had begun before does
+    not take its place; the next epoch's does."""
+    bench = Bench()
+    with bench.policy as policy:
+        bench.busy("a", 0.0, 90)
+        bench.decide(0.0)
+        bench.wait()
+        gpus = bench.fleet.cluster.gpus
+        mine = Placement(replicas=(Replica(llm="b", gpus=(gpus[1],), state="ACTIVE"),))
+        handed = policy.hand_in(mine)
+        bench.decide(10.0)  # asks
+        bench.wait()
+        bench.decide(10.1)
+        assert policy.pending == handed
+        policy._ask(10.2, (), frozenset())
+        bench.wait()
+        bench.now_s = 10.3
+        assert policy.approve(handed.id)
+        assert bench.decide(10.3) == [("b", "ACTIVE")]
+        assert policy.plan_id == handed.id
+        assert [p.fate for p in policy.proposals[-2:]] == ["carried out", "replaced"]
+        bench.woken.clear()
+        bench.decide(20.0)
+        bench.wait()
+        bench.decide(20.1)
+        latest = policy.proposals[-1]
+        assert (latest.origin, latest.fate) == ("planner", "carried out")
+
+
+def test_rejected_is_forgotten() -> None:
+    """It cannot be approved any more, and says so in the history."""
+    bench = Bench("recommend")
+    with bench.policy as policy:
+        bench.decide(0.0)
+        bench.wait()
+        bench.decide(0.1)
+        assert policy.pending is not None
+        plan_id = policy.pending.id
+        assert policy.reject(plan_id)
+        assert not policy.approve(plan_id)
+        assert not policy.reject(plan_id)
+        found = policy.find(plan_id)
+        assert found is not None
+        assert found.fate == "rejected"
+
+
+def test_a_drain_is_planned_around() -> None:
+    """The operator's change is a reason to plan again at once, without the node's GPUs."""
+    bench = Bench()
+    with bench.policy as policy:
+        bench.busy("a", 0.0, 90)
+        for now_s in (0.0, 10.0):
+            bench.decide(now_s)
+            bench.wait()
+            bench.decide(now_s + 0.1)
+        assert policy.plan.at(10.1).placement.replicas
+        policy.wish(lambda wishes: wishes.drain("n"), "the operator: drain n")
+        bench.woken.clear()
+        assert bench.decide(10.2) == []
+        bench.wait()
+        bench.decide(10.3)
+        latest = policy.proposals[-1]
+        texts = [reason.text for reason in latest.reasons]
+        assert texts[0] == "the operator: drain n"
+        assert any("are drained, planned for a" in text for text in texts)
+        assert latest.placement == Placement()

@@ -286,12 +286,14 @@ class Operating:
         pending = self.policy.pending
         if dry_run and pending is not None and pending.id == plan_id:
             return self._outlook(self.policy.would(placement=pending.placement))
-        before = self.policy.generation
         if dry_run or not self.policy.approve(plan_id):
             raise NotThere(f"no proposed plan {plan_id!r}")
-        told = self._begin(
-            "approve", plan_id, is_done=lambda _: self.policy.generation > before
-        )
+
+        def is_done(_: Observed) -> bool:
+            found = self.policy.find(plan_id)
+            return found is not None and found.fate == "carried out"
+
+        told = self._begin("approve", plan_id, is_done=is_done)
         return {**told, "plan_id": plan_id}
 
     def reject(self, plan_id: str) -> Mapping[str, Any]:
