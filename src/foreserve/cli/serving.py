@@ -251,7 +251,8 @@ class Serving:
         self.agents.close(stop=engines)
         self.journal.close()
         self._lock_file.close()
-        (self.options.folder / "admin.json").unlink(missing_ok=True)
+        for name in ("admin.json", "page.html"):
+            (self.options.folder / name).unlink(missing_ok=True)
 
     def _control(self) -> None:
         try:
