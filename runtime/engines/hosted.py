@@ -6,7 +6,7 @@ import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,7 @@ class HostServer:
         name: str,
         answers_within_s: float,
         python: str | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         """``python -m module --fd N arguments``; ``name``: of its log."""
         self.settings, self._name = settings, name
@@ -46,7 +47,7 @@ class HostServer:
                 settings.folder,
                 name,
                 grace_s=settings.stop_grace_s,
-                env={KEY: settings.key},
+                env={**(env or {}), KEY: settings.key},
                 pass_fds=[fd],
             )
 

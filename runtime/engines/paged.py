@@ -11,7 +11,7 @@ import sys
 import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
@@ -33,6 +33,7 @@ class PagedSettings(EngineSettings):
     page_bytes: int = 2 * 1024**2
     host_bytes: int = 64 * 1024**3
     """Most host memory of a server for weights that are, or were, copied from there."""
+    device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "float32"
     """What weights and KV caches are kept and computed in."""
     policy: str = "db-mean"
@@ -56,6 +57,7 @@ class PagedServer(HostServer):
                 *("--pages", str(settings.pool_bytes // settings.page_bytes)),
                 *("--page-bytes", str(settings.page_bytes)),
                 *("--host-bytes", str(settings.host_bytes)),
+                *("--device", settings.device),
                 *("--dtype", settings.dtype),
                 *("--policy", settings.policy),
                 *("--chunk-tokens", str(settings.chunk_tokens)),
@@ -65,7 +67,15 @@ class PagedServer(HostServer):
             name="paged-" + "-".join(str(gpu.index) for gpu in gpus),
             answers_within_s=settings.answers_within_s,
             python=settings.python,
+            env=_environment(settings),
         )
+
+
+def _environment(settings: PagedSettings) -> dict[str, str]:
+    """A server sees its own GPU and no other."""
+    if settings.device == "cpu" or not settings.devices:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, settings.devices))}
 
 
 _servers: dict[tuple[Path, tuple[GpuId, ...]], PagedServer] = {}

@@ -32,7 +32,8 @@ from foreserve.runtime.engines.bodies import Refused, Telling, object_of, tellin
 from foreserve.runtime.engines.hosted import KEY
 from foreserve.runtime.engines.http import HttpConnection
 from foreserve.runtime.engines.series import Series
-from foreserve.runtime.memory.pool import PagePool
+from foreserve.runtime.memory.cuda import CudaMemory
+from foreserve.runtime.memory.pool import Memory, PagePool
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.paged.asked import understand
 from foreserve.runtime.paged.group import Job, Reason
@@ -465,7 +466,12 @@ def _die(error: BaseException) -> None:
 
 async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) -> None:
     loop = asyncio.get_running_loop()
-    pool = PagePool(PosixMemory(given.page_bytes, given.pages))
+    memory: Memory = (
+        PosixMemory(given.page_bytes, given.pages)
+        if given.device == "cpu"
+        else CudaMemory(given.page_bytes, given.pages)
+    )
+    pool = PagePool(memory)
     node = Node(
         loop,
         partial(
@@ -474,6 +480,7 @@ async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) 
             SystemClock(),
             POLICIES[given.policy].make(),
             dtype=given.dtype,
+            device=given.device,
             host_bytes=given.host_bytes,
             rules=Rules(max_prompt_tokens=given.chunk_tokens, patience=given.patience),
         ),
@@ -495,6 +502,7 @@ def main() -> None:
     parser.add_argument("--host-bytes", type=int, required=True)
     parser.add_argument("--policy", choices=list(POLICIES), default="db-mean")
     parser.add_argument("--patience", type=float, default=float("inf"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from foreserve.runtime.memory.loading import Link
 from foreserve.runtime.memory.pool import PagePool
 from foreserve.runtime.memory.safetensors import Checkpoint, fill
 from foreserve.runtime.memory.store import Fill, HostStore
-from foreserve.runtime.memory.weights import Shelf, Weights
+from foreserve.runtime.memory.weights import NotResident, Shelf, Weights
 from foreserve.runtime.paged.config import DecoderConfig, read_config
 from foreserve.runtime.paged.decoder import Decoder
 from foreserve.runtime.paged.group import Group, Hosted
@@ -38,6 +39,8 @@ from foreserve.runtime.scheduler import Policy
 from foreserve.runtime.turns import Rules
 
 T = TypeVar("T")
+TRIES = 8
+"""To have weights whole while requests of others take them back for KV."""
 
 
 class LoadFailed(ForeserveError):
@@ -64,8 +67,8 @@ class Service:
 class Resident:
     """One LLM of this process: its files read, its weights on the shelf."""
 
-    def __init__(self, service: Service, dtype: str) -> None:
-        self.service, self.dtype = service, dtype
+    def __init__(self, service: Service, dtype: str, device: str) -> None:
+        self.service, self.dtype, self._device = service, dtype, device
         self.config: DecoderConfig = read_config(service.folder)
         self.layout: Layout = lay_out(self.config, dtype)
         self.words = Words(service.folder)
@@ -76,7 +79,7 @@ class Resident:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.config)
+        return Decoder(self.config, device=self._device)
 
     @property
     def store_key(self) -> str:
@@ -94,13 +97,15 @@ class Worker:
         *,
         dtype: str,
         host_bytes: int,
+        device: str = "cpu",
         rules: Rules | None = None,
         on_step: Callable[[], None] = lambda: None,
         on_death: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
-        """``on_step`` is called after each iteration, and ``on_death`` when one failed,
-        both by the loop's thread; nothing runs after that."""
-        self.pool, self.dtype = pool, dtype
+        """``device``: torch's name of where the pool is. ``on_step`` is called after each
+        iteration, and ``on_death`` when one failed, both by the loop's thread; nothing
+        runs after that."""
+        self.pool, self.dtype, self.device = pool, dtype, device
         self._clock = clock
         self._residents: dict[str, Resident] = {}
         self.shelf = Shelf()
@@ -185,7 +190,7 @@ class Worker:
 
     def begin(self, service: Service) -> Resident:
         """Read what there is to know of it, and reserve its addresses."""
-        resident = Resident(service, self.dtype)
+        resident = Resident(service, self.dtype, self.device)
         token_bytes = resident.config.kv_token_bytes(ITEM_BYTES[self.dtype])
         if token_bytes > self.pool.page_bytes:
             raise InvalidInput(
@@ -264,9 +269,14 @@ class Worker:
         back of its weights."""
         if resident.number is not None:
             return
-        self.fetch(resident, urgent=True)
         service = resident.service
-        self.shelf.pin(service.llm)
+        for _ in range(TRIES):
+            self.fetch(resident, urgent=True)
+            with suppress(NotResident):  # KV took some of it back in between.
+                self.shelf.pin(service.llm)
+                break
+        else:
+            raise LoadFailed(f"{service.llm}: its weights were taken back each time")
         (weights,) = self.shelf.shards(service.llm)
         hosted = Hosted(
             llm=service.llm,

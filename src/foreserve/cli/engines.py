@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 from foreserve.models.errors import InvalidInput
@@ -90,7 +91,7 @@ def _paged(
     fleet: Fleet, folder: Path, checkpoints: Mapping[str, str], python: str | None
 ) -> PagedSettings:
     """The pool is as large as the least of the GPUs; on CPUs twice that, since plans book
-    numbers of two bytes, and it computes with four."""
+    numbers of two bytes, and there it computes with four."""
     from foreserve.runtime.engines.paged import PagedSettings
 
     for llm, checkpoint in checkpoints.items():
@@ -100,12 +101,18 @@ def _paged(
                 hint="llm: path/to/folder, as `plan models make-tiny` writes them",
             )
     cluster = fleet.cluster
-    pool_bytes = 2 * min(cluster.usable_bytes(gpu) for gpu in cluster.gpus)
+    on_gpu = which("nvidia-smi") is not None
+    pool_bytes = min(cluster.usable_bytes(gpu) for gpu in cluster.gpus)
+    pool_bytes *= 1 if on_gpu else 2
     page_bytes = MOST_PAGE_BYTES
-    while page_bytes > LEAST_PAGE_BYTES and pool_bytes < PAGES * page_bytes:
+    while (
+        not on_gpu and page_bytes > LEAST_PAGE_BYTES and pool_bytes < PAGES * page_bytes
+    ):
         page_bytes //= 2
     settings = PagedSettings(
         folder=folder,
+        device="cuda" if on_gpu else "cpu",
+        dtype="bfloat16" if on_gpu else "float32",
         pool_bytes=pool_bytes,
         page_bytes=page_bytes,
         host_bytes=min(node.host_ram_bytes for node in cluster.nodes),
