@@ -35,6 +35,7 @@ from foreserve.runtime.drift_blame import (
 )
 from foreserve.runtime.drift_lives import Lives
 from foreserve.runtime.drift_model import Work, compare
+from foreserve.runtime.drift_room import Taken
 from foreserve.runtime.journal import (
     Decision,
     Event,
@@ -417,18 +418,26 @@ class Drift:
         epoch: Epoch | None,
         real: list[Demanded],
     ) -> Mapping[tuple[int, Blame], int]:
-        short: dict[int, bool] = {}
         found: dict[tuple[int, Blame], int] = {}
-        for miss in misses:
-            llm = miss.llm
-            if llm not in short:
-                short[llm] = epoch is not None and fell_short(
-                    self.fleet, epoch, self._llms[llm], real[llm].peak_load
-                )
-            epochs = range(self._number(miss.arrival_s), number + 1)
-            passed = (self._passed[e][llm] for e in epochs if e in self._passed)
-            blame = blame_of(miss, self._llms[llm], self.lives, min(passed), short[llm])
-            found[llm, blame] = found.get((llm, blame), 0) + 1
+        if not misses:
+            return found
+        works = {
+            key: [(work.arrival_s, work.end_s) for _, work in kept]
+            for key, kept in self._works.items()
+        }
+        taken = Taken(self.fleet.cluster.gpus, works, self.lives)
+        for llm in {miss.llm for miss in misses}:
+            name, own = self._llms[llm], [miss for miss in misses if miss.llm == llm]
+            # Of what was before the epoch not all is remembered.
+            at_s = np.array([max(x.arrival_s, self._edge(number)) for x in own])
+            short = taken.full(name, at_s)
+            if epoch is not None:
+                short |= fell_short(self.fleet, epoch, name, real[llm].peak_load)
+            for miss, had_no_room in zip(own, short.tolist(), strict=True):
+                epochs = range(self._number(miss.arrival_s), number + 1)
+                passed = (self._passed[e][llm] for e in epochs if e in self._passed)
+                blame = blame_of(miss, name, self.lives, min(passed), had_no_room)
+                found[llm, blame] = found.get((llm, blame), 0) + 1
         return found
 
     def _compared(

@@ -65,8 +65,8 @@ def judge(fleet: Fleet, end: RequestEnd, key: ReplicaId | None) -> Verdict | Non
 
 def blame_of(miss: Miss, llm: str, lives: Lives, passed_s: float, short: bool) -> Blame:
     """``passed_s``: when the LLM's peak first was above its bound, in the epochs from the
-    request's arrival to its booking; infinite: never. ``short``: what `fell_short` says of
-    the epoch's plan."""
+    request's arrival to its booking; infinite: never. ``short``: `fell_short` says so of
+    the epoch's plan, or every GPU was taken when it came."""
     reason = miss.reason or ""
     if any(part in reason for part in TOO_LONG):
         return "capacity"

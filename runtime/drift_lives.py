@@ -25,7 +25,8 @@ class Stretch:
     begin_s: float
     end_s: float = math.inf
     cold: bool = False
-    """Of ACTIVE: its weights were not there when it was called for."""
+    """Of ACTIVE: its weights were not there when it was called for; of LOADING: it has been
+    called for."""
     told: bool = False
     """Of such a one: a request is known to have waited for it."""
 
@@ -106,7 +107,7 @@ class Lives:
             if life.id not in self._wanted:
                 life.cold = False
             elif life.now.phase == "LOADING":
-                life.cold = True
+                life.cold = life.now.cold = True
         count = dict.fromkeys(self.windows, 0)
         for key in wanted:
             count[key.llm] += 1
@@ -177,7 +178,7 @@ class Lives:
             life.now.end_s = at_s
             if life.now.phase == "ACTIVE":
                 self._active[key.llm] -= 1
-        stretch = Stretch(phase, at_s)
+        stretch = Stretch(phase, at_s, cold=phase == "LOADING" and life.cold)
         life.stretches.append(stretch)
         windows = self.windows[key.llm]
         for window in windows:

@@ -252,6 +252,30 @@ def test_blame_capacity_where_demand_was_left():
     assert blamed(epoch) == {"capacity": 1}
 
 
+def test_blame_capacity_while_every_gpu_is_taken():
+    """Both GPUs work on a from 10 to 20 s: b, which is WARM on one of them, has to wait at
+    12 s for want of a GPU, at 30 s for its activation alone."""
+    up = wanted(12.0, ("a", "n0/0", "ACTIVE"), ("b", "n0/1", "ACTIVE"))
+    events = [
+        phase(0.0, "a", "ACTIVE", 1),
+        asked(10.0, 10.1, 20.0, output_tokens=150),
+        asked(10.0, 10.1, 20.0, output_tokens=150, gpus=(gpu(1),)),
+        up,
+        phase(20.0, "a", "DRAINING", 1),
+        phase(20.0, "a", None, 1),
+        phase(20.0, "b", "ACTIVATING", 1),
+        phase(23.0, "b", "ACTIVE", 1),
+        asked(12.0, 23.0, 23.2, "b"),
+        phase(25.0, "b", "DRAINING", 1),
+        phase(25.0, "b", "WARM", 1),
+        phase(30.0, "b", "ACTIVATING", 1),
+        phase(33.0, "b", "ACTIVE", 1),
+        asked(30.0, 33.0, 33.2, "b"),
+    ]
+    epoch = first(made(WARM), started(WARM), *events)
+    assert blamed(epoch, "b") == {"capacity": 1, "load": 1}
+
+
 def test_blame_capacity_where_no_cache_holds_the_request():
     """Whatever else was the matter: no replica is made for such a length."""
     why = "900 tokens exceed the KV cache of every ACTIVE replica"

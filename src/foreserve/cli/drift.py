@@ -99,8 +99,8 @@ def read(journal: Path, plan_path: str | None) -> list[EpochDrift]:
 
 
 def parts(epochs: Sequence[EpochDrift], bin_s: float | None = None) -> list[Part]:
-    """Tables: over time, by LLM, and the cost model by LLM."""
-    from foreserve.models.drift import BLAMES, total
+    """Tables: over time, and by LLM."""
+    from foreserve.models.drift import BLAMES, MEASURES, total
     from foreserve.planner.display import clock, number, plural
     from foreserve.planner.tables import Part
 
@@ -112,10 +112,10 @@ def parts(epochs: Sequence[EpochDrift], bin_s: float | None = None) -> list[Part
     names = list(dict.fromkeys(row.llm for row in rows))
     by_llm = {name: total(r for r in rows if r.llm == name) for name in names}
     whole = total(rows)
-    counts = ("requests", "missed", *BLAMES)
+    counts = ("requests", "missed", *BLAMES, "peaks passed")
     time = Part(
         "[bold]Plan against actual[/]",
-        ["from", *counts, "peaks passed", "hit", "miss", "unused", "wasted GiB"],
+        ["from", *counts],
         [
             *(
                 (clock(at_s), *_counts(total(r for e in own for r in e.llms)))
@@ -123,17 +123,32 @@ def parts(epochs: Sequence[EpochDrift], bin_s: float | None = None) -> list[Part
             ),
             ("all", *_counts(whole)),
         ],
-        "missed: not answered within the targets, each one with one blame. peaks passed: "
-        "above the 95 % bound. hit, miss, unused: WARM replicas",
+        "missed: not answered within the targets, each with one blame. peaks passed: "
+        "above the 95 % bound",
     )
     llms = Part(
         "[bold]By LLM[/]",
-        ["LLM", *counts, "peaks passed", "hit", "miss", "unused", "wasted GiB"],
+        ["LLM", *counts],
         [(name, *_counts(found)) for name, found in by_llm.items()],
     )
-    model = Part(
-        "[bold]Forecasts and predictions by LLM[/]",
-        ["LLM", "rps off", "by", "peak off", "by", "TTFT", "TPOT", "load", "activate"],
+    every = [*by_llm.items(), ("all", whole)]
+    warm = Part(
+        "[bold]Prewarming[/]",
+        ["LLM", "called for", "cold, waited for", "unused", "wasted GiB", "WARM GiB h"],
+        [
+            (
+                name,
+                *(_count(x) for x in (found.hits, found.misses, found.unused)),
+                _count(round(found.wasted_bytes / GIB)),
+                _count(round(found.warm_byte_s / GIB / 3600)),
+            )
+            for name, found in every
+        ],
+        "unused: WARM for half of an epoch or more without being called for",
+    )
+    off = Part(
+        "[bold]Forecasts[/]",
+        ["LLM", "requests/s off", "mean size", "peak off", "mean size"],
         [
             (
                 name,
@@ -141,29 +156,33 @@ def parts(epochs: Sequence[EpochDrift], bin_s: float | None = None) -> list[Part
                 number(found.rate_abs_error_rps),
                 _signed(found.peak_error),
                 number(found.peak_abs_error),
-                *(
-                    _ratio(getattr(found, which))
-                    for which in ("ttft", "tpot", "load", "activate")
-                ),
             )
-            for name, found in [*by_llm.items(), ("all", whole)]
+            for name, found in every
         ],
-        f"mean over {plural(whole.planned, 'forecast')}: actual less forecast, and its "
-        "size. Others: measured by predicted (how many)",
+        f"mean over {plural(whole.planned, 'forecast')}: actual less forecast",
     )
-    return [time, llms, model]
+    model = Part(
+        "[bold]Measured by predicted[/]",
+        ["LLM", "TTFT", "TPOT", "load", "activate"],
+        [
+            (name, *(_ratio(getattr(found, which)) for which in MEASURES))
+            for name, found in every
+        ],
+        "in brackets: of how many",
+    )
+    return [time, llms, warm, off, model]
 
 
 def _counts(found: DriftTotal) -> Iterable[str]:
     from foreserve.models.drift import BLAMES
 
     numbers = (found.requests, found.missed, *(found.blame[x] for x in BLAMES))
-    return (
-        *(f"{count:,}" if count else "" for count in numbers),
-        f"{found.passed}/{found.planned}" if found.planned else "",
-        *(f"{x:,}" if x else "" for x in (found.hits, found.misses, found.unused)),
-        f"{found.wasted_bytes / GIB:,.0f}" if found.wasted_bytes else "",
-    )
+    peaks = f"{found.passed}/{found.planned}" if found.planned else ""
+    return (*map(_count, numbers), peaks)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}" if value else ""
 
 
 def _signed(value: float) -> str:
