@@ -724,6 +724,27 @@ def test_shards_of_an_llm_lose_alike_and_are_pinned_together():
         pool.close()
 
 
+def test_what_is_kept_is_not_on_loan():
+    """Weights that a plan gave their memory, or that requests wait for, stay whatever KV
+    asks for, also while they are only there in part; others go before them."""
+    pool, shelf = PagePool(PosixMemory(PAGE, 6)), Shelf()
+    planned, _ = _resident(pool, 3, 1)
+    lent, _ = _resident(pool, 2, 2)
+    shelf.put("planned", [planned], score=1.0)
+    shelf.put("lent", [lent], score=9.0)
+    shelf.keep("planned")
+    shelf.keep("planned")
+    assert shelf.revoke(pool.books, 5) == 2
+    assert (planned.complete, lent.resident_bytes) == (True, 0)
+    shelf.lend("planned")
+    assert shelf.revocable(pool.books) == 0
+    shelf.lend("planned")
+    assert shelf.revoke(pool.books, 1) == 1
+    with pytest.raises(ValueError, match="planned is on loan"):
+        shelf.lend("planned")
+    pool.close()
+
+
 def test_a_load_under_way_is_on_loan_too(gated):
     """Revoking counts the pages a load has not used yet, and takes those first."""
     memory, pool, link = gated

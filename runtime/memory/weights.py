@@ -2,8 +2,8 @@
 
 What is resident of a shard is a prefix, since it is copied from its begin and dropped from
 its end; a load goes on behind it. While an LLM is ACTIVE its weights are pinned; those of
-WARM ones are on loan from the KV cache, and `Shelf` takes them back: the least valuable
-first, from the end.
+WARM ones are on loan from the KV cache unless they are kept, and `Shelf` takes them back:
+the least valuable first, from the end.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ class Weights:
 class _Placed:
     shards: tuple[Weights, ...]
     score: float
+    kept: int = 0
 
 
 class Shelf:
@@ -220,11 +221,25 @@ class Shelf:
             for own in self._placed[llm].shards:
                 own.unpin()
 
+    def keep(self, llm: str) -> None:
+        """It is not on loan from now on, whole or not: what it has, and what comes, stays
+        until `lend` is called as often. For weights that a plan has given their memory, or
+        that requests wait for."""
+        with self._lock:
+            self._placed[llm].kept += 1
+
+    def lend(self, llm: str) -> None:
+        """Undo one `keep`."""
+        with self._lock:
+            if not self._placed[llm].kept:
+                raise ValueError(f"{llm} is on loan")
+            self._placed[llm].kept -= 1
+
     def _victims(self, pool: Books) -> list[tuple[_Placed, int]]:
-        """WARM LLMs with pages of ``pool``, and how many; who goes first is first."""
+        """Who is on loan with pages of ``pool``, and how many; who goes first is first."""
         found = []
         for placed in sorted(self._placed.values(), key=lambda p: p.score):
-            if any(own.pinned for own in placed.shards):
+            if placed.kept or any(own.pinned for own in placed.shards):
                 continue
             pages = sum(x.held_pages for x in placed.shards if x.pool.books is pool)
             if pages:
@@ -232,12 +247,12 @@ class Shelf:
         return found
 
     def revocable(self, pool: Books) -> int:
-        """Pages of ``pool`` that WARM LLMs have."""
+        """Pages of ``pool`` that WARM LLMs have on loan."""
         with self._lock:
             return sum(pages for _, pages in self._victims(pool))
 
     def revoke(self, pool: Books, count: int) -> int:
-        """Drop weights of WARM LLMs from their ends until ``count`` pages of ``pool`` are
+        """Drop weights on loan from their ends until ``count`` pages of ``pool`` are
         free, or there are no more. Of an LLM with several shards each loses as much, as
         none is of use without the others."""
         freed = 0
