@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from foreserve.models.cost import IterationTime
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
 from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
@@ -22,7 +23,7 @@ from foreserve.runtime.engines.hosted import HostedEngine, HostServer
 SYLLABLES = ("ba", "co", "di", "fe", "gu", "ha", "jo", "ki", "le", "mu", "na", "po")
 WORDS = [f" {a}{b}{c}" for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES[:7]]
 QUESTION = "say what you always say"
-ANSWER_TOKENS = 3
+ANSWER_TOKENS = 1
 
 Failure = Literal["die", "hang", "gibberish", "slow"]
 
@@ -35,6 +36,13 @@ def words(seed: int, begin: int, end: int) -> str:
 def seed_of(served_name: str, prompt: str) -> int:
     """Of what an LLM answers to a prompt."""
     return zlib.crc32(f"{served_name}\n{prompt}".encode())
+
+
+def answer_s(time: IterationTime) -> float:
+    """What an engine that has nothing else to do takes for its known answer."""
+    tokens = QUESTION.count(" ") + 1
+    rest = range(tokens + 1, tokens + ANSWER_TOKENS)
+    return time.prefill_s(tokens, tokens**2) + sum(time.decode_s(1, n) for n in rest)
 
 
 def gibberish(seed: int) -> int:
@@ -150,7 +158,8 @@ class SimulatedEngine(HostedEngine):
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.settings.max_num_batched_tokens,
             "load_s": option.load_s,
-            "activate_s": option.activate_s,
+            # Until it serves, so with its known answer.
+            "activate_s": max(0.0, option.activate_s - answer_s(option.time)),
             "resident_bytes": option.resident_bytes,
             "active_bytes": option.active_bytes,
             "block_bytes": BLOCK_TOKENS * option.kv_token_bytes,
