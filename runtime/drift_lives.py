@@ -132,8 +132,9 @@ class Lives:
         served = before.phase == "ACTIVE"
         self._active[key.llm] -= served
         if event.lost and not event.revoked:
-            coming = before.phase in ("LOADING", "ACTIVATING")
-            need = self._active[key.llm] + 1 if served or coming else 0
+            # What was not to serve, or no longer, is not missed.
+            missed = key in self._wanted and before.phase != "DRAINING"
+            need = self._active[key.llm] + 1 if missed else 0
             end_s = math.inf if need else event.at_s
             window = Window(begin_s=event.at_s, end_s=end_s, need=need)
             self.windows[key.llm].append(window)

@@ -306,6 +306,20 @@ def test_blame_fault_until_the_replica_is_replaced():
     assert blamed(epoch) == {"fault": 2, "queue": 1}
 
 
+def test_no_fault_for_what_was_not_to_serve():
+    """A load of a that nobody had called for fails at 20 s: whoever queues for the replica
+    that is there at 30 s is not its victim."""
+    epoch = first(
+        made(ACTIVE),
+        started(),
+        wanted(0.0, ("a", "n0/0", "ACTIVE"), ("a", "n0/1", "WARM")),
+        phase(18.0, "a", "LOADING", 1),
+        phase(20.0, "a", None, 1, lost=True),
+        asked(30.0, 33.0, 33.2),
+    )
+    assert blamed(epoch) == {"queue": 1}
+
+
 @pytest.mark.parametrize("reason", ["engine_lost", "gateway_lost", "model_failed"])
 def test_blame_fault_where_the_error_says_so(reason):
     """No event of a replica is needed."""
@@ -437,6 +451,32 @@ def test_a_start_in_the_midst_of_an_epoch():
     (epoch,) = drift.advance(400.0)
     assert (epoch.epoch, epoch.start_s, epoch.end_s) == (2, 260.0, 300.0)
     assert row(epoch).actual.rate_rps == pytest.approx(0.05)
+
+
+def test_what_is_remembered_is_bounded():
+    """300 epochs, each with a plan, requests, a crash and a replica that comes and goes:
+    what is kept is of the last few, but for one number per LLM and closed epoch."""
+    drift = Drift(PAIR, epoch_s=100.0, busy_s=busy_s)
+    drift.record(wanted(0.0, ("a", "n0/0", "ACTIVE")))
+    for number in range(300):
+        at_s = 100.0 * number
+        drift.adopt(at_s, made(ACTIVE))
+        drift.record(phase(at_s + 1, "a", "LOADING"))
+        drift.record(phase(at_s + 2, "a", "WARM"))
+        drift.record(phase(at_s + 2, "a", "ACTIVATING"))
+        drift.record(phase(at_s + 3, "a", "ACTIVE"))
+        for second in range(5, 15):
+            drift.record(asked(at_s + second, at_s + second + 3, at_s + second + 4))
+        drift.record(phase(at_s + 95, "a", None, lost=number % 2 == 0))
+        assert len(drift.advance(at_s + 100.0)) == (number > 0)
+    kept = [row for book in drift._books.values() for row in book.rows]
+    assert len(kept) <= 20
+    assert len(drift._carried) <= 1
+    assert sum(map(len, drift._works.values())) <= 20
+    assert len(drift._plans) <= 3
+    assert len(drift._passed) <= 300
+    assert len(drift.lives.gone) <= 15
+    assert sum(map(len, drift.lives.windows.values())) <= 15
 
 
 def test_reports_are_lines_of_a_journal(tmp_path: Path):

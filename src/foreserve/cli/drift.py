@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from foreserve.models.drift import DriftTotal, EpochDrift, Measured
     from foreserve.planner.tables import Part
 
+STATE = ".foreserve"
 GIB = 2**30
 
 
 @click.command(epilog="Example: plan drift run.jsonl.gz --plan plan.json --bin 1h")
-@click.argument("journal", type=click.Path(path_type=Path))
+@click.argument("journal", type=click.Path(path_type=Path), default=Path(STATE))
 @click.option(
     "--plan",
     "plan_path",
@@ -37,7 +38,8 @@ def drift(
     """Compare a plan with what came: forecasts, predictions, prewarming, missed targets.
 
     JOURNAL is that of a simulation (`plan simulate --journal`), with --plan, or the state
-    folder of a cluster that serves or has served (`plan serve --state`).
+    folder of a cluster that serves or has served (`plan serve --state`), by default
+    .foreserve.
     """
     from foreserve.models.codec import to_plain
     from foreserve.models.drift import total
