@@ -249,16 +249,17 @@ def test_plans_are_handed_in_compared_and_approved(operated: Operated) -> None:
     )
     assert operated.get("plans")["current"]["id"] == plan_id
     until(lambda: ("other", "n", "ACTIVE") in operated.phases())
-    nothing = operated.call("POST", "plans", with_replicas())[1]["plan_id"]
-    done = plan("reject", nothing, "--state", "st", cwd=operated.folder)
+    another = {**one, "llm": "small", "gpus": ["n/0"], "traffic_share": 0.5}
+    unwanted = operated.call("POST", "plans", with_replicas(another))[1]["plan_id"]
+    done = plan("reject", unwanted, "--state", "st", cwd=operated.folder)
     assert done.returncode == 0, done.stderr
     history = operated.get("plans")["history"]  # the latest first
 
     def fate(plan_id: str) -> str:
         return str(next(row["fate"] for row in history if row["id"] == plan_id))
 
-    assert (fate(nothing), fate(plan_id)) == ("rejected", "carried out")
-    assert operated.call("POST", f"plans/{nothing}/approve", b"")[0] == 404
+    assert (fate(unwanted), fate(plan_id)) == ("rejected", "carried out")
+    assert operated.call("POST", f"plans/{unwanted}/approve", b"")[0] == 404
 
 
 def test_drain_on_the_command_line(operated: Operated) -> None:
