@@ -149,7 +149,7 @@ def serve(
         url = page_url(
             {"admin_port": serving.server.admin_port, "token": serving.token}
         )
-        out.print(f"  {url}", soft_wrap=True)
+        out.print(f"  {url}", soft_wrap=True, highlight=False)
     out.print(f"  plan status --state {folder}")
     news = News(serving.policy, serving.feed)
     while not ended.wait(0.5) and serving.failed is None:
