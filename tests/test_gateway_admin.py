@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -322,6 +323,21 @@ def test_events(admin):
 
     assert read(1) == ["id: 2", "event: fault"]
     assert read(1, **{"Last-Event-ID": "2"}) == ["id: 4", "event: fault"]
+
+
+def test_a_stream_of_events_ends_with_the_feed():
+    """So that listeners do not hold up a shutdown."""
+    feed = Feed()
+
+    async def listen():
+        stream = feed.stream(0)
+        assert (await anext(stream)).startswith(b": ")
+        waiting = asyncio.create_task(anext(stream, None))
+        await asyncio.sleep(0)
+        threading.Thread(target=feed.close).start()
+        return await asyncio.wait_for(waiting, 5.0)
+
+    assert asyncio.run(listen()) is None
 
 
 def test_the_page_holds_nothing_and_may_fetch_nothing_else(admin):
