@@ -286,12 +286,17 @@ def test_drain_on_the_command_line(operated: Operated) -> None:
 
 
 def test_status_on_the_command_line(operated: Operated) -> None:
-    """No terminal: once, with every GPU and LLM; --json is the admin port's document."""
+    """No terminal: once, with every GPU and LLM; --json is the admin port's document.
+    The reader's token sees it too, and changes nothing."""
     assert operated.ask("small")[0] == 200
     done = plan("status", "--state", "st", cwd=operated.folder)
     assert done.returncode == 0, done.stderr
     for word in ("m/0", "n/1", "small", "other", "active", "GiB", "mode automatic"):
         assert word in done.stdout
+    about = json.loads((operated.folder / "st/admin.json").read_text())
+    reader = {"authorization": f"Bearer {about['reader_token']}"}
+    assert operated.call("GET", "view", **reader)[0] == 200
+    assert operated.call("POST", "nodes/m/drain", b"", **reader)[0] == 403
     seen = operated.status()
     assert {row["node"] for row in seen["nodes"]} == {"m", "n"}
 

@@ -22,6 +22,8 @@ from foreserve.models.errors import ForeserveError, InvalidInput
 
 STATE = ".foreserve"
 REFRESH_S = 1.0
+WIDTH = 132
+"""Of what is shown once, in characters, at least."""
 LOOK_S = 0.2
 """Between looks at an action that is waited for."""
 state_option = click.option(
@@ -60,6 +62,7 @@ def status(folder: Path, once: bool, opened: bool, as_json: bool) -> int:
 
     view = ask(folder, "GET", "view")
     if once or not out.is_terminal:
+        out.width = max(out.width, WIDTH)
         out.print(render(view))
         return 0
     from rich.live import Live

@@ -198,13 +198,15 @@ class Serving:
             drifted=self.books.drift,
             time_scale=options.time_scale,
         )
-        self.token = secrets.token_urlsafe(24)
+        self.token, self.reader = (secrets.token_urlsafe(24) for _ in range(2))
         self.server = Server(
             self.gateway,
             public_app(self.gateway),
             host=options.host,
             port=options.port,
-            admin=admin_app(self.operator, hashed(self.token), feed=self.feed),
+            admin=admin_app(
+                self.operator, hashed(self.token), hashed(self.reader), feed=self.feed
+            ),
             admin_port=options.admin_port,
             open_to_all=options.insecure,
         )
@@ -232,6 +234,7 @@ class Serving:
             "port": self.server.port,
             "admin_port": self.server.admin_port,
             "token": self.token,
+            "reader_token": self.reader,
         }
         path = self.options.folder / "admin.json"
         write_text(path, dump_json(about))
