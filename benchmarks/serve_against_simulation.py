@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -259,13 +260,13 @@ def promotions(state: Path) -> dict[str, Any]:
         return known[-1] if known else None
 
     def served_until(llm: str, before_s: float) -> float:
-        """When a replica of it was ACTIVE, or about to be, last."""
+        """When a replica of it was ACTIVE, or about to be, last; infinity: one is."""
         ends_s = [0.0]
         for (name, _), story in phases.items():
             past = (
                 [step for step in story if step[0] <= before_s] if name == llm else []
             )
-            for (_, phase), (end_s, _) in pairwise(past):
+            for (_, phase), (end_s, _) in pairwise([*past, (math.inf, None)]):
                 if phase in ("ACTIVATING", "ACTIVE"):
                     ends_s.append(end_s)
         return max(ends_s)

@@ -388,8 +388,8 @@ class LiveBackend:
         while not self._closed.is_set():
             self._draining.wait()
             self._draining.clear()
-            while not self._closed.wait(DRAIN_S) and self._quiesce():
-                pass
+            while not self._closed.is_set() and self._quiesce():
+                self._closed.wait(DRAIN_S)
 
     def _quiesce(self) -> bool:
         """Order what can be; whether anything is left to wait for."""
