@@ -18,6 +18,10 @@ STYLE: Mapping[str, str] = {
 }
 BAR = 16
 EVENTS = 5
+COLUMNS = (
+    *("LLM", "state", "wait", "at work", "peak", "expected"),
+    *("TTFT p50", "p99", "failed", "note"),
+)
 GIB = 2.0**30
 
 View = Mapping[str, Any]
@@ -88,11 +92,9 @@ def _gpus(view: View) -> Table:
 
 
 def _llms(view: View) -> Table:
-    columns = ("LLM", "state", "wait", "at work", "peak", "expected")
-    columns += ("TTFT p50", "p99", "failed", "note")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        right = 2 <= index < len(columns) - 1
+    for index, column in enumerate(COLUMNS):
+        right = 2 <= index < len(COLUMNS) - 1
         table.add_column(column, justify="right" if right else "left")
     for row in view["models"]:
         forecast, recent = row["forecast"], row["recent"]
