@@ -159,3 +159,20 @@ def test_links_only_call_what_is_meant_to_be_called(folder):
     assert link.call("report", timeout_s=5.0).node == "n0"
     assert clock.now_s() < 5.0
     link.close()
+
+
+def test_agents_of_an_earlier_scenario_are_replaced(folder):
+    """A controller comes back with other options for the same nodes: whose books were
+    other ones is ended, engines and all; the same again finds the same."""
+
+    def pid(load_s: float) -> int:
+        open_ = Hosted(setup(folder, three(load_s)))
+        link = open_()
+        link.call("hello", 1, timeout_s=5.0)
+        found: int = link.call("report", timeout_s=5.0).place.pid
+        link.close()
+        return found
+
+    first = pid(1.5)
+    assert pid(1.5) == first
+    assert pid(0.05) != first

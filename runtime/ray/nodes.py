@@ -12,6 +12,7 @@ which finds them again by their names in its namespace.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,10 +172,12 @@ class RayNode:
         reachable: bool = False,
         namespace: str = NAMESPACE,
         seat: Any = None,
+        mark: str = "",
     ) -> None:
         """``ray``: the module, connected to a cluster; ``seat``: a scheduling strategy,
-        None for wherever so many GPUs are free."""
+        None for wherever so many GPUs are free; ``mark``: of the actor's name."""
         self._ray, self._setup, self._seat = ray, setup, seat
+        self._name = "-".join(filter(None, (NAMESPACE, setup.node, mark)))
         self._how = {"bind": bind, "reachable": reachable}
         self._namespace = namespace
 
@@ -199,7 +202,7 @@ class RayNode:
         setup = self._setup
         node = setup.fleet.cluster.node_by_name[setup.node]
         kind = self._ray.remote(NodeActor).options(
-            name=f"{NAMESPACE}-{setup.node}",
+            name=self._name,
             namespace=self._namespace,
             lifetime="detached",
             get_if_exists=True,
@@ -243,6 +246,7 @@ class RayAgents:
         `connected`; ``namespace`` tells clusters that serve on the same Ray apart. Engines
         are reachable from other machines unless Ray is our own. Errors in one line."""
         cluster = next(iter(setups.values())).fleet.cluster
+        mark = _mark(setups)
         self._names = [node.name for node in cluster.nodes]
         self.own = address == LOCAL
         """Whether this Ray ends with us."""
@@ -250,7 +254,7 @@ class RayAgents:
         self._ray = connected(address, namespace=namespace, num_gpus=total)
         _hush()
         try:
-            self.group = self._group(cluster)
+            self.group = self._group(cluster, f"{NAMESPACE}-{mark}")
         except BaseException:
             self._ray.shutdown()
             raise
@@ -261,6 +265,7 @@ class RayAgents:
                 reachable=not self.own,
                 namespace=namespace,
                 seat=self._seat(index),
+                mark=mark,
             )
             for index, name in enumerate(self._names)
         }
@@ -282,13 +287,17 @@ class RayAgents:
             self.group, placement_group_bundle_index=index
         )
 
-    def _group(self, cluster: ClusterSpec) -> Any:
-        """The one that an earlier start has made, or a new one."""
+    def _group(self, cluster: ClusterSpec, name: str) -> Any:
+        """The one that an earlier start has made, or a new one. Those of other fleets in
+        this namespace end, and what they are the seats of: a scenario has changed."""
         util = self._ray.util
-        try:
-            group = util.get_placement_group(NAMESPACE)
-        except ValueError:
-            group = None
+        for row in list(util.placement_group_table().values()):
+            other = row["name"]
+            if other != name and other.startswith(f"{NAMESPACE}-") and row["bundles"]:
+                with suppress(ValueError):  # of another namespace, or gone
+                    util.remove_placement_group(util.get_placement_group(other))
+        with suppress(ValueError):
+            return util.get_placement_group(name)
         machines = machines_of(self._ray)
         named = {name for machine in machines for name in machine.named}
         bundles = [
@@ -296,17 +305,9 @@ class RayAgents:
             | ({f"{NAMESPACE}-{node.name}": 0.001} if node.name in named else {})
             for node in cluster.nodes
         ]
-        if group is not None:
-            there = [bundle.get("GPU") for bundle in group.bundle_specs]
-            if there != [bundle["GPU"] for bundle in bundles]:
-                raise InvalidInput(
-                    f"agents of other nodes ({there} GPUs) still run from this folder",
-                    hint="end them with `plan stop`, or serve from another --state",
-                )
-            return group
         strategy = seats(cluster, machines)
         group = util.placement_group(
-            bundles, strategy=strategy, name=NAMESPACE, lifetime="detached"
+            bundles, strategy=strategy, name=name, lifetime="detached"
         )
         if not group.wait(GROUP_S):
             util.remove_placement_group(group)
@@ -327,6 +328,12 @@ class RayAgents:
             for node in self._ray.nodes()
             if node["Alive"] and node["Resources"].get("GPU")
         )
+
+
+def _mark(setups: Mapping[str, NodeSetup]) -> str:
+    """Of the fleets that agents' books and engines are of."""
+    known = [(s.fleet, s.made_with) for _, s in sorted(setups.items())][:1]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:12]
 
 
 def _hush() -> None:
