@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from queue import SimpleQueue
-from typing import Literal
 
 from foreserve import __version__
 from foreserve.models.codec import digest
@@ -31,44 +30,13 @@ from foreserve.planner.arrivals import Arrivals
 from foreserve.planner.pipeline import Problems, solve_options
 from foreserve.planner.policies.on_demand import OnDemand
 from foreserve.planner.policies.rolling import REST_S, plan_epoch
+from foreserve.planner.proposals import Mode, Proposal, Proposals
 from foreserve.planner.replan import Reason, in_system, replan_now
 from foreserve.planner.rolling import Rolling
 from foreserve.planner.scenario import Scenario
 from foreserve.planner.wishes import Wishes
 from foreserve.solvers.result import SolveReport
 from foreserve.traces.trace import Demand
-
-Mode = Literal["observe", "recommend", "automatic"]
-Fate = Literal[
-    "noted", "pending", "carried out", "rejected", "replaced", "late", "failed"
-]
-"""What has become of a proposal; noted: in mode observe, or not looked at yet."""
-
-KEPT = 256
-"""Proposals that are remembered."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """What one solve has come to."""
-
-    id: str
-    """Of what it would place; "" where there is nothing."""
-    epoch: int
-    at_s: float
-    """When the solve began."""
-    took_s: float
-    reasons: tuple[Reason, ...]
-    """Why it was planned within the epoch; () at its start."""
-    placement: Placement | None
-    demand: tuple[LlmDemand, ...]
-    report: SolveReport | None
-    failed: str = ""
-    """Why there is no placement, or why it came to nothing."""
-    origin: Literal["planner", "operator"] = "planner"
-    fate: Fate = "noted"
-    generation: int | None = None
-    """As which it was carried out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +78,7 @@ class LivePolicy:
         the thread that decides."""
         self.scenario, self.fleet, self.arrivals = scenario, fleet, arrivals
         self.mode: Mode = mode
-        self.generation = 0
-        """Raised with every proposal that is carried out."""
-        self.proposals: list[Proposal] = []
-        """The latest ones, the last one last."""
-        self.pending: Proposal | None = None
-        """Waits for approval."""
+        self.proposed = Proposals()
         self.observed = Observed(now_s=0.0)
         """What the last decision saw."""
         self.wishes = (wishes or Wishes()).of(fleet)
@@ -127,14 +90,11 @@ class LivePolicy:
         self._wake, self._now_s = wake, now_s
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._ready: Proposal | None = None
-        self._approved: Proposal | None = None
         self._index, self._asked_s = -1, -math.inf
         self._peaks: dict[str, float] = {}
         self._first = first
         self.plan = self._plan(0, Placement() if first is None else None, ())
         self._because: list[Reason] = []
-        self._approved_s = -math.inf
         self._rules: tuple[object, object, OnDemand] | None = None
         self._thread = threading.Thread(target=self._work, name="planner", daemon=True)
         self._thread.start()
@@ -149,6 +109,21 @@ class LivePolicy:
         """End the planner's thread, and its solver with it."""
         self._jobs.put(None)
         self._thread.join(timeout=5.0)
+
+    @property
+    def generation(self) -> int:
+        """Raised with every proposal that is carried out."""
+        return self.proposed.generation
+
+    @property
+    def proposals(self) -> Sequence[Proposal]:
+        """The latest ones, the last one last."""
+        return self.proposed.history
+
+    @property
+    def pending(self) -> Proposal | None:
+        """Waits for approval."""
+        return self.proposed.pending
 
     @property
     def plan_id(self) -> str | None:
@@ -217,44 +192,25 @@ class LivePolicy:
         """A placement of the operator's, which waits for approval in every mode. It obeys
         the referee: the caller has seen to that."""
         now_s = self._now_s()
-        proposal = Proposal(
-            id=_id(placement),
-            epoch=math.floor(now_s / self.scenario.epoch),
-            at_s=now_s,
-            took_s=0.0,
-            reasons=(),
-            placement=placement,
-            demand=self.plan.at(now_s).demand,
-            report=None,
-            origin="operator",
+        return self.proposed.hand_in(
+            Proposal(
+                id=_id(placement),
+                epoch=math.floor(now_s / self.scenario.epoch),
+                at_s=now_s,
+                took_s=0.0,
+                reasons=(),
+                placement=placement,
+                demand=self.plan.at(now_s).demand,
+                report=None,
+                origin="operator",
+            )
         )
-        with self._lock:
-            self._note(proposal)
-            return self._pend(proposal)
 
     def approve(self, plan_id: str) -> bool:
         """Carry out the pending proposal, if it is this one; whether it is."""
-        with self._lock:
-            if self.pending is None or self.pending.id != plan_id:
-                return False
-            self._approved, self.pending = self.pending, None
+        known = self.proposed.approve(plan_id)
         self._wake()
-        return True
-
-    def reject(self, plan_id: str) -> bool:
-        """Forget the pending proposal, if it is this one; whether it is."""
-        with self._lock:
-            if self.pending is None or self.pending.id != plan_id:
-                return False
-            self._is_now(self.pending, "rejected")
-            self.pending = None
-        return True
-
-    def find(self, plan_id: str) -> Proposal | None:
-        """The latest proposal of this id."""
-        with self._lock:
-            known = [p for p in self.proposals if p.id == plan_id]
-        return known[-1] if known else None
+        return known
 
     def as_plan(self, proposal: Proposal) -> Plan:
         """A proposal with a placement as a plan of its epoch."""
@@ -313,70 +269,11 @@ class LivePolicy:
         )
 
     def _adopt(self, index: int) -> None:
-        """Carry out what is ready, or was approved, if it is of this epoch."""
-        with self._lock:
-            ready, self._ready = self._ready, None
-            chosen, self._approved = self._approved, None
-            if chosen is not None:
-                # Solves that began before know nothing of it.
-                self._approved_s = self._now_s()
-            if ready is not None and ready.placement is not None:
-                chosen = self._look_at(ready, index, chosen)
-            if chosen is None or chosen.placement is None:
-                return
-            self.generation += 1
-            self._is_now(chosen, "carried out", generation=self.generation)
-            if self.pending is not None and self.pending.origin == "planner":
-                # What it was to replace is no more.
-                self._is_now(self.pending, "replaced")
-                self.pending = None
-        self.plan = self._plan(index, chosen.placement, chosen.demand)
-        self._adopted(self.plan)
-
-    def _look_at(
-        self, ready: Proposal, index: int, chosen: Proposal | None
-    ) -> Proposal | None:
-        """What to carry out: ``chosen``, which was approved, or what the planner has just
-        come to. With the lock, like the next three."""
-        if self.mode == "observe":
-            return chosen
-        if ready.at_s < self._approved_s:
-            self._is_now(ready, "replaced")
-        elif self.mode == "automatic":
-            if ready.epoch >= index:
-                return ready
-            late = "came after its epoch; the plan before stays"
-            self._is_now(ready, "late", failed=late)
-        elif self.pending is None or self.pending.origin == "planner":
-            # What somebody has handed in waits until somebody decides.
-            self._pend(ready)
-        return chosen
-
-    def _note(self, proposal: Proposal) -> None:
-        """Remember."""
-        self.proposals.append(proposal)
-        del self.proposals[:-KEPT]
-
-    def _pend(self, proposal: Proposal) -> Proposal:
-        """Have it wait for approval, in place of the one that did."""
-        if self.pending is not None:
-            self._is_now(self.pending, "replaced")
-        self.pending = self._is_now(proposal, "pending")
-        return self.pending
-
-    def _is_now(
-        self,
-        proposal: Proposal,
-        fate: Fate,
-        *,
-        generation: int | None = None,
-        failed: str = "",
-    ) -> Proposal:
-        after = replace(proposal, fate=fate, generation=generation, failed=failed)
-        for place, known in enumerate(self.proposals):
-            if known is proposal:
-                self.proposals[place] = after
-        return after
+        """Carry out what was approved, or is ready, if it is of this epoch."""
+        chosen = self.proposed.chosen(self.mode, index, self._now_s())
+        if chosen is not None and chosen.placement is not None:
+            self.plan = self._plan(index, chosen.placement, chosen.demand)
+            self._adopted(self.plan)
 
     def _plan(
         self, index: int, placement: Placement | None, demand: tuple[LlmDemand, ...]
@@ -420,10 +317,7 @@ class LivePolicy:
                     if later is None:
                         return
                     job = later
-                proposal = self._solve(rolling, job)
-                with self._lock:
-                    self._note(proposal)
-                    self._ready = proposal
+                self.proposed.came(self._solve(rolling, job))
                 self._wake()
 
     def _solve(self, rolling: Rolling, job: _Job) -> Proposal:

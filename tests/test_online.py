@@ -14,7 +14,8 @@ from foreserve.models.placement import Placement, Replica
 from foreserve.models.problem import Fleet
 from foreserve.planner.arrivals import Arrivals, trace_of
 from foreserve.planner.fleet import build_fleet, busy_s, request_lengths
-from foreserve.planner.online import LivePolicy, Mode
+from foreserve.planner.online import LivePolicy
+from foreserve.planner.proposals import Mode
 from foreserve.planner.scenario import Scenario, parse_scenario
 
 TEXT = """
@@ -189,10 +190,10 @@ def test_rejected_is_forgotten() -> None:
         bench.decide(0.1)
         assert policy.pending is not None
         plan_id = policy.pending.id
-        assert policy.reject(plan_id)
+        assert policy.proposed.reject(plan_id)
         assert not policy.approve(plan_id)
-        assert not policy.reject(plan_id)
-        found = policy.find(plan_id)
+        assert not policy.proposed.reject(plan_id)
+        found = policy.proposed.find(plan_id)
         assert found is not None
         assert found.fate == "rejected"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from foreserve.cli.views import note_row
-from foreserve.planner.online import LivePolicy, Proposal
+from foreserve.planner.online import LivePolicy
+from foreserve.planner.proposals import Proposal
 from foreserve.runtime.gateway.feed import Feed
 from foreserve.runtime.journal import Faulted, Refusal
 

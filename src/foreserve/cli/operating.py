@@ -18,7 +18,7 @@ from foreserve.models.placement import Placement
 from foreserve.models.plan import Plan
 from foreserve.models.referee import fleet_violations
 from foreserve.planner.diff import diff_plans
-from foreserve.planner.online import Mode, Proposal
+from foreserve.planner.proposals import Mode, Proposal
 from foreserve.planner.wishes import Hold, Level, Wishes
 from foreserve.runtime.gateway.admin import Change, NotThere, Refused
 
@@ -46,7 +46,7 @@ class Operating(Overview):
 
     def plan(self, plan_id: str) -> Mapping[str, Any]:
         if plan_id == self.policy.plan_id:
-            plan, told = self._current(), self.policy.find(plan_id)
+            plan, told = self._current(), self.policy.proposed.find(plan_id)
         else:
             told = self._found(plan_id)
             plan = self.policy.as_plan(told)
@@ -101,14 +101,14 @@ class Operating(Overview):
             raise NotThere(f"no proposed plan {plan_id!r}")
 
         def is_done(_: Observed) -> bool:
-            found = self.policy.find(plan_id)
+            found = self.policy.proposed.find(plan_id)
             return found is not None and found.fate == "carried out"
 
         told = self._begin("approve", plan_id, is_done=is_done)
         return {**told, "plan_id": plan_id}
 
     def reject(self, plan_id: str) -> Mapping[str, Any]:
-        if not self.policy.reject(plan_id):
+        if not self.policy.proposed.reject(plan_id):
             raise NotThere(f"no proposed plan {plan_id!r}")
         return {**self._begin("reject", plan_id), "plan_id": plan_id}
 
@@ -209,7 +209,7 @@ class Operating(Overview):
                 raise Refused(f"{subject} is pinned: unpin it first")
 
     def _found(self, plan_id: str) -> Proposal:
-        found = self.policy.find(plan_id)
+        found = self.policy.proposed.find(plan_id)
         if found is None or found.placement is None:
             raise NotThere(f"no plan {plan_id!r}")
         return found

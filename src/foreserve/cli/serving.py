@@ -32,7 +32,8 @@ from foreserve.models.codec import (
 from foreserve.models.observed import Observed
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet
-from foreserve.planner.online import LivePolicy, Mode
+from foreserve.planner.online import LivePolicy
+from foreserve.planner.proposals import Mode
 from foreserve.planner.scenario import Scenario
 from foreserve.planner.wishes import Wishes
 from foreserve.runtime.controller import Controller

@@ -13,7 +13,7 @@ from foreserve.models.placement import Action, Placement, Replica, ReplicaId
 from foreserve.models.plan import LlmDemand
 from foreserve.models.problem import Fleet, held_bytes
 from foreserve.models.transitions import transition
-from foreserve.planner.online import Proposal
+from foreserve.planner.proposals import Proposal
 from foreserve.runtime.journal import Decision, Event, Faulted, Refusal
 from foreserve.runtime.live.remote import NodeStatus
 from foreserve.runtime.timeline import Past, Sample, Stay
