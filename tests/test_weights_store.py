@@ -365,13 +365,13 @@ class Gated(PosixMemory):
         self.copied.append(num_bytes)
         return Gate(self, super().copy(address, source, num_bytes))
 
-    def map(self, address: int, pages) -> None:
+    def map(self, address: int, pages, *, filled: bool = False) -> None:
         if self.fail_at_page is not None:
             listed = list(pages)
             if any(first + count > self.fail_at_page for first, count in listed):
                 raise OSError(12, "no more mappings")
             pages = listed
-        super().map(address, pages)
+        super().map(address, pages, filled=filled)
 
     def unmap(self, address: int, num_bytes: int) -> None:
         if num_bytes:
@@ -538,8 +538,34 @@ def test_a_load_that_fails_says_why_and_holds_nothing_more_than_it_got(gated):
     kept = weights.resident_bytes // PAGE
     assert kept <= 2
     assert (weights.slot.mapped, pool.free) == (kept, 8 - kept)
-    with pytest.raises(ValueError, match="pages for 16384 bytes"):
-        link.begin(weights.slot, 0, 4 * PAGE, pages=pool.books.take(1))
+
+
+def test_a_load_without_its_pages_fails_at_once(gated):
+    """KV took two of the slot's pages after it was asked how many are missing: the load
+    ends before it begins, and its page is free. Of too many the rest is free, too. A
+    closed link takes nothing."""
+    memory, pool, link = gated
+    memory.let(100)
+    source = _source(4 * PAGE)
+    weights = Weights(pool, len(source))
+    assert _begin(link, weights, source).ended.wait(SOON_S)
+    weights.settle()
+    weights.drop(1)
+    pages = pool.books.take(weights.missing_pages)
+    assert pages is not None
+    weights.drop(2)
+    load = weights.load(link, source.ctypes.data, pages)
+    assert (load.end, load.error) == ("failed", "1 pages where 3 are missing")
+    assert (pool.free, weights.resident_bytes) == (7, PAGE)
+    pages = pool.books.take(6)
+    assert pages is not None
+    load = weights.load(link, source.ctypes.data, pages)
+    assert load.ended.wait(SOON_S)
+    assert (load.end, pool.free) == ("done", 4)
+    link.close()
+    weights.drop(4)
+    assert _begin(link, weights, source).error == "the link is closed"
+    assert pool.free == 8
 
 
 def test_a_throttled_link_lets_bytes_through_as_time_passes():

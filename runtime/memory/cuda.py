@@ -143,7 +143,7 @@ class CudaMemory:
         self._enter()
         self.call("cuMemAddressFree", address, num_bytes)
 
-    def map(self, address: int, pages: Iterable[Run]) -> None:
+    def map(self, address: int, pages: Iterable[Run], *, filled: bool = False) -> None:
         self._enter()
         size, at = self.page_bytes, address
         try:

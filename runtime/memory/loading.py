@@ -138,27 +138,36 @@ class Link:
         urgent: bool = False,
     ) -> Load:
         """Copy the shard at ``source`` into ``slot``, of which ``resident_bytes`` are
-        there; ``pages`` are what the slot lacks, and are the load's from now on."""
+        there; ``pages`` are what the slot lacks, and are the load's from now on. It fails
+        at once if they are too few (somebody took some of the slot's meanwhile), or the
+        link is closed; what is too much is free."""
+        page_bytes = slot.pool.page_bytes
+        wanted = -(-num_bytes // page_bytes) - slot.mapped
+        pages.split(max(0, len(pages) - max(0, wanted))).release()
         with self._changed:
-            if self._closed:
-                raise ValueError("the link is closed")
-            have = slot.mapped + len(pages)
-            if have * slot.pool.page_bytes < num_bytes:
-                raise ValueError(f"{have} pages for {num_bytes} bytes")
             self._asked += 1
             load = Load(
                 slot=slot,
                 source=source,
                 num_bytes=num_bytes,
+                held_pages=slot.mapped + len(pages),
                 pages=pages.split(len(pages)),
                 urgent=urgent,
                 order=self._asked,
-                held_pages=have,
                 copied_bytes=resident_bytes,
                 _begun_bytes=resident_bytes,
             )
-            self._loads[load] = None
-            self._changed.notify_all()
+            if len(load.pages) < wanted:
+                load.error = f"{len(load.pages)} pages where {wanted} are missing"
+            elif self._closed:
+                load.error = "the link is closed"
+            if load.error:
+                load.pages.release()
+                load.end = "failed"
+                load.ended.set()
+            else:
+                self._loads[load] = None
+                self._changed.notify_all()
             return load
 
     def hurry(self, load: Load) -> None:

@@ -60,9 +60,10 @@ class Memory(Protocol):
         """Give up a range, of which nothing is mapped."""
         ...
 
-    def map(self, address: int, pages: Iterable[Run]) -> None:
+    def map(self, address: int, pages: Iterable[Run], *, filled: bool = False) -> None:
         """Have the pages at ``address``, one behind the other, to be read and written.
-        When it fails (`OSError`) nothing of it is mapped."""
+        ``filled``: all of them will be, and soon. When it fails (`OSError`) nothing of it
+        is mapped."""
         ...
 
     def unmap(self, address: int, num_bytes: int) -> None:
@@ -249,7 +250,7 @@ class Slot:
             mine = pages.split(len(pages))
             at = self.address + self.mapped_bytes
             try:
-                self.pool.memory.map(at, mine.runs())
+                self.pool.memory.map(at, mine.runs(), filled=True)
             except OSError:
                 pages.absorb(mine)
                 raise

@@ -52,10 +52,11 @@ class PosixMemory:
         num_pages: int,
         *,
         fd: int | None = None,
-        populate: bool = False,
+        populate: bool = True,
     ) -> None:
-        """``fd``: another process's memory, which is not closed here. ``populate``: fill
-        page tables when mapping, so that no first touch has to (it takes longer then)."""
+        """``fd``: another process's memory, which is not closed here. ``populate``: what
+        will be filled gets its page tables when it is mapped, so that copies, which go on
+        beside, need not wait for one after the other."""
         if page_bytes < 1 or page_bytes % mmap.PAGESIZE:
             raise InvalidInput(
                 f"pages of {page_bytes} bytes: expected a multiple of {mmap.PAGESIZE}"
@@ -63,7 +64,7 @@ class PosixMemory:
         if num_pages < 1:
             raise InvalidInput(f"a pool of {num_pages} pages: expected at least 1")
         self.page_bytes, self.num_pages = page_bytes, num_pages
-        self._flags = MAP_POPULATE if populate else 0
+        self._populate = populate
         self._owned = fd is None
         self.fd = os.memfd_create("foreserve-pages") if fd is None else fd
         """To be handed to other processes."""
@@ -97,9 +98,11 @@ class PosixMemory:
         _checked(_LIBC.munmap(address, num_bytes))
         del self._ranges[address]
 
-    def map(self, address: int, pages: Iterable[Run]) -> None:
+    def map(self, address: int, pages: Iterable[Run], *, filled: bool = False) -> None:
         access, at = mmap.PROT_READ | mmap.PROT_WRITE, address
-        flags = mmap.MAP_SHARED | MAP_FIXED | self._flags
+        flags = mmap.MAP_SHARED | MAP_FIXED
+        if filled and self._populate:
+            flags |= MAP_POPULATE
         try:
             for first, count in pages:
                 size = count * self.page_bytes

@@ -99,7 +99,11 @@ class HostStore:
         if image is None:
             return None
         fd, num_bytes = image
-        return Shared(fd, num_bytes, lambda: self._close(key))
+        try:
+            return Shared(fd, num_bytes, lambda: self._close(key))
+        except BaseException:
+            self._close(key)
+            raise
 
     def _open(self, key: str) -> tuple[int, int] | None:
         """A descriptor of its own for the caller, who is a reader until `_close`."""
@@ -115,7 +119,7 @@ class HostStore:
                 return None
             self._filling.add(key)
         fd = os.memfd_create("foreserve-weights")
-        done = False
+        done, own = False, -1
         try:
             os.ftruncate(fd, num_bytes)
             fill(np.frombuffer(mmap.mmap(fd, num_bytes), np.uint8))
@@ -125,13 +129,13 @@ class HostStore:
                 self._filling.discard(key)
                 self._ram.close(key, done=done)
                 if done:
-                    self._images[key] = fd
+                    self._images[key], own = fd, os.dup(fd)
                     self._ram.open(key, num_bytes)
                     self.read_bytes += num_bytes
                 else:
                     os.close(fd)
                 self._changed.notify_all()
-        return os.dup(fd), num_bytes
+        return own, num_bytes
 
     def _close(self, key: str) -> None:
         with self._changed:
