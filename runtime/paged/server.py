@@ -101,6 +101,7 @@ class Engine:
             input_tokens=spec["input_tokens"],
             output_tokens=spec["output_tokens"],
             rate_rps=spec["rate_rps"],
+            kept=True,
         )
         self.resident: Resident | None = None
         self.loaded = self.gone = False

@@ -62,6 +62,9 @@ class Service:
     output_tokens: float
     """Means."""
     rate_rps: float = 1.0
+    kept: bool = False
+    """Its weights stay, also where it is WARM and KV could use their memory: a plan has
+    given it to them."""
 
 
 class Resident:
@@ -199,6 +202,8 @@ class Worker:
             )
         self._residents[service.llm] = resident
         self.shelf.put(service.llm, [Weights(self.pool, resident.layout.num_bytes)])
+        if service.kept:
+            self.shelf.keep(service.llm)
         return resident
 
     def fetch(self, resident: Resident, *, urgent: bool = False) -> None:
