@@ -5,8 +5,8 @@
 1. Pages of 2 MiB mapped and unmapped one by one, and 512 in one call, in one run or
    scattered; before and after something was written to them; with and without page tables
    filled at once. Median of 7.
-2. A shard of 512 MiB from the store's shared memory into a slot, through a `Link`, beside one
-   memcpy of as many bytes; into pages mapped for the first time, or with page tables
+2. A shard of 512 MiB from the store's shared memory into a slot, through a `Link`, beside
+   one memcpy of as many bytes; into pages mapped for the first time, or with page tables
    filled. Median of 7 (the plain copies in between).
 3. Granting a KV page; taking 64 of 2 MiB back from weights, while a load is under way and
    without; pinning an LLM and making a view of it.
@@ -16,17 +16,23 @@
    20 tokens a second each from then on, and are sent back to the queue when pages run out,
    the last to join first. No cost model: what is counted is how many requests are held.
 
-Writes benchmarks/results/page_pool.json. Takes some minutes.
+5. Iterations that read 128 MiB once each (a stand-in for decoding) alone, beside loads of
+   512 MiB at full speed, and beside loads that a `Pacer` holds to a loss of 5 %.
+
+Writes benchmarks/results/page_pool.json; with ``--part`` only what that part found, beside
+what the file has of the others. Takes some minutes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,6 +44,7 @@ from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.memory.books import Books
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
 from foreserve.runtime.memory.loading import Link
+from foreserve.runtime.memory.pacing import Pacer
 from foreserve.runtime.memory.pool import PagePool, Slot
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.memory.rules import first_quotas, tail_waste
@@ -48,6 +55,7 @@ from foreserve.traces.formats import read_trace
 MIB, GIB = 1 << 20, 1 << 30
 PAGE = 2 * MIB
 REPEATS = 7
+PARTS = ("mapping", "copying", "granting", "beside", "held")
 LIBC = ctypes.CDLL(None)
 LIBC.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -226,6 +234,61 @@ def _two(values: list[float]) -> dict[str, float]:
         "p99": round(float(np.quantile(values, 0.99)), 3),
         "most": round(max(values), 3),
     }
+
+
+# --- 5. beside iterations ---------------------------------------------------------------
+
+
+def beside() -> list[dict[str, Any]]:
+    """Milliseconds of iterations, and GB/s of the copies."""
+    size, count = 512 * MIB, 400
+    pool = pool_of(size // PAGE)
+    store = HostStore(size, lambda _: (size, _fill))
+    shared = store.open("shard")
+    assert shared is not None
+    numbers = np.ones(32 * MIB, np.float32)
+    for _ in range(20):
+        numbers.sum()
+    alone_s = statistics.median(timed(numbers.sum) for _ in range(count))
+    rows = []
+    for how in ("alone", "full speed", "paced"):
+        link, weights = Link(SystemClock(), chunk_bytes=2 * MIB), Weights(pool, size)
+        pacer = Pacer(
+            link, least_bytes_per_s=2e7, first_bytes_per_s=1e8, most_bytes_per_s=1e10
+        )
+        copied, load, times = 0, None, []
+        for _ in range(50):
+            pacer.ran(timed(numbers.sum), alone_s)
+        begin_s = time.perf_counter()
+        for _ in range(count):
+            if how != "alone" and (load is None or load.ended.is_set()):
+                weights.drop(weights.held_pages)
+                copied += 0 if load is None else size
+                pages = pool.books.take(weights.missing_pages, top=True)
+                assert pages is not None
+                load = weights.load(link, shared.address, pages)
+            times.append(timed(numbers.sum))
+            if how == "paced":
+                pacer.ran(times[-1], alone_s)
+        took_s = time.perf_counter() - begin_s
+        copied += 0 if load is None else load.copied_bytes
+        half = times[count // 4 :]
+        rows.append(
+            {
+                "how": how,
+                "iteration_ms": round(statistics.median(half) * 1e3, 3),
+                "iteration_mean_ms": round(statistics.mean(half) * 1e3, 3),
+                "iteration_p99_ms": round(float(np.quantile(half, 0.99)) * 1e3, 3),
+                "copied_gb_per_s": round(copied / took_s / 1e9, 3),
+            }
+        )
+        click.echo(rows[-1])
+        weights.close()
+        link.close()
+    shared.close()
+    store.close()
+    pool.close()
+    return rows
 
 
 # --- 4. one pool or several ------------------------------------------------------------
@@ -445,13 +508,23 @@ def _shares(
 
 @click.command()
 @click.option("--horizon-s", default=1200.0, show_default=True)
-def main(horizon_s: float) -> None:
+@click.option("--part", type=click.Choice(PARTS), multiple=True, default=PARTS)
+def main(horizon_s: float, part: tuple[str, ...]) -> None:
     """Print and write everything."""
-    found: dict[str, Any] = {
-        "mapping": [*mapping(False), *mapping(True)],
-        "copying": copying(),
-        "granting": granting(),
+    parts: dict[str, Callable[[], Any]] = {
+        "mapping": lambda: [*mapping(False), *mapping(True)],
+        "copying": copying,
+        "granting": granting,
+        "beside": beside,
+        "held": lambda: holding(horizon_s),
     }
+    file = Path("benchmarks/results/page_pool.json")
+    before = json.loads(file.read_text()) if file.exists() else {}
+    kept = {name: before[name] for name in parts if name in before}
+    write_result("page_pool", {**kept, **{name: parts[name]() for name in part}})
+
+
+def holding(horizon_s: float) -> list[dict[str, Any]]:
     rows = []
     schemes = ("one pool", "by rate x bytes", "by time held", "halves")
     for scale in (0.5, 1.0, 1.5):
@@ -461,7 +534,7 @@ def main(horizon_s: float) -> None:
     for page_mib in (2, 16):
         rows.append(waste(1.0, page_mib * MIB, "one pool", horizon_s))
         click.echo(rows[-1])
-    write_result("page_pool", {**found, "held": rows})
+    return rows
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from foreserve.runtime.engines import tiny
 from foreserve.runtime.memory.books import Books
 from foreserve.runtime.memory.cuda import CudaMemory
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace
-from foreserve.runtime.memory.loading import Link, Load, TokenBucket, next_rate
+from foreserve.runtime.memory.loading import Link, Load
+from foreserve.runtime.memory.pacing import Pacer, TokenBucket, next_rate
 from foreserve.runtime.memory.pool import Copying, InUse, PagePool
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.memory.safetensors import (
@@ -635,6 +636,36 @@ def test_copies_beside_serving_stay_within_the_loss_that_is_allowed():
         0.1, 1.0, 0.01, most_loss=0.05, least_bytes_per_s=0.1, most_bytes_per_s=9
     )
     assert slow == 0.1
+
+
+def test_iterations_set_the_rate_of_the_copies_beside_them(gated):
+    """Iterations of two sizes take what the model says without copies; with copies under
+    way they lose in proportion to the rate, 40 % at the most it may be. The rate begins
+    where it is told to, climbs while less than 5 % is lost and is halved above; it is
+    lifted when nobody is served."""
+    _, pool, link = gated
+    bucket, most = link.throttle, 1e9
+    pacer = Pacer(
+        link, least_bytes_per_s=1e6, first_bytes_per_s=1e7, most_bytes_per_s=most
+    )
+    for _ in range(5):
+        pacer.ran(0.02, 0.02)
+    assert bucket.bytes_per_s == float("inf")
+    load = _begin(link, Weights(pool, 3 * PAGE), _source(3 * PAGE))
+    losses = []
+    for number in range(1600):
+        expected_s = (0.01, 0.04)[number % 2]
+        rate = min(bucket.bytes_per_s, most)
+        losses.append(0.4 * rate / most)
+        pacer.ran(expected_s * (1 + losses[-1]), expected_s)
+    # The first was under way before anything was known of copies.
+    assert (losses[0], losses[1]) == (0.4, 0.004)
+    assert max(losses[1:]) <= 0.05 * 1.1 + 1e-9
+    assert np.mean(losses[800:]) <= 0.05
+    assert np.mean(losses[800:]) >= 0.025
+    pacer.idle()
+    assert bucket.bytes_per_s == float("inf")
+    link.cancel(load)
 
 
 def test_loading_is_the_same_code_on_a_gpu():

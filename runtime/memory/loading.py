@@ -19,56 +19,10 @@ from typing import Literal
 
 from foreserve.runtime.clock import Clock
 from foreserve.runtime.memory.books import Pages
+from foreserve.runtime.memory.pacing import TokenBucket
 from foreserve.runtime.memory.pool import Copying, Slot
 
 End = Literal["done", "cancelled", "failed"]
-
-
-def next_rate(
-    bytes_per_s: float,
-    tpot_s: float,
-    alone_s: float,
-    *,
-    most_loss: float,
-    least_bytes_per_s: float,
-    most_bytes_per_s: float,
-) -> float:
-    """The rate of copies beside serving, after decode iterations of ``tpot_s`` were seen
-    that take ``alone_s`` without copies: halved if they lost more than ``most_loss`` of
-    it, else a tenth up. Never below the least, or nothing would ever arrive."""
-    too_much = tpot_s > alone_s * (1 + most_loss)
-    changed = bytes_per_s * (0.5 if too_much else 1.1)
-    return min(max(changed, least_bytes_per_s), most_bytes_per_s)
-
-
-@dataclass(slots=True)
-class TokenBucket:
-    """Lets bytes through at a rate; after a pause up to ``burst_bytes`` at once."""
-
-    burst_bytes: float
-    bytes_per_s: float = math.inf
-    """May be changed at any time."""
-    _level: float = 0.0
-    _seen_s: float = -math.inf
-
-    def wait_s(self, now_s: float) -> float:
-        """Until the next bytes may go."""
-        self._fill(now_s)
-        return max(0.0, -self._level / self.bytes_per_s)
-
-    def spend(self, num_bytes: int, now_s: float) -> None:
-        """They go now; the next ones wait for as long as these were worth."""
-        self._fill(now_s)
-        if not math.isinf(self.bytes_per_s):
-            self._level -= num_bytes
-
-    def _fill(self, now_s: float) -> None:
-        if math.isinf(self.bytes_per_s) or math.isinf(self._seen_s):
-            self._level = 0.0
-        else:
-            gained = (now_s - self._seen_s) * self.bytes_per_s
-            self._level = min(self.burst_bytes, self._level + gained)
-        self._seen_s = now_s
 
 
 @dataclass(eq=False)
@@ -182,6 +136,11 @@ class Link:
         with self._changed:
             load._cancelled = True
             self._changed.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a load is under way."""
+        return bool(self._loads)
 
     def set_rate(self, bytes_per_s: float) -> None:
         """Copy at most so fast from now on, all loads together."""
