@@ -16,7 +16,7 @@ killed, as a supervisor would. For each fault:
 - ``active_again_s``: by the journal, the longest from the fault until such an LLM had an
   ACTIVE replica again, 0 for one that never was without; and ``load_s``, what of this is
   the plan's time to load and activate that replica;
-- ``ends``: how the requests ended that were sent from then on until the next fault.
+- ``ends``: how the requests ended that ended from then on until the next fault.
 
 In the end the logs are checked (`runtime/live/check.py`), and what the clients saw is
 compared with what the journal has. Needs the data folder beside the repository.
@@ -104,11 +104,14 @@ async def play(trace: Trace, clients: Clients) -> None:
 
 
 async def strike(
-    run: Supervised, clients: Clients, kind: str, node: str, busiest: list[str]
+    run: Supervised, clients: Clients, kind: str, spared: set[str], busiest: list[str]
 ) -> Inflicted:
-    """Once the cluster is whole: one fault, and what comes of it."""
+    """Once the cluster is whole: one fault, on the node with most LLMs that serve or on
+    the busiest LLM that has a single replica, none of those that were hit before."""
     await run.whole()
-    llm, _ = await run.single(busiest)
+    llm, _ = await run.single([name for name in busiest if name not in spared])
+    serve = Counter(node for at in (await run.active()).values() for node in set(at))
+    node = max(sorted(set(run.nodes()) - spared), key=lambda name: serve[name])
     clock_s, at_s = (await run.admin("status"))["now_s"], monotonic()
     scene, outages = await inflict(run, clients, kind, node, llm)
     planned_s = None
@@ -127,6 +130,11 @@ async def strike(
     )
 
 
+def of_engine(kind: str) -> bool:
+    """Whether a fault hits one engine alone."""
+    return kind.startswith("engine ") and "server" not in kind
+
+
 async def _planned(run: Supervised, after_s: float) -> float:
     """When a solve that began later has come to a plan."""
     while True:
@@ -139,15 +147,16 @@ async def _planned(run: Supervised, after_s: float) -> float:
 async def faults(
     run: Supervised, clients: Clients, busiest: list[str], every_s: float
 ) -> list[Inflicted]:
-    """All of them, a node after the other."""
+    """All of them, one after the other."""
     start_s, found = monotonic(), []
+    spared: set[str] = set()
     for number, kind in enumerate(FAULTS):
         due_s = start_s + FIRST_S + number * every_s
         await asyncio.sleep(due_s - monotonic())
-        nodes = run.nodes()
-        node = nodes[number % len(nodes)]
-        found.append(await strike(run, clients, kind, node, busiest))
+        found.append(await strike(run, clients, kind, spared, busiest))
         last = found[-1]
+        spared.add(last.llm if of_engine(kind) else last.node)
+        spared -= {last.node} if spared >= set(run.nodes()) else set()
         click.echo(f"{last.kind}: {max(last.outages.values(), default=0.0):.2f} s")
     return found
 
@@ -178,17 +187,22 @@ def again(
     active: dict[str, set[Any]] = {}
     found = {llm: (0.0, 0.0) for llm in fault.outages}
     without: set[str] = set()
+    loaded: set[Any] = set()
     for event in read_journal(journal):
         if event.at_s > until_s:
             break
         if not isinstance(event, PhaseChange):
             continue
         serving = active.setdefault(event.llm, set())
+        if event.phase == "LOADING" and event.at_s > fault.clock_s:
+            loaded.add((event.llm, event.gpus))
         if event.phase == "ACTIVE":
             if event.llm in without and event.at_s > fault.clock_s:
                 option = fleet.option_of(event.llm, event.gpus)
-                took_s = event.at_s - fault.clock_s
-                found[event.llm] = (took_s, option.load_s + option.activate_s)
+                takes_s = option.load_s + option.activate_s
+                if (event.llm, event.gpus) not in loaded:
+                    takes_s = 0.0
+                found[event.llm] = (event.at_s - fault.clock_s, takes_s)
                 without.discard(event.llm)
             serving.add(event.gpus)
         else:
@@ -208,11 +222,10 @@ def rows(
         until_s = 1e12 if later is None else later.clock_s
         seen = again(fleet, journal, fault, until_s)
         slowest = max(seen.values(), default=(0.0, 0.0))
-        engine = fault.kind.startswith("engine ") and "server" not in fault.kind
         yield {
             "fault": fault.kind,
             "at_s": round(fault.at_s - first_s, 1),
-            "target": fault.llm if engine else fault.node,
+            "target": fault.llm if of_engine(fault.kind) else fault.node,
             "llms": len(fault.outages),
             "outage_s": round(max(fault.outages.values(), default=0.0), 2),
             "active_again_s": round(slowest[0], 2),

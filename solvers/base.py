@@ -182,7 +182,8 @@ class SolverPool:
         fallback, began_s = start, perf_counter()
         try:
             grace_s = GRACE_S
-            if self._child is None and compiles(problem, self.name):
+            starts = self._child is None or self._child[0].poll() is not None
+            if starts and compiles(problem, self.name):
                 grace_s += COMPILE_S
             pipe = self._pipe()
             deadline_s = perf_counter() + self.options.time_limit_s + grace_s
@@ -200,6 +201,8 @@ class SolverPool:
 
     def _pipe(self) -> Connection:
         """The pipe to a child that has imported its solver; starts one if needed."""
+        if self._child is not None and self._child[0].poll() is not None:
+            self.close()  # it was killed while it had nothing to do
         if self._child is None:
             here, there = Pipe()
             code = "from foreserve.solvers.child import main; main()"

@@ -143,7 +143,7 @@ class Clients:
             Counter(
                 sent.outcome
                 for sent in self.sent
-                if sent.probe == probes and begin_s <= sent.sent_s < end_s
+                if sent.probe == probes and begin_s <= sent.end_s < end_s
             )
         )
 

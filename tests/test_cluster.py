@@ -25,7 +25,7 @@ from foreserve.runtime.journal import Faulted, PhaseChange, Started, read_journa
 from foreserve.runtime.ledger import Ledger
 from foreserve.runtime.simulated import simulate
 from foreserve.runtime.simulated.backend import SimulatedBackend
-from foreserve.runtime.simulated.links import Link
+from foreserve.runtime.links import Link
 from foreserve.runtime.tally import Tally
 from foreserve.traces.trace import Trace
 from tests.build import cluster, fleet, gpu, option, small_plan

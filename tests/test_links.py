@@ -13,7 +13,7 @@ from foreserve.models import catalog
 from foreserve.models.loading import LoadRules, load_times
 from foreserve.models.specs import Node
 from foreserve.runtime.hostram import HostRam
-from foreserve.runtime.simulated.links import Links, ProcessPool, Transfer, transfer
+from foreserve.runtime.links import Links, ProcessPool, Transfer, transfer
 from tests.build import cluster, gpu, option
 
 

@@ -126,6 +126,26 @@ def test_a_lost_replica_is_replaced_elsewhere():
     assert again == plan.epochs[0].placement
 
 
+def test_a_replica_that_failed_is_sought_elsewhere():
+    """a's planned replica has failed, is waited with, and a waits: it is wanted on the
+    other GPU, too, and where it was, so that nobody gives that up; with nobody waiting, as
+    planned. Once three replicas of an LLM have failed no further place is tried."""
+    options = (option("a"), option("b"))
+    on = cluster(gpus=4)
+    plan = plan_with(active("a", gpu(0)), options=options, on=on)
+    policy = get_policy("planned", plan, 30.0)
+
+    def wanted(waiting: dict[str, int], *failed: int) -> list[tuple[object, ...]]:
+        busy = frozenset(ReplicaId(llm="a", gpus=(gpu(i),)) for i in failed)
+        seen = Observed(now_s=5.0, waiting=waiting, busy=busy)
+        return sorted(r.gpus for r in policy.decide(5.0, seen).of("a", "ACTIVE"))
+
+    assert wanted({"a": 1}, 0) == [(gpu(0),), (gpu(1),)]
+    assert wanted({"a": 1}, 0, 1) == [(gpu(0),), (gpu(2),)]
+    assert wanted({}, 0) == [(gpu(0),)]
+    assert wanted({"a": 1}, 0, 1, 2) == [(gpu(0),)]
+
+
 def test_the_least_number_holds_beside_a_lost_gpu():
     """min_active 1: a is wanted elsewhere without any request; with nowhere to go, the
     lost replica stays wanted, so that the placement keeps the operator's rule."""

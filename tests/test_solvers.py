@@ -95,6 +95,20 @@ def test_hard_time_limit(one: Problem, short_grace: None) -> None:
     assert "killed" in solved.report.message
 
 
+def test_a_child_that_is_killed_between_solves_is_replaced(one: Problem) -> None:
+    """Idle, and gone when it is asked again: nobody notices but by its number."""
+    with SolverPool("greedy", QUICK) as pool:
+        first = pool.solve(one)
+        assert pool._child is not None
+        killed = pool._child[0]
+        killed.kill()
+        killed.wait()
+        again = pool.solve(one)
+        assert pool._child[0].pid != killed.pid
+    assert again.schedule == first.schedule
+    assert again.report.status is first.report.status
+
+
 def test_killed_child_is_replaced(one: Problem, short_grace: None) -> None:
     """One pool: an answer, a kill, and an answer again from a new process."""
     stuck = replace(one, initial=placement(("a", "n0/0", "WARM")))

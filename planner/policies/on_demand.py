@@ -25,6 +25,8 @@ SCALE_UP, SCALE_DOWN = 0.8, 0.5
 MOST_MADE = 4096
 """Placements that a rule keeps at hand."""
 REVIEW_S = 5.0
+ELSEWHERE = 3
+"""An LLM of which so many replicas have failed is not tried on yet another place."""
 
 
 def planned(plan: Plan, keep_alive_s: float) -> OnDemand:
@@ -136,6 +138,11 @@ class _Draft:
         self.rule, self.base, self.observed = rule, base, observed
         self.seen = {replica.id: replica for replica in observed.replicas}
         self.serving = {r.id for r in base.replicas if r.state == "ACTIVE"}
+        self.failing = {key for key in observed.busy if key not in self.seen}
+        """They have failed, and may not be loaded for now."""
+        tried = Counter(key.llm for key in self.failing)
+        self.missed = {key for key in self.failing if tried[key.llm] < ELSEWHERE}
+        """Of these, those in whose place another one is looked for."""
         self.in_system = Counter(observed.waiting)
         for replica in observed.replicas:
             self.in_system[replica.llm] += replica.in_flight
@@ -231,7 +238,7 @@ class _Draft:
         return least > 0 and len(self._serving(llm)) < least
 
     def _serving(self, llm: str) -> list[ReplicaId]:
-        return [key for key in self.serving if key.llm == llm]
+        return [k for k in self.serving if k.llm == llm and k not in self.missed]
 
     def _nothing_to_keep(self) -> bool:
         known = self.base.by_id
@@ -255,7 +262,9 @@ class _Draft:
         options = [
             (option, key)
             for option, key in self.rule.blocks[llm]
-            if key not in self.serving and self.observed.lost_gpus.isdisjoint(key.gpus)
+            if key not in self.serving
+            and key not in self.failing
+            and self.observed.lost_gpus.isdisjoint(key.gpus)
         ]
         for _, key in sorted(options, key=lambda pair: self._rank(*pair)):
             if self._make_room(key.gpus):

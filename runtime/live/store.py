@@ -20,10 +20,10 @@ from pathlib import Path
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.models.specs import GpuId
 from foreserve.runtime.hostram import HostRam
+from foreserve.runtime.links import transfer
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.messages import HostRow
 from foreserve.runtime.live.pages import Cancelled, Held, available_bytes
-from foreserve.runtime.simulated.links import transfer
 
 SPARE_SHARE = 0.1
 """Of the machine's available memory, left alone when files are brought in."""

@@ -10,7 +10,7 @@ from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.models.specs import ClusterSpec, GpuId, GpuType, Node
 from foreserve.runtime.hostram import HostRam
-from foreserve.runtime.simulated.links import Link, Links, ProcessPool, transfer
+from foreserve.runtime.links import Link, Links, ProcessPool, transfer
 
 CACHED: tuple[HostCache, ...] = ("lru", "planned")
 """Host memory is a cache. A plan's choice of what it keeps is not enforced here: what was
