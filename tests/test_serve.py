@@ -25,7 +25,7 @@ models:
   - {name: small, llm: llama-3.1-8b, input_tokens: 500, output_tokens: 100}
   - {name: other, llm: qwen2.5-7b, input_tokens: 500, output_tokens: 100}
   - {name: large, llm: llama-3.1-70b, input_tokens: 500, output_tokens: 100}
-epoch: 20s
+epoch: 600s
 forecast: {method: last}
 solver: {name: greedy, time_limit: 2s}
 """
@@ -152,7 +152,7 @@ def test_it_stops_when_told_and_leaves_nothing_behind(served: Served) -> None:
 
 def test_after_a_kill_the_next_start_finds_the_engines(served: Served) -> None:
     """SIGKILL to the whole front: agents and engines live on, the next start serves the
-    LLM without loading it again."""
+    LLM without loading it again. No epoch ends meanwhile, which might want it elsewhere."""
     assert served.ask("small")[0] == 200
     served.process.kill()
     served.process.wait(10.0)
