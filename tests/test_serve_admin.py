@@ -70,7 +70,7 @@ class Operated(Served):
 
         def is_done() -> bool:
             receipt.update(self.get(f"actions/{action}"))
-            return receipt["state"] == "done"
+            return bool(receipt["state"] == "done")
 
         until(is_done, lambda: str(receipt))
         return receipt
@@ -295,7 +295,7 @@ def test_status_on_the_command_line(operated: Operated) -> None:
         assert word in done.stdout
     about = json.loads((operated.folder / "st/admin.json").read_text())
     reader = {"authorization": f"Bearer {about['reader_token']}"}
-    assert operated.call("GET", "view", **reader)[0] == 200
+    assert operated.call("GET", "view", None, **reader)[0] == 200
     assert operated.call("POST", "nodes/m/drain", b"", **reader)[0] == 403
     seen = operated.status()
     assert {row["node"] for row in seen["nodes"]} == {"m", "n"}

@@ -22,8 +22,8 @@ def made() -> Timeline:
     return Timeline(epoch_s=10.0, keep_s=100.0, recent_s=5.0)
 
 
-def phase(at_s: float, phase: Phase | None, llm: str = "a", **options) -> PhaseChange:
-    return PhaseChange(at_s=at_s, llm=llm, gpus=GPUS, phase=phase, **options)
+def phase(at_s: float, phase: Phase | None, *, lost: bool = False) -> PhaseChange:
+    return PhaseChange(at_s=at_s, llm="a", gpus=GPUS, phase=phase, lost=lost)
 
 
 def ended(at_s: float, first_s: float | None, result: str = "finished") -> RequestEnd:
