@@ -240,51 +240,59 @@ def _two(values: list[float]) -> dict[str, float]:
 
 
 def beside() -> list[dict[str, Any]]:
-    """Milliseconds of iterations, and GB/s of the copies."""
-    size, count = 512 * MIB, 400
+    """Milliseconds of iterations, what they lose beside the block alone of their round,
+    and GB/s of the copies: blocks of 60 in turns, since the machine's own pace drifts."""
+    size, count, rounds = 512 * MIB, 60, 12
     pool = pool_of(size // PAGE)
     store = HostStore(size, lambda _: (size, _fill))
     shared = store.open("shard")
     assert shared is not None
     numbers = np.ones(32 * MIB, np.float32)
-    for _ in range(20):
-        numbers.sum()
-    alone_s = statistics.median(timed(numbers.sum) for _ in range(count))
+    expected_s = statistics.median(timed(numbers.sum) for _ in range(count))
+    link, weights = Link(SystemClock(), chunk_bytes=2 * MIB), Weights(pool, size)
+    pacer = Pacer(
+        link, least_bytes_per_s=2e7, first_bytes_per_s=2e8, most_bytes_per_s=1e10
+    )
+    blocks: dict[str, list[tuple[float, float, float]]] = {}
+    for _ in range(rounds):
+        alone_s = 0.0
+        for how in ("alone", "full speed", "paced"):
+            if how == "full speed":
+                pacer.idle()
+            copied, load, times = 0, None, []
+            begin_s = time.perf_counter()
+            for _ in range(count):
+                if how != "alone" and (load is None or load.ended.is_set()):
+                    copied += 0 if load is None else size
+                    weights.drop(weights.held_pages)
+                    pages = pool.books.take(weights.missing_pages, top=True)
+                    assert pages is not None
+                    load = weights.load(link, shared.address, pages)
+                times.append(timed(numbers.sum))
+                if how != "full speed":
+                    pacer.ran(times[-1], expected_s)
+            took_s = time.perf_counter() - begin_s
+            copied += 0 if load is None else load.copied_bytes
+            weights.drop(weights.held_pages)
+            middle_s = statistics.median(times)
+            alone_s = middle_s if how == "alone" else alone_s
+            found = (middle_s, middle_s / alone_s - 1, copied / took_s)
+            blocks.setdefault(how, []).append(found)
     rows = []
-    for how in ("alone", "full speed", "paced"):
-        link, weights = Link(SystemClock(), chunk_bytes=2 * MIB), Weights(pool, size)
-        pacer = Pacer(
-            link, least_bytes_per_s=2e7, first_bytes_per_s=1e8, most_bytes_per_s=1e10
-        )
-        copied, load, times = 0, None, []
-        for _ in range(50):
-            pacer.ran(timed(numbers.sum), alone_s)
-        begin_s = time.perf_counter()
-        for _ in range(count):
-            if how != "alone" and (load is None or load.ended.is_set()):
-                weights.drop(weights.held_pages)
-                copied += 0 if load is None else size
-                pages = pool.books.take(weights.missing_pages, top=True)
-                assert pages is not None
-                load = weights.load(link, shared.address, pages)
-            times.append(timed(numbers.sum))
-            if how == "paced":
-                pacer.ran(times[-1], alone_s)
-        took_s = time.perf_counter() - begin_s
-        copied += 0 if load is None else load.copied_bytes
-        half = times[count // 4 :]
+    for how, found in blocks.items():
+        middle_s, loss, rate = zip(*found, strict=True)
         rows.append(
             {
                 "how": how,
-                "iteration_ms": round(statistics.median(half) * 1e3, 3),
-                "iteration_mean_ms": round(statistics.mean(half) * 1e3, 3),
-                "iteration_p99_ms": round(float(np.quantile(half, 0.99)) * 1e3, 3),
-                "copied_gb_per_s": round(copied / took_s / 1e9, 3),
+                "iteration_ms": round(statistics.median(middle_s) * 1e3, 3),
+                "loss": round(statistics.median(loss), 4),
+                "loss_by_round": [round(x, 4) for x in loss],
+                "copied_gb_per_s": round(statistics.median(rate) / 1e9, 3),
             }
         )
         click.echo(rows[-1])
-        weights.close()
-        link.close()
+    link.close()
+    weights.close()
     shared.close()
     store.close()
     pool.close()

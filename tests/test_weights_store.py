@@ -642,7 +642,7 @@ def test_iterations_set_the_rate_of_the_copies_beside_them(gated):
     """Iterations of two sizes take what the model says without copies; with copies under
     way they lose in proportion to the rate, 40 % at the most it may be. The rate begins
     where it is told to, climbs while less than 5 % is lost and is halved above; it is
-    lifted when nobody is served."""
+    lifted when nobody is served, and where it was when somebody is again."""
     _, pool, link = gated
     bucket, most = link.throttle, 1e9
     pacer = Pacer(
@@ -663,8 +663,11 @@ def test_iterations_set_the_rate_of_the_copies_beside_them(gated):
     assert max(losses[1:]) <= 0.05 * 1.1 + 1e-9
     assert np.mean(losses[800:]) <= 0.05
     assert np.mean(losses[800:]) >= 0.025
+    last = bucket.bytes_per_s
     pacer.idle()
     assert bucket.bytes_per_s == float("inf")
+    pacer.ran(0.01, 0.01)
+    assert bucket.bytes_per_s == last
     link.cancel(load)
 
 

@@ -80,6 +80,8 @@ class Pacer:
     every: int = 8
     """Iterations between two changes of the rate, which goes by their median."""
     _rate: float = 0.0
+    """The last one it set; 0 before the first."""
+    _lifted: bool = True
     _alone: float | None = None
     _beside: list[float] = field(default_factory=list)
 
@@ -91,8 +93,8 @@ class Pacer:
             self._beside.clear()
             self._learn(ratio)
             return
-        if self._rate == 0.0:
-            self._set(self.first_bytes_per_s)
+        if self._lifted:
+            self._set(self._rate or self.first_bytes_per_s)
         self._beside.append(ratio)
         if len(self._beside) < self.every:
             return
@@ -114,10 +116,10 @@ class Pacer:
         )
 
     def idle(self) -> None:
-        """Nobody is served: copies go as fast as they can."""
+        """Nobody is served: copies go as fast as they can, until somebody is."""
         self._beside.clear()
-        if self._rate:
-            self._rate = 0.0
+        if not self._lifted:
+            self._lifted = True
             self.link.set_rate(math.inf)
 
     def _learn(self, ratio: float) -> None:
@@ -125,5 +127,5 @@ class Pacer:
         self._alone = known + 0.05 * (ratio - known)
 
     def _set(self, bytes_per_s: float) -> None:
-        self._rate = bytes_per_s
+        self._rate, self._lifted = bytes_per_s, False
         self.link.set_rate(bytes_per_s)
