@@ -11,7 +11,7 @@ from time import monotonic
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 torch = pytest.importorskip("torch", reason="the paged engine needs torch")
 pytest.importorskip("transformers", reason="LLMs are made for both")
 

@@ -15,7 +15,7 @@ from foreserve.models.cost import IterationTime  # noqa: E402
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace  # noqa: E402
 from foreserve.runtime.memory.pool import PagePool  # noqa: E402
 from foreserve.runtime.memory.posix import PosixMemory  # noqa: E402
-from foreserve.runtime.paged.group import Group, Hosted, Job  # noqa: E402
+from foreserve.runtime.paged.group import Group, Hosted, Job, TooLong  # noqa: E402
 from foreserve.runtime.paged.loading import tensor  # noqa: E402
 from foreserve.runtime.paged.sampling import GREEDY, Sampling, choose  # noqa: E402
 from foreserve.runtime.paged.text import Speech, Words  # noqa: E402
@@ -164,6 +164,18 @@ def test_what_ends_an_answer(llms):
     assert cancelled.reason == "abort"
 
 
+def test_what_would_never_fit(llms):
+    """Ten pages hold 40 tokens: 39 and an answer of two (whose last one never gets there)
+    do, 40 and two are refused, and nothing of them stays."""
+    (llm, *_) = llms
+    stand = Stand([llm], 10)
+    fits = stand.ask(llm, [5] * 39, tokens=2)
+    with pytest.raises(TooLong, match="40 prompt tokens and 2 more"):
+        stand.ask(llm, [5] * 40, tokens=2)
+    stand.run()
+    assert fits.tokens == llm.after_each([5] * 39, fits.tokens)
+
+
 def test_an_llm_leaves_and_comes_back(llms):
     """What it was asked is aborted and its pages are free; its neighbour's answer is as if
     nothing had happened, and so is its own when it is asked again."""
@@ -251,6 +263,23 @@ def test_speech(llms):
     assert not stopped
     cut = len(words.tokens("kalo é ")) + 2
     assert "".join(said([], cut)[0]) == "kalo é \ufffd"
+
+
+def test_speech_without_a_stream(llms):
+    """A tokenizer whose stream gives up is asked for the whole text instead."""
+    words = Words(llms[0].folder)
+    tokens = words.tokens("kalo é 😀 so")
+
+    class Fails:
+        def step(self, tokenizer, token):
+            raise RuntimeError("invalid prefix")
+
+    speech = Speech(words)
+    pieces = [speech.add(token) for token in tokens[:3]]
+    speech._stream = Fails()
+    pieces += [speech.add(token) for token in tokens[3:]]
+    assert "".join([*pieces, speech.end()]) == "kalo é 😀 so"
+    assert "😀" in pieces
 
 
 def test_chat_template(llms):

@@ -14,7 +14,7 @@ from time import monotonic
 
 import pytest
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 pytest.importorskip("torch", reason="the paged engine needs torch")

@@ -47,8 +47,11 @@ class Asked:
     """The LLM's own end does not end the answer."""
 
 
-def understand(body: Mapping[str, Any], words: Words, *, chat: bool) -> Asked:
-    """Raises `Refused` with what is wrong, or not done here."""
+def understand(
+    body: Mapping[str, Any], words: Words, vocabulary: int, *, chat: bool
+) -> Asked:
+    """``vocabulary``: tokens that the LLM knows. Raises `Refused` with what is wrong, or
+    not done here."""
     for name, plain in UNKNOWN.items():
         if body.get(name) not in plain:
             raise Refused(400, f"{name}: this engine does not do that")
@@ -64,6 +67,8 @@ def understand(body: Mapping[str, Any], words: Words, *, chat: bool) -> Asked:
         raise Refused(400, str(error)) from error
     if not tokens:
         raise Refused(400, "the prompt has no tokens")
+    if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise Refused(400, "prompt: a token that the LLM does not have")
     most = body.get("max_completion_tokens") or body.get("max_tokens")
     if most is None and not chat:
         most = COMPLETION_TOKENS
@@ -96,8 +101,6 @@ def _prompt(body: Mapping[str, Any], words: Words) -> list[int]:
     if isinstance(prompt, str):
         return words.tokens(prompt)
     if isinstance(prompt, list) and prompt and all(type(x) is int for x in prompt):
-        if not 0 <= min(prompt) <= max(prompt) < words.tokenizer.get_vocab_size():
-            raise Refused(400, "prompt: a token that the LLM does not have")
         return prompt
     raise Refused(400, "prompt: expected a text, or a list of token ids")
 

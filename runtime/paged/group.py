@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from foreserve.models.cost import IterationTime
+from foreserve.models.errors import ForeserveError
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
 from foreserve.runtime.memory.rules import pages_of
 from foreserve.runtime.paged.attention import Work, cache_view, plan_step
@@ -28,6 +29,10 @@ from foreserve.runtime.turns import Rules, Turn, next_turn
 Reason = Literal["stop", "length", "abort"]
 PACE_SHARE = 0.1
 """Weight of the last iteration in what is known of this machine's pace."""
+
+
+class TooLong(ForeserveError):
+    """The pool would never hold that request."""
 
 
 class Listener(Protocol):
@@ -197,12 +202,14 @@ class Group:
     # --- requests ------------------------------------------------------------------
 
     def submit(self, job: Job) -> None:
-        """It has come. ``job.prompt`` is not empty, and with ``most_tokens`` it has at most
-        `room_tokens`."""
+        """It has come; ``job.prompt`` is not empty. Raises `TooLong` if prompt and answer
+        may have more than `room_tokens`."""
         hosted = self._hosted[job.service]
-        prompt = len(job.prompt)
-        if not prompt or prompt + job.most_tokens - 1 > self.room_tokens(job.service):
-            raise ValueError("the request would never fit")
+        prompt, room = len(job.prompt), self.room_tokens(job.service)
+        if prompt + job.most_tokens - 1 > room:
+            raise TooLong(
+                f"{prompt} prompt tokens and {job.most_tokens} more do not fit into {room}"
+            )
         job.known = list(job.prompt)
         prefill_s = hosted.time.prefill_s(prompt, prompt**2) * self._pace[job.service]
         self._made += 1
@@ -231,8 +238,7 @@ class Group:
     def make_room(self, pages: int) -> bool:
         """Have so many pages free: the last to have come give theirs up, and compute
         again. False, and nothing done, if those in flight could not end then."""
-        most = max((self._most_pages(job) for job in self._jobs), default=0)
-        if self.space.pages() - pages < most:
+        if self.space.pages() - pages < self.largest:
             return False
         for job in reversed(tuple(self._jobs)):
             if self.space.pools[0].free >= pages:
@@ -240,6 +246,12 @@ class Group:
             if job.resident:
                 self._evict(job)
         return self.space.pools[0].free >= pages
+
+    @property
+    def largest(self) -> int:
+        """Pages that the largest request in flight may come to need: with fewer it would
+        never end."""
+        return max((self._most_pages(job) for job in self._jobs), default=0)
 
     def held(self, service: int) -> int:
         """Pages that its requests have. Any thread."""

@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,9 +37,9 @@ from foreserve.runtime.memory.cuda import CudaMemory
 from foreserve.runtime.memory.pool import Memory, PagePool
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.paged.asked import understand
-from foreserve.runtime.paged.group import Job, Reason
+from foreserve.runtime.paged.group import Job, Reason, TooLong
 from foreserve.runtime.paged.text import Speech
-from foreserve.runtime.paged.worker import Resident, Service, Worker
+from foreserve.runtime.paged.worker import LoadFailed, Resident, Service, Worker
 from foreserve.runtime.scheduler import POLICIES
 from foreserve.runtime.turns import Rules
 
@@ -105,19 +106,16 @@ class Engine:
         )
         self.resident: Resident | None = None
         self.loaded = self.gone = False
+        self.lock = threading.Lock()
+        """Of these two: a load may end as the engine does."""
         self.series = Series(self.name)
         self.seen: dict[Answer, tuple[int, float]] = {}
         """Tokens given, and when: of those being answered."""
 
-    def room(self, worker: Worker) -> int:
-        """Tokens of one request with its answer."""
-        assert self.resident is not None
-        assert self.resident.number is not None
-        return min(
-            self.room_tokens,
-            self.resident.config.context_tokens,
-            worker.group.room_tokens(self.resident.number),
-        )
+    def room(self, resident: Resident) -> int:
+        """Tokens of one request with its answer, as far as is known here: the pool may
+        have less for now."""
+        return min(self.room_tokens, resident.config.context_tokens)
 
     def heard(self, answer: Answer, given: int, now_s: float) -> None:
         """For the metrics: tokens have come."""
@@ -193,8 +191,9 @@ class Node:
 
     def _submitted(self, answer: Answer, done: Future[None]) -> None:
         """In the worker's thread."""
-        if done.exception() is not None:  # Asleep by now, or without room.
-            self.loop.call_soon_threadsafe(answer.connection.abort)
+        error = done.exception()
+        if error is not None:
+            self.loop.call_soon_threadsafe(answer.connection.reject, answer, error)
 
     def _stepped(self) -> None:
         """In the worker's thread: hand over what was said."""
@@ -330,20 +329,24 @@ class Connection(HttpConnection):
         """In a thread."""
         worker = self.node.worker
         resident = engine.resident = worker.begin(engine.service)
-        if engine.gone:
-            resident.leaving.set()
         try:
+            if engine.gone:
+                raise LoadFailed("stopped before it was loaded")
             worker.fetch(resident)
+            with engine.lock:
+                if engine.gone:
+                    raise LoadFailed("stopped while it was loaded")
+                engine.loaded = True
         except BaseException:
             engine.resident = None
             worker.drop(resident)
             raise
-        engine.loaded = True
 
     def _delete(self, engine: Engine) -> None:
         """It ends at once; a load under way sees to itself."""
-        engine.gone = True
-        resident, loaded = engine.resident, engine.loaded
+        with engine.lock:
+            engine.gone = True
+            resident, loaded = engine.resident, engine.loaded
         if resident is not None:
             resident.leaving.set()
 
@@ -379,8 +382,10 @@ class Connection(HttpConnection):
             raise Refused(404, f"The model `{asked.get('model')}` does not exist.")
         if resident is None or resident.number is None:
             raise Refused(503, "the engine sleeps")
-        wanted = understand(asked, resident.words, chat=chat)
-        room, prompt = engine.room(node.worker), len(wanted.tokens)
+        wanted = understand(
+            asked, resident.words, resident.config.vocabulary, chat=chat
+        )
+        room, prompt = engine.room(resident), len(wanted.tokens)
         most = wanted.most_tokens or max(1, room - prompt)
         if prompt + most > room:
             raise Refused(
@@ -408,6 +413,16 @@ class Connection(HttpConnection):
         )
         self._answer, self._texts = answer, []
         node.submit(answer, job)
+
+    def reject(self, answer: Answer, error: BaseException) -> None:
+        """The group did not take it."""
+        if answer is not self._answer:
+            return
+        self._answer = None
+        if isinstance(error, TooLong):
+            self.refuse(Refused(400, str(error), "context_length_exceeded"))
+        else:  # Asleep by now.
+            self.refuse(Refused(503, "the engine sleeps"))
 
     def hear(
         self, answer: Answer, text: str, reason: Reason | None, given: int

@@ -107,7 +107,7 @@ class Speech:
     ) -> None:
         """``stops``: strings that end it; they are not said unless ``keep_stop``."""
         self._words, self._stops, self._keep_stop = words, tuple(stops), keep_stop
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
         self._text = ""
         self._said = 0
@@ -119,10 +119,22 @@ class Speech:
         if self.stopped:
             return ""
         self._tokens.append(token)
-        more = self._stream.step(self._words.tokenizer, token)
-        if more:
+        if more := self._next(token):
             self._grow(more)
         return self._say(self._safe())
+
+    def _next(self, token: int) -> str | None:
+        """What ``token`` adds, if it ends a character."""
+        if self._stream is not None:
+            try:
+                more: str | None = self._stream.step(self._words.tokenizer, token)
+                return more
+            except Exception:  # Some tokenizers take back what they have said.
+                self._stream = None
+        whole = self._words.text(self._tokens)
+        if whole.endswith("\ufffd") or not whole.startswith(self._text):
+            return None
+        return whole[len(self._text) :]
 
     def end(self) -> str:
         """What is still to be said when no further token comes."""

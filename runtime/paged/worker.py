@@ -79,6 +79,8 @@ class Resident:
         """Nobody waits for its load any more."""
         self.number: int | None = None
         """In the group; None while it is not ACTIVE."""
+        self.lock = threading.RLock()
+        """Of changes between states: one at a time."""
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -240,10 +242,11 @@ class Worker:
     def drop(self, resident: Resident) -> None:
         """Give all up: its requests are aborted, its memory is free."""
         resident.leaving.set()
-        if resident.number is not None:
-            self.sleep(resident)
-        self.shelf.take(resident.service.llm)
-        del self._residents[resident.service.llm]
+        with resident.lock:
+            if resident.number is not None:
+                self.sleep(resident)
+            self.shelf.take(resident.service.llm)
+            del self._residents[resident.service.llm]
 
     def _shard(self, key: str) -> tuple[int, Fill]:
         """For the store."""
@@ -272,13 +275,18 @@ class Worker:
     def wake(self, resident: Resident) -> None:
         """WARM -> ACTIVE: it may be asked when this returns. Fetches what KV has taken
         back of its weights."""
-        if resident.number is not None:
-            return
+        with resident.lock:
+            if resident.leaving.is_set():
+                raise LoadFailed(f"{resident.service.llm}: it is on its way out")
+            if resident.number is None:
+                resident.number = self._enter(resident)
+
+    def _enter(self, resident: Resident) -> int:
         service = resident.service
         for _ in range(TRIES):
             self.fetch(resident, urgent=True)
             with suppress(NotResident):  # KV took some of it back in between.
-                self.shelf.pin(service.llm)
+                self.ask(lambda: self._pin(service.llm)).result()
                 break
         else:
             raise LoadFailed(f"{service.llm}: its weights were taken back each time")
@@ -299,16 +307,24 @@ class Worker:
             ),
             reference_s=service.reference_s,
         )
-        resident.number = self.ask(lambda: self.group.add(hosted)).result()
+        return self.ask(lambda: self.group.add(hosted)).result()
+
+    def _pin(self, llm: str) -> None:
+        """In the loop's thread: what is pinned is not KV's any more."""
+        self.shelf.pin(llm)
+        if self.space.pages() < self.group.largest:
+            self.shelf.unpin(llm)
+            raise LoadFailed(f"{llm}: a request in flight would not fit beside it")
 
     def sleep(self, resident: Resident) -> None:
         """ACTIVE -> WARM: what it was asked is aborted, its KV is free."""
-        number = resident.number
-        if number is None:
-            return
-        resident.number = None
-        self.ask(lambda: self.group.remove(number)).result()
-        self.shelf.unpin(resident.service.llm)
+        with resident.lock:
+            number = resident.number
+            if number is None:
+                return
+            resident.number = None
+            self.ask(lambda: self.group.remove(number)).result()
+            self.shelf.unpin(resident.service.llm)
 
     def held_bytes(self, resident: Resident) -> int:
         """Of GPU memory, now: pages of its weights and of its KV."""
