@@ -151,13 +151,16 @@ def test_it_stops_when_told_and_leaves_nothing_behind(served: Served) -> None:
 
 
 def test_after_a_kill_the_next_start_finds_the_engines(served: Served) -> None:
-    """SIGKILL to the whole front: agents and engines live on, the next start serves the
-    LLM without loading it again. No epoch ends meanwhile, which might want it elsewhere."""
+    """SIGKILL to the whole front, which leaves its plan in pieces: agents and engines live
+    on, the next start sets the file aside and serves the LLM without loading it again. No
+    epoch ends meanwhile, which might want it elsewhere."""
     assert served.ask("small")[0] == 200
     served.process.kill()
     served.process.wait(10.0)
+    (served.folder / "st/plan.json").write_text('{"fleet":')
     served.start()
     assert served.ask("small")[0] == 200
     lines = (served.folder / "st/journal.jsonl").read_text().splitlines()
     loads = [line for line in lines if '"LOADING"' in line and '"small"' in line]
     assert len(loads) == 1
+    assert (served.folder / "st/plan.broken").exists()

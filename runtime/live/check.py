@@ -79,7 +79,7 @@ def _requests(lines: Iterable[Line], found: Found) -> None:
     accepted: set[int] = set()
     under_way: set[int] = set()
     for line in lines:
-        number = line.get("request")
+        number: int = line.get("request", -1)
         if line["event"] == "started":
             for left in sorted(under_way):
                 found.faults.append(f"{JOURNAL}: request {left} has no end")

@@ -29,6 +29,7 @@ from foreserve.models.codec import (
     to_json,
     write_text,
 )
+from foreserve.models.errors import InvalidInput
 from foreserve.models.observed import Observed
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet
@@ -303,7 +304,12 @@ class Serving:
         path = self.options.folder / "plan.json"
         if not path.exists():
             return None
-        plan = load_plan(path)
+        try:
+            plan = load_plan(path)
+        except InvalidInput:
+            # Set aside: what is there is served on, and planned anew.
+            path.replace(path.with_suffix(".broken"))
+            return None
         return plan if plan.fleet == self.fleet else None
 
     def _state(self, llm: str) -> str:
