@@ -173,7 +173,7 @@ class Problems:
         self.seed = scenario.solver.seed if seed is None else seed
         self._past = 0
         if history is not None:
-            history = _fit_history(history, scenario).select(demand.llms)
+            history = fit_history(history, scenario).select(demand.llms)
             self._past = history.num_epochs
             demand = history.then(demand)
         self._demand = demand
@@ -345,7 +345,7 @@ def demand_rows(problem: Problem, forecast: Forecast) -> tuple[LlmDemand, ...]:
     )
 
 
-def _fit_history(history: Demand, scenario: Scenario) -> Demand:
+def fit_history(history: Demand, scenario: Scenario) -> Demand:
     """The history in the scenario's epochs, which may be longer than its own."""
     factor = round(scenario.epoch / history.epoch_s)
     if factor < 1 or not math.isclose(history.epoch_s * factor, scenario.epoch):

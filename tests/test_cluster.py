@@ -23,9 +23,9 @@ from foreserve.runtime.clock import VirtualClock
 from foreserve.runtime.controller import Controller
 from foreserve.runtime.journal import Faulted, PhaseChange, Started, read_journal
 from foreserve.runtime.ledger import Ledger
+from foreserve.runtime.links import Link
 from foreserve.runtime.simulated import simulate
 from foreserve.runtime.simulated.backend import SimulatedBackend
-from foreserve.runtime.links import Link
 from foreserve.runtime.tally import Tally
 from foreserve.traces.trace import Trace
 from tests.build import cluster, fleet, gpu, option, small_plan

@@ -164,3 +164,14 @@ def test_after_a_kill_the_next_start_finds_the_engines(served: Served) -> None:
     loads = [line for line in lines if '"LOADING"' in line and '"small"' in line]
     assert len(loads) == 1
     assert (served.folder / "st/plan.broken").exists()
+
+
+def test_epochs_that_do_not_fit_the_history_end_the_start(tmp_path) -> None:
+    """The shipped fleet's history has rows of 300 s, which cannot tell of 30 s: said at
+    once, in one line, and nothing is started or left behind."""
+    words = "serve --scenario sample:fleet-day --engine simulated --replan 30s"
+    done = plan(*words.split(), "--state", "st", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "multiple of 300s" in done.stderr
+    assert not (tmp_path / "st").exists()

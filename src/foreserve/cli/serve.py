@@ -191,6 +191,7 @@ def make(
     from foreserve.models.quantities import parse_seconds
     from foreserve.planner.arrivals import trace_of
     from foreserve.planner.fleet import build_fleet, request_lengths
+    from foreserve.planner.pipeline import fit_history
     from foreserve.runtime.gateway.keys import read_keys
 
     wanted = read_scenario(scenario)
@@ -201,6 +202,8 @@ def make(
             raise InvalidInput(f"{replan!r} is no time", field="--replan") from None
         wanted = replace(wanted, epoch=epoch_s)
     history = read_history(wanted, {})
+    if history is not None:
+        fit_history(history, wanted)  # now, not when the first epoch is planned
     first = None if plan_path is None else load_plan(plan_path)
     if first is None:
         nobody = trace_of([llm.name for llm in wanted.models])
