@@ -192,8 +192,14 @@ def attend(
             .permute(0, 2, 3, 1, 4)
             .reshape(b, kv_heads, -1, number)
         )
-        known_keys = cache[bundle.tables, 0].flatten(1, 2).transpose(1, 2)
-        known_values = cache[bundle.tables, 1].flatten(1, 2).transpose(1, 2)
+        known_keys, known_values = (
+            # Whole pages at a time; indexing by them would go number by number.
+            cache[:, half]
+            .index_select(0, bundle.tables.flatten())
+            .view(b, -1, kv_heads, number)
+            .transpose(1, 2)
+            for half in (0, 1)
+        )
         mask = bundle.masks[window]
         if cap is None:
             told = scaled_dot_product_attention(
