@@ -81,9 +81,10 @@ async def ask_on(clients: Clients, ended: asyncio.Event) -> None:
 
 def test_faults_one_after_the_other(tmp_path):
     """Two LLMs on two nodes. The process that has the LLMs is killed, then its guard, then
-    an agent, then `plan serve`: each LLM that was hit answers again. Every client hears how
-    its request ended; by the logs no GPU was over-committed, and each accepted request has
-    one end."""
+    an agent, then `plan serve`: each LLM that was hit answers again. Of requests with 40 s
+    to wait that the gateway did not take with it, four of five are answered at least. Every
+    client hears how its request ended; by the logs no GPU was over-committed, and each
+    accepted request has one end."""
     folder = Path(os.path.relpath(tmp_path))  # a socket's name must be short
     folder = folder if len(str(folder)) < len(str(tmp_path)) else tmp_path
     models = ", ".join(
@@ -102,5 +103,9 @@ def test_faults_one_after_the_other(tmp_path):
     assert max(found.peak.values()) <= 1.0
     ok = sum(sent.outcome == "ok" for sent in clients.sent)
     gone = sum(sent.outcome in ("broken", "refused") for sent in clients.sent)
-    assert ok > 0.5 * len(clients.sent)
+    patient = clients.outcomes()
+    lost = patient.get("broken", 0) + patient.get(
+        "refused", 0
+    )  # by the gateway's death
+    assert patient["ok"] > 0.8 * (sum(patient.values()) - lost), patient
     assert ok <= found.ends["finished"] <= ok + gone
