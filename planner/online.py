@@ -38,6 +38,9 @@ from foreserve.planner.wishes import Wishes
 from foreserve.solvers.result import SolveReport
 from foreserve.traces.trace import Demand
 
+NICENESS = 10
+"""Of the solver's process."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
@@ -309,7 +312,8 @@ class LivePolicy:
     def _work(self) -> None:
         """The planner's thread: one solve after another, of the latest question only."""
         part = self.scenario.solver
-        options = solve_options(self.scenario)
+        # Requests are answered on the same cores, and come first.
+        options = replace(solve_options(self.scenario), niceness=NICENESS)
         with Rolling(part.name, options, part.horizon) as rolling:
             while (job := self._jobs.get()) is not None:
                 while not self._jobs.empty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import resource
 import signal
@@ -62,6 +63,7 @@ def _prepare(name: str, options: SolveOptions) -> None:
     if options.memory_bytes is not None:
         limits = (options.memory_bytes, options.memory_bytes)
         resource.setrlimit(resource.RLIMIT_AS, limits)
+    os.nice(options.niceness)
     get_solver(name)
 
 

@@ -30,6 +30,8 @@ class SolveOptions:
     deterministic seconds for cpsat."""
     memory_bytes: int | None = None
     """Cap on the address space of the child process."""
+    niceness: int = 0
+    """How far the child process steps back for others on the same cores (0 to 19)."""
     lexicographic: bool = False
     """Terms of the objective one after another, (O1) first, instead of their sum; MILP
     only."""

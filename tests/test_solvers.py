@@ -160,6 +160,15 @@ def test_memory_cap(one: Problem) -> None:
     assert "MemoryError" in report.message
 
 
+def test_the_child_steps_back(one: Problem) -> None:
+    """Five steps nicer than who asked; the parent stays as it is."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    options = replace(QUICK, niceness=5)
+    report = solve(one, fake("telling_niceness"), options).report
+    assert report.message == str(min(19, before + 5))
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
 def test_solver_libraries_work_under_a_memory_cap(one: Problem) -> None:
     """6 GiB of address space is enough for either library to load and solve."""
     for name in ("milp", "cpsat"):
