@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from foreserve.models.errors import InvalidInput
 from foreserve.runtime.clock import SystemClock
@@ -877,10 +877,12 @@ class Loans(RuleBasedStateMachine):
         if pages is not None:
             self.kv.append(pages)
 
-    @precondition(lambda self: self.kv)
     @rule()
     def kv_ends(self) -> None:
-        self.kv.pop().release()
+        # No precondition: how much is there depends on how far cancelled loads came, and
+        # what is drawn must not.
+        if self.kv:
+            self.kv.pop().release()
 
     @invariant()
     def right(self) -> None:
