@@ -204,7 +204,7 @@ def fake(tmp_path, monkeypatch):
     settings = VllmSettings(
         folder=tmp_path, python=str(python), checkpoints={"a": "x"}, stop_grace_s=0.5
     )
-    monkeypatch.setattr(vllm, "_free_port", lambda: server.server_port)
+    monkeypatch.setattr(vllm, "_free_port", lambda host: server.server_port)
     monkeypatch.setattr(vllm, "gpu_bytes", lambda pids: state["held"])
     engine = make("a", settings)
     yield engine, state
