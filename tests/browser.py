@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
+QUIET = [
     "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
@@ -20,9 +20,9 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--hide-scrollbars",
-    "--remote-debugging-port=0",
 ]
+"""No network but what it is asked for."""
+FLAGS = [*QUIET, "--hide-scrollbars", "--remote-debugging-port=0"]
 LIMIT_S = 40.0
 
 

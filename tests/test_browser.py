@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,21 +9,8 @@ import matplotlib.image
 import pytest
 
 from foreserve.planner.report import write_report
+from tests.browser import CHROMIUM, QUIET
 from tests.made_up import made_up_plan, made_up_run
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1400,2600",
-    "--enable-logging=stderr",
-]
 
 
 @pytest.mark.slow
@@ -38,7 +24,8 @@ def test_the_report_renders_in_chromium(tmp_path: Path) -> None:
     write_report(
         report, plan=plan, solves=solves, runs=runs, title="A day", command=None
     )
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+    flags = [*QUIET, "--window-size=1400,2600", "--enable-logging=stderr"]
+    command = [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
         [*command, f"--screenshot={shot}", report.as_uri()],
         capture_output=True,
