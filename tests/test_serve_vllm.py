@@ -55,9 +55,10 @@ def test_the_third_llm_is_answered_after_a_real_switch(tmp_path, capsys):
             assert answers.setdefault(name, answer) == answer
             told.append(f"{name}: first token after {first_s:.2f} s")
         assert len(set(answers.values())) == 3
+        journal = (tmp_path / "st/journal.jsonl").read_text()
         gone = [
             line["llm"]
-            for line in map(json.loads, (tmp_path / "st/journal.jsonl").open())
+            for line in map(json.loads, journal.splitlines())
             if line["event"] == "phase" and line["phase"] is None
         ]
         assert len(gone) == 1
