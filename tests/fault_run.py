@@ -25,6 +25,8 @@ from typing import Any
 
 import aiohttp
 
+from foreserve.runtime.live.check import Found, check
+
 STARTS_S = 30.0
 LATE_S = 5.0
 """A request that goes on for so long after its deadline counts as hanging."""
@@ -330,9 +332,20 @@ class Scene:
     seen: Callable[[], bool]
     """Whether the cluster has seen it."""
     later: list[asyncio.Task[None]] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    """Processes that were stopped for so long that others take their place."""
+    lost_s: float = 0.0
 
     async def of_node(self) -> list[str]:
         return [llm for llm, at in (await self.run.active()).items() if self.node in at]
+
+    async def ended(self) -> float:
+        """Seconds until none of the lost was left; `LOST_S` if they went on instead."""
+        while set(self.lost) & {pid for pid, _, _ in processes()}:
+            if monotonic() > self.lost_s + LOST_S:
+                return LOST_S
+            await asyncio.sleep(0.05)
+        return monotonic() - self.lost_s if self.lost else 0.0
 
 
 Fault = Callable[[Scene], Awaitable[list[str]]]
@@ -368,8 +381,20 @@ async def node_lost(scene: Scene) -> list[str]:
     """Agent, guard and engines are stopped; what is left of them goes on `LOST_S` later."""
     run, node = scene.run, scene.node
     hit = await scene.of_node()
-    _stop_for(scene, [run.agent(node), run.guard(node), *run.engines(node)], LOST_S)
+    _lose(scene, [run.agent(node), run.guard(node), *run.engines(node)])
     return hit
+
+
+async def engine_server_hangs(scene: Scene) -> list[str]:
+    """The node's engine server is stopped, under a guard that goes on."""
+    hit = await scene.of_node()
+    _lose(scene, scene.run.engines(scene.node))
+    return hit
+
+
+def _lose(scene: Scene, pids: list[int]) -> None:
+    scene.lost, scene.lost_s = pids, monotonic()
+    _stop_for(scene, pids, LOST_S)
 
 
 def _stop_for(scene: Scene, pids: list[int], seconds: float) -> None:
@@ -410,6 +435,28 @@ async def load_fails(scene: Scene) -> list[str]:
     scene.seen = lambda: len(run.failed_loads()) > before
     scene.later.append(asyncio.create_task(spare_the_others()))
     return [llm]
+
+
+async def weights_gone(scene: Scene) -> list[str]:
+    """The file of an LLM's weights is away when its node's engine server is killed, and
+    comes back once a load has failed for it. The LLM's checkpoint lies in a folder of its
+    name beside the scenario."""
+    run, file = scene.run, scene.run.folder / scene.llm / "model.safetensors"
+    before = len(run.failed_loads())
+    away = file.with_suffix(".away")
+    file.rename(away)
+    hit = await engine_server_killed(scene)
+    scene.seen = lambda: len(run.failed_loads()) > before
+
+    async def put_back() -> None:
+        try:
+            while not scene.seen():
+                await asyncio.sleep(0.05)
+        finally:
+            away.rename(file)
+
+    scene.later.append(asyncio.create_task(put_back()))
+    return hit
 
 
 async def solver_killed(scene: Scene) -> list[str]:
@@ -453,6 +500,13 @@ FAULTS: Mapping[str, Fault] = {
 }
 
 
+REAL: Mapping[str, Fault] = {
+    "engine server hangs": engine_server_hangs,
+    "weights gone for a load": weights_gone,
+}
+"""Only of engines that have a process and weights to read."""
+
+
 async def inflict(
     run: Supervised, clients: Clients, kind: str, node: str, llm: str
 ) -> tuple[Scene, dict[str, float]]:
@@ -460,8 +514,68 @@ async def inflict(
     before = run.faults()
     scene = Scene(run, node, llm, seen=lambda: run.faults() > before)
     begin_s = monotonic()
-    hit = await FAULTS[kind](scene)
+    hit = await {**FAULTS, **REAL}[kind](scene)
     _, *outages = await asyncio.gather(
         run.up(), *(clients.outage(llm, begin_s, scene.seen) for llm in hit)
     )
     return scene, dict(zip(hit, outages, strict=True))
+
+
+async def one_after_the_other(
+    served: Supervised,
+    clients: Clients,
+    kinds: Sequence[str],
+    llms: Sequence[str],
+    asked: Callable[[str], Awaitable[object]],
+    every_s: float,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The faults under load, each LLM ``asked`` every so many seconds. By fault: the
+    longest outage, and after how long the processes that were lost in it had been ended.
+    All that was asked has ended, and so has ``served``, when this returns."""
+    took_s: dict[str, float] = {}
+    ended_s: dict[str, float] = {}
+    await served.up()
+    ended = asyncio.Event()
+
+    async def ask_on() -> None:
+        async with asyncio.TaskGroup() as group:
+            while not ended.is_set():
+                for llm in llms:
+                    group.create_task(asked(llm))
+                await asyncio.sleep(every_s)
+
+    load = asyncio.create_task(ask_on())
+    try:
+        await asyncio.gather(*(clients.outage(llm, monotonic()) for llm in llms))
+        for kind in kinds:
+            await served.whole()
+            llm, node = await served.single(llms)
+            scene, outages = await inflict(served, clients, kind, node, llm)
+            took_s[kind] = max(outages.values())
+            ended_s[kind] = await scene.ended()
+            for task in scene.later:
+                task.cancel()
+            await asyncio.gather(*scene.later, return_exceptions=True)
+    finally:
+        ended.set()
+        await load
+        served.stop()
+    return took_s, ended_s
+
+
+def conserved(clients: Clients, state: Path) -> Found:
+    """What the logs say, once it is checked: in them no GPU was over-committed at any
+    line, and each accepted request has one end. Every client heard how its request ended,
+    breaks in a connection come from a killed gateway alone, and there are as many requests
+    as clients saw."""
+    assert not [sent for sent in clients.sent if sent.silent]
+    found = check(state)
+    assert found.faults == []
+    assert found.unfinished == 0
+    assert max(found.peak.values()) <= 1.0
+    ok = sum(sent.outcome == "ok" for sent in clients.sent)
+    gone = sum(sent.outcome in ("broken", "refused") for sent in clients.sent)
+    assert ok <= found.ends["finished"] <= ok + gone
+    assert len(clients.sent) - gone <= found.requests <= len(clients.sent)
+    assert found.ends["gateway_lost"] <= gone
+    return found

@@ -11,6 +11,10 @@ class NoAnswer(Exception):
     """The server did not answer in time, broke off, or answered an error."""
 
 
+class NotInTime(NoAnswer):
+    """It may yet answer, or hang."""
+
+
 def call(
     port: int,
     method: str,
@@ -31,6 +35,8 @@ def call(
         connection.request(method, path, text, headers)
         answer = connection.getresponse()
         told = answer.read()
+    except TimeoutError as error:
+        raise NotInTime(f"{method} {path}: nothing within {within_s:g} s") from error
     except (OSError, http.client.HTTPException) as error:
         raise NoAnswer(f"{method} {path}: {type(error).__name__}: {error}") from error
     finally:

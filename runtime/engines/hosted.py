@@ -14,7 +14,7 @@ from typing import Any
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
 from foreserve.runtime.engines.base import EngineFailed, EngineSettings
-from foreserve.runtime.engines.calls import NoAnswer, call
+from foreserve.runtime.engines.calls import NoAnswer, NotInTime, call
 from foreserve.runtime.engines.process import Child
 
 KEY = "FORESERVE_ENGINE_KEY"
@@ -75,6 +75,14 @@ class HostServer:
                 what = f"the server has ended: {self.child.why()}"
             raise EngineFailed(f"{self._name} engine: {what}") from error
 
+    def hangs(self) -> bool:
+        """Whether it runs, and does not say so in time."""
+        try:
+            self.call("GET", "/health")
+        except EngineFailed as error:
+            return isinstance(error.__cause__, NotInTime)
+        return False
+
 
 class HostedEngine:
     """An engine of a `HostServer`; kinds add how it starts and is woken."""
@@ -130,7 +138,12 @@ class HostedEngine:
         with self._guard:
             self._stopped = True
             node, number = self._node, self._number
-        if node is not None and number is not None:
+        if node is None or number is None:
+            return
+        if node.hangs():
+            # What it holds is free only when it has ended, and all engines with it.
+            node.child.kill()
+        else:
             # One that has died already, or all of them, is as stopped as can be.
             with suppress(EngineFailed):
                 node.call("DELETE", f"/r/{number}/")

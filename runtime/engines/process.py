@@ -89,12 +89,19 @@ class Child:
 
     def stop(self) -> None:
         """Asked to end, killed after the grace; returns when nothing is left of it."""
+        self._end(2 * self._grace_s + 1.0)
+
+    def kill(self) -> None:
+        """As `stop`, without asking: it would not answer."""
+        self._end(0.0)
+
+    def _end(self, within_s: float) -> None:
         with self._lock:
             if self._guard.stdin is not None:
                 with suppress(OSError):
                     self._guard.stdin.close()
             with suppress(subprocess.TimeoutExpired):
-                self._guard.wait(2 * self._grace_s + 1.0)
+                self._guard.wait(within_s)
             _end_session(self.session)
             self._guard.wait()
             self._record.unlink(missing_ok=True)

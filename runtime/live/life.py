@@ -104,13 +104,15 @@ class Signs:
         if life.phase == "LOADING":
             return ""
         if life.sign is not None:
+            late = now_s - life.asked_s > self._patience.hang_s
             if not life.sign.done():
-                late = now_s - life.asked_s > self._patience.hang_s
                 return "it does not answer" if late else ""
             error = life.sign.exception()
             life.misses += 1
             if error is None and life.sign.result():
                 life.misses = 0
+            elif late:  # It gave up waiting just when we do.
+                return "it does not answer"
             elif life.misses >= self._patience.misses:
                 return "it died" if error is None else line_of(error)
         life.asked_s = math.inf
