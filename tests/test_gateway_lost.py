@@ -76,7 +76,7 @@ def test_a_stream_goes_on_for_as_long_as_it_does(monkeypatch):
             assert whole == (how["gap_s"] < 1)
             assert ("engine_lost" in answer.text) == (not whole)
             two.publish_all()
-        assert sum(engine.left for engine in two.engines) == 1
+        wait_for(lambda: sum(engine.left for engine in two.engines) == 1)
 
 
 def _ask(two, **fields):

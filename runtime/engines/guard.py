@@ -2,17 +2,22 @@
 
 The owner holds the other end of standard input. When that closes, because the owner asks
 for it or because it is gone, however it went, the whole process group is asked to end,
-and killed after the grace. Nothing of the group outlives the guard's orderly end. Run by
+and killed after the grace. Nothing of the group outlives the guard's orderly end; if it is
+killed, as Ray does to what a dead actor has started, the command is killed with it. Run by
 path, with the standard library alone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2): the signal a process gets when its parent ends."""
 
 
 def main() -> int:
@@ -22,7 +27,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
     inherited = [int(fd) for fd in os.environ.get("FORESERVE_FDS", "").split()]
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        pass_fds=inherited,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+    )
     for fd in inherited:
         os.close(fd)
     ended = threading.Event()
@@ -48,6 +58,11 @@ def main() -> int:
     if not _alone_within(grace_s if code >= 0 else 0.5):
         os.killpg(0, signal.SIGKILL)
     return code if code >= 0 else 128 - code
+
+
+def _end_with_parent() -> None:
+    """In the child, before the command."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _alone_within(seconds: float) -> bool:
