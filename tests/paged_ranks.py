@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from foreserve.runtime.memory.safetensors import Checkpoint, fill
 from foreserve.runtime.paged.attention import Work, cache_view, plan_step
@@ -17,20 +18,22 @@ from foreserve.runtime.paged.config import read_config
 from foreserve.runtime.paged.decoder import Decoder
 from foreserve.runtime.paged.layout import Part, lay_out
 from foreserve.runtime.paged.loading import views
-from foreserve.runtime.paged.peers import Ranks, meet, part_ways
+from foreserve.runtime.paged.peers import Ranks
 
 
 def main(rank: int, size: int, place: Path, folders: list[str], told: str) -> None:
     torch.set_num_threads(1)
-    meet(place, Part(rank=rank, size=size))
+    store = distributed.FileStore(str(place), size)
+    peers = Ranks(Part(rank=rank, size=size), "127.0.0.1", store)
     prompts, tokens = json.loads(told)
-    answers = [answer(Path(folder), prompts, tokens) for folder in folders]
+    answers = [answer(peers, Path(folder), prompts, tokens) for folder in folders]
     sys.stdout.write(json.dumps(answers))
-    part_ways()
 
 
-def answer(folder: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    peers, config = Ranks(), read_config(folder)
+def answer(
+    peers: Ranks, folder: Path, prompts: list[list[int]], tokens: int
+) -> list[list[int]]:
+    config = read_config(folder)
     layout = lay_out(config, "float32", peers.part)
     memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     fill(layout, Checkpoint(folder), memory.numpy())

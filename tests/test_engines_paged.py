@@ -30,7 +30,7 @@ from tests.paged_llms import Llm  # noqa: E402
 from tests.test_engines_simulated import option  # noqa: E402
 
 FAMILIES = ("llama", "qwen3", "gemma2")
-GPUS = (GpuId(node="n0", index=0),)
+GPU = GpuId(node="n0", index=0)
 PAGE = 65536
 
 
@@ -52,7 +52,7 @@ def settings(tmp_path_factory, llms):
         stop_grace_s=1.0,
         answers_within_s=10.0,
     )
-    server_of(known, GPUS).call("GET", "/health", wait_s=60.0)
+    server_of(known, GPU).call("GET", "/health", wait_s=60.0)
     yield known
     close_servers(folder)
 
@@ -61,7 +61,7 @@ def make(llm, settings, **changed):
     known = {"kv_bytes": 2**20, "kv_token_bytes": 1024, "resident_bytes": 2 * 2**20}
     known |= {"input_tokens": 30.0, "output_tokens": 10.0}
     return maker("paged")(
-        option(llm, **(known | changed)), replica_id(llm, GPUS), settings
+        option(llm, **(known | changed)), replica_id(llm, (GPU,)), settings
     )
 
 
@@ -80,7 +80,7 @@ def engines(settings):
 
 def used(settings) -> int:
     """Pages of the pool that anybody has."""
-    return server_of(settings, GPUS).call("GET", "/pool")["used"]
+    return server_of(settings, GPU).call("GET", "/pool")["used"]
 
 
 def client(engine):
@@ -272,7 +272,7 @@ def test_the_server_is_killed(tmp_path, llms):
     try:
         first = make("llama", settings)
         first.start()
-        child = server_of(settings, GPUS).child
+        child = server_of(settings, GPU).child
         (server,) = (pid for pid in child.pids() if pid != child.session)
         os.kill(server, signal.SIGKILL)
         while child.running():

@@ -1,7 +1,8 @@
-"""Our own engine: real LLMs over one pool of pages, one process per GPU group.
+"""Our own engine: real LLMs over one pool of pages for each GPU, one process each.
 
-All LLMs on the same GPUs of a node live in one server process (`runtime.paged.server`),
-which is started with the first of them. It needs torch, which nothing here imports; with
+All LLMs on the same GPU of a node live in one server process (`runtime.paged.server`),
+which is started with the first of them; of an LLM with several GPUs each one's server
+has a shard, and the first leads. It needs torch, which nothing here imports; with
 the extra ``paged`` of another interpreter, that one may be named.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ ANSWER_TOKENS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedSettings(EngineSettings):
-    """All engines with the same ``folder`` and GPUs share a server, and its first
+    """All engines with the same ``folder`` and GPU share a server, and its first
     settings."""
 
     pool_bytes: int
@@ -42,15 +43,14 @@ class PagedSettings(EngineSettings):
     """Of prompts, in one iteration."""
     python: str = field(default_factory=lambda: sys.executable)
     """The interpreter that has torch and tokenizers."""
-    threads: int = 0
-    """Of its arithmetic; 0: one for each of its devices."""
+    threads: int = 1
+    """Of its arithmetic."""
     load_within_s: float = 600.0
     answers_within_s: float = 5.0
 
 
 class PagedServer(HostServer):
-    def __init__(self, settings: PagedSettings, gpus: tuple[GpuId, ...]) -> None:
-        self.gpus = gpus
+    def __init__(self, settings: PagedSettings, gpu: GpuId) -> None:
         super().__init__(
             "foreserve.runtime.paged.server",
             [
@@ -61,10 +61,10 @@ class PagedServer(HostServer):
                 *("--dtype", settings.dtype),
                 *("--policy", settings.policy),
                 *("--chunk-tokens", str(settings.chunk_tokens)),
-                *("--threads", str(settings.threads or len(gpus))),
+                *("--threads", str(settings.threads)),
             ],
             settings,
-            name="paged-" + "-".join(str(gpu.index) for gpu in gpus),
+            name=f"paged-{gpu.index}",
             answers_within_s=settings.answers_within_s,
             python=settings.python,
             env=_environment(settings),
@@ -78,19 +78,19 @@ def _environment(settings: PagedSettings) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, settings.devices))}
 
 
-_servers: dict[tuple[Path, tuple[GpuId, ...]], PagedServer] = {}
+_servers: dict[tuple[Path, GpuId], PagedServer] = {}
 _lock = threading.Lock()
 
 
-def server_of(settings: PagedSettings, gpus: tuple[GpuId, ...]) -> PagedServer:
-    """The server of these GPUs, started if there is none."""
+def server_of(settings: PagedSettings, gpu: GpuId) -> PagedServer:
+    """The server of that GPU, started if there is none."""
     with _lock:
-        key = settings.folder, gpus
+        key = settings.folder, gpu
         server = _servers.get(key)
         if server is None or not server.child.running():
             if server is not None:
                 server.child.stop()
-            server = _servers[key] = PagedServer(settings, gpus)
+            server = _servers[key] = PagedServer(settings, gpu)
         return server
 
 
@@ -111,14 +111,17 @@ class PagedEngine(HostedEngine):
     def __init__(
         self, option: ReplicaOption, replica: ReplicaId, settings: PagedSettings
     ) -> None:
-        super().__init__(option, replica, lambda: server_of(settings, replica.gpus))
+        super().__init__(option, replica, lambda: self._servers()[0])
         self.settings = settings
         self._answer = ""
+        self._followers: list[PagedServer] = []
 
     def start(self) -> None:
-        if len(self.replica.gpus) > 1:
-            raise EngineFailed("paged engine: one GPU per replica, not several")
-        self.begin(self._spec())
+        try:
+            _, *self._followers = self._servers()
+        except OSError as error:
+            raise EngineFailed(f"no server: {error}") from error
+        self.begin(self._spec() | {"followers": self._doors()})
         self._call("POST", "load", wait_s=self.settings.load_within_s)
         self._call("POST", "wake_up")
         self._answer = self._ask()
@@ -135,6 +138,30 @@ class PagedEngine(HostedEngine):
     def shrink(self) -> int:
         needed = int(self._call("GET", "needs")["bytes"])
         return max(0, self.option.kv_bytes - needed)
+
+    def alive(self) -> bool:
+        try:
+            for server in self._followers:
+                server.call("GET", "/health")
+        except EngineFailed:
+            return False
+        running = (server.child.running() for server in self._followers)
+        return all(running) and super().alive()
+
+    def _servers(self) -> list[PagedServer]:
+        """Of its GPUs, in their order, which is that of the ranks; the first one leads."""
+        settings, gpus = self.settings, self.replica.gpus
+        return [
+            server_of(replace(settings, devices=settings.devices[i : i + 1]), gpus[i])
+            for i in sorted(range(len(gpus)), key=lambda i: gpus[i].index)
+        ]
+
+    def _doors(self) -> list[int]:
+        """Where its followers listen to their leader."""
+        return [
+            int(server.call("GET", "/pool", wait_s=30.0)["door"])
+            for server in self._followers
+        ]
 
     def _ask(self) -> str:
         """Its answer to the known question."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ class Engine:
         self.number = number
         self.name: str = spec["served_name"]
         self.room_tokens: int = spec["room_tokens"]
+        self.followers: Sequence[int] = spec.get("followers", ())
+        """Ports of the `following.Door`s of its further GPUs."""
         self.service = Service(
             # Not the name alone: the next one may be made before this one is gone.
             llm=f"{self.name}/{number}",

@@ -22,6 +22,7 @@ from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
 from foreserve.runtime.memory.rules import pages_of
 from foreserve.runtime.paged.attention import Work, cache_view, plan_step
 from foreserve.runtime.paged.decoder import Decoder, Weights
+from foreserve.runtime.paged.mirror import Mirror, Share, Team
 from foreserve.runtime.paged.sampling import GREEDY, Sampling, choose
 from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
 from foreserve.runtime.turns import Rules, Turn, next_turn
@@ -60,6 +61,8 @@ class Hosted:
     needs: KvNeeds
     reference_s: float
     """e_s: a mean request alone."""
+    team: Team | None = None
+    """Those that follow, where it has several GPUs and this is the first."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -141,6 +144,11 @@ class Group:
         """By number, of those that have left, too."""
         self._pace: dict[int, float] = {}
         self.totals: dict[int, Totals] = {}
+        self.mirrors: dict[int, Mirror] = {}
+        """LLMs that are computed here when another process says so."""
+        self._bounds: dict[int, int] = {}
+        """Pages that all requests together could have, as far as those that follow one
+        of the LLMs have room."""
         self._jobs: dict[Job, None] = {}
         self._running: frozenset[int] = frozenset()
         self._made = 0
@@ -174,6 +182,8 @@ class Group:
             dtype=hosted.dtype,
         )
         self._hosted[service] = hosted
+        if hosted.decoder.peers.part.rank:
+            self.mirrors[service] = Mirror(self, service)
         profile = Profile(
             reference_s=hosted.reference_s,
             decode_s=hosted.time.decode_s(1, hosted.needs.input_tokens)
@@ -194,6 +204,8 @@ class Group:
         self.space.remove(service)
         for known in (self._hosted, self._caches, self._pace, self.totals):
             known.pop(service)
+        self.mirrors.pop(service, None)
+        self._bounds.pop(service, None)
 
     def room_tokens(self, service: int) -> int:
         """Of one request with its answer, if it is the only one."""
@@ -232,7 +244,7 @@ class Group:
             return
         job.over = True
         self._jobs.pop(job, None)
-        job.table.release()
+        self._release(job)
         job.listener.end(reason)
 
     def make_room(self, pages: int) -> bool:
@@ -251,10 +263,13 @@ class Group:
     def largest(self) -> int:
         """Pages that the largest request in flight may come to need: with fewer it would
         never end."""
-        return max((self._most_pages(job) for job in self._jobs), default=0)
+        own = max((self._most_pages(job) for job in self._jobs), default=0)
+        return max((own, *(mirror.largest for mirror in self.mirrors.values())))
 
     def held(self, service: int) -> int:
         """Pages that its requests have. Any thread."""
+        if service in self.mirrors:
+            return self.mirrors[service].held
         return sum(job.pages for job in tuple(self._jobs) if job.service == service)
 
     def needs(self, service: int) -> int:
@@ -278,43 +293,79 @@ class Group:
             rules=self.rules,
             now_s=begin_s,
             profiles=self._profiles,
-            pages=self.space.pages(),
+            pages=self._pages_to_have(),
             quotas=self.space.quotas,
             running=self._running,
         )
         for job in turn.evicted:
             self._evict(job)
-        batch = [job for job in turn.batch if self._ready(job, begin_s)]
+        if not turn.batch:
+            for service in tuple(self._bounds):
+                self._park(service, [])  # There may be room again.
+                self._go(service, [])
+            return True
+        there = self._park(turn.service, turn.batch)
+        batch = [i for i in there if self._ready(turn.batch[i], begin_s)]
+        self._go(turn.service, batch)
         if batch:
-            self._iterate(turn, batch, begin_s)
+            self._iterate(turn, [turn.batch[i] for i in batch], begin_s)
         return True
+
+    def _pages_to_have(self) -> int:
+        """Pages that requests of this process have, or could have."""
+        followed = sum(mirror.held for mirror in self.mirrors.values())
+        return min((self.space.pages() - followed, *self._bounds.values()))
+
+    def _park(self, service: int, batch: Sequence[Job]) -> list[int]:
+        """Those that follow have pages and stand still; which of the batch can go on."""
+        team = self._hosted[service].team
+        if team is None:
+            return list(range(len(batch)))
+        ready, free = team.park(
+            [
+                Share(
+                    request=job.progress.request,
+                    tokens=self._next_tokens(job),
+                    begin=job.computed,
+                    most_tokens=len(job.prompt) + job.most_tokens - 1,
+                )
+                for job in batch
+            ]
+        )
+        self._bounds[service] = free + sum(job.pages for job in self._jobs)
+        return [i for i, can in enumerate(ready) if can]
+
+    def _go(self, service: int, chosen: Sequence[int]) -> None:
+        team = self._hosted[service].team
+        if team is not None:
+            team.go(chosen)
+
+    def _next_tokens(self, job: Job) -> list[int]:
+        return job.known[job.computed : job.computed + (job.prompt_tokens or 1)]
 
     def _ready(self, job: Job, now_s: float) -> bool:
         """Have pages for what it computes next."""
-        held = job.table.pages
-        if not job.table.grow(job.computed + (job.prompt_tokens or 1)):
+        if not self.grow(job.table, job.computed + (job.prompt_tokens or 1)):
             return False  # Lent meanwhile; the next turn knows of it.
-        fresh = list(job.table.numbers()[held:])
-        if fresh:
-            # What another LLM left there need not even be numbers.
-            self._pages[fresh] = 0
         if job.joined_s is None:
             job.joined_s = now_s
             self.totals[job.service].prompt_tokens += len(job.prompt)
         return True
 
-    def _iterate(self, turn: Turn[Job], batch: list[Job], begin_s: float) -> None:
-        hosted, cache = self._hosted[turn.service], self._caches[turn.service]
-        work = [
-            Work(
-                tokens=job.known[
-                    job.computed : job.computed + (job.prompt_tokens or 1)
-                ],
-                begin=job.computed,
-                table=job.table.numbers(),
-            )
-            for job in batch
-        ]
+    def grow(self, table: KvTable, tokens: int) -> bool:
+        """`KvTable.grow`, with nothing in what is new."""
+        held = table.pages
+        if not table.grow(tokens):
+            return False
+        fresh = list(table.numbers()[held:])
+        if fresh:
+            # What another LLM left there need not even be numbers.
+            self._pages[fresh] = 0
+        return True
+
+    def compute(self, service: int, work: Sequence[Work]) -> torch.Tensor:
+        """The logits of each one's next token."""
+        hosted, cache = self._hosted[service], self._caches[service]
         step = plan_step(
             work,
             tokens_per_page=cache.shape[3],
@@ -322,7 +373,18 @@ class Group:
             windows=hosted.decoder.windows,
             device=hosted.decoder.device,
         )
-        logits = hosted.decoder(hosted.weights, cache, step)
+        return hosted.decoder(hosted.weights, cache, step)
+
+    def _iterate(self, turn: Turn[Job], batch: list[Job], begin_s: float) -> None:
+        work = [
+            Work(
+                tokens=self._next_tokens(job),
+                begin=job.computed,
+                table=job.table.numbers(),
+            )
+            for job in batch
+        ]
+        logits = self.compute(turn.service, work)
         for job, done in zip(batch, work, strict=True):
             job.computed += len(done.tokens)
         ready = [i for i, job in enumerate(batch) if job.computed == len(job.known)]
@@ -336,7 +398,7 @@ class Group:
             )
             tokens = dict(zip(telling, chosen, strict=True))
         now_s = self._now_s()
-        self._learn(hosted, turn, work, now_s - begin_s)
+        self._learn(self._hosted[turn.service], turn, work, now_s - begin_s)
         self.iterations += 1
         self.switches += self._last not in (None, turn.service)
         self._last = turn.service
@@ -372,8 +434,14 @@ class Group:
             return "stop"
         return "length" if job.given >= job.most_tokens else None
 
-    def _evict(self, job: Job) -> None:
+    def _release(self, job: Job) -> None:
+        team = self._hosted[job.service].team
+        if team is not None:
+            team.release(job.progress.request)
         job.table.release()
+
+    def _evict(self, job: Job) -> None:
+        self._release(job)
         job.table = self.space.open(job.service)
         job.computed = 0
         job.preemptions += 1

@@ -1,51 +1,57 @@
 """Ranks that compute one LLM together, by ``torch.distributed``.
 
-A communication group is made in advance for each set of GPUs, so taking an LLM into use
-costs no rendezvous.
+A communication group is made when an LLM is loaded, so taking it into use costs no
+rendezvous. Any processes may form one, and be in several: none is of one size for its life.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch import distributed
 
 from foreserve.runtime.paged.layout import Part
 
+WITHIN_S = 60.0
+"""What a rank waits for the others, in meeting and in each sum."""
 
-def meet(path: Path, part: Part, backend: str = "gloo", within_s: float = 60.0) -> None:
-    """Join the ranks that meet at the file ``path``, which must not be there before; once
-    in a process. Blocks until all are there."""
-    distributed.init_process_group(
-        backend,
-        init_method=f"file://{path}",
-        rank=part.rank,
-        world_size=part.size,
-        timeout=timedelta(seconds=within_s),
+
+def meeting(host: str) -> distributed.TCPStore:
+    """Where ranks meet, in the first one's process; keep it until all have."""
+    return distributed.TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=_WITHIN
     )
 
 
 class Ranks:
-    """This process's end of a group of all ranks that met: `decoder.Peers`."""
+    """This process's end of a group: `decoder.Peers`."""
 
-    def __init__(self) -> None:
-        """All ranks make their groups in the same order."""
-        self.part = Part(rank=distributed.get_rank(), size=distributed.get_world_size())
-        self._group = distributed.new_group()
+    def __init__(self, part: Part, host: str, store: distributed.Store) -> None:
+        """Blocks until all ranks are there; ``host``: an address of this machine."""
+        self.part = part
+        options = distributed.ProcessGroupGloo._Options()
+        options._timeout = _WITHIN
+        options._devices = [
+            distributed.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)
+        ]
+        self._group = distributed.ProcessGroupGloo(store, part.rank, part.size, options)
+
+    @classmethod
+    def join_at(cls, part: Part, host: str, port: int) -> Ranks:
+        """With the others at the first one's `meeting`."""
+        store = distributed.TCPStore(host, port, is_master=False, timeout=_WITHIN)
+        return cls(part, host, store)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
-        distributed.all_reduce(values, group=self._group)
+        self._group.allreduce([values]).wait()
         return values
 
     def join(self, values: torch.Tensor) -> torch.Tensor:
         values = values.contiguous()
         parts = [torch.empty_like(values) for _ in range(self.part.size)]
-        distributed.all_gather(parts, values, group=self._group)
+        self._group.allgather([parts], [values]).wait()
         return torch.cat(parts, dim=-1)
 
 
-def part_ways() -> None:
-    """End what `meet` began."""
-    distributed.destroy_process_group()
+_WITHIN = timedelta(seconds=WITHIN_S)

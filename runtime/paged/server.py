@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -34,7 +34,9 @@ from foreserve.runtime.memory.pool import Memory, PagePool
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.paged.answers import Answer, Engine
 from foreserve.runtime.paged.asked import understand
+from foreserve.runtime.paged.following import Door, Followers
 from foreserve.runtime.paged.group import Job, Reason, TooLong
+from foreserve.runtime.paged.layout import Part
 from foreserve.runtime.paged.text import Speech
 from foreserve.runtime.paged.worker import LoadFailed, Worker
 from foreserve.runtime.scheduler import POLICIES
@@ -44,14 +46,26 @@ from foreserve.runtime.turns import Rules
 class Node:
     """The group's worker and its engines, on the event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, make: Callable[..., Worker]):
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        make: Callable[..., Worker],
+        host: str,
+        key: bytes,
+    ) -> None:
+        """``host``: where it listens."""
         self.loop = loop
+        self._host, self._key = host, key
         self._news: list[Answer] = []
         self.worker = make(on_step=self._stepped, on_death=_die)
+        self.door = Door(self.worker, host, key)
         self.engines: dict[int, Engine] = {}
         self.made = self.answers = 0
         self._threads = ThreadPoolExecutor(64, thread_name_prefix="states")
         self.chance = np.random.default_rng()
+
+    def gather(self, ports: Sequence[int]) -> Followers:
+        return Followers(self._host, ports, self._key)
 
     def submit(self, answer: Answer, job: Job) -> None:
         answer.job = job
@@ -138,7 +152,8 @@ class Connection(HttpConnection):
             self.json({})
         elif (method, path) == ("GET", "/pool"):
             pool = node.worker.pool
-            self.json({"pages": pool.capacity, "used": pool.capacity - pool.free})
+            used, door = pool.capacity - pool.free, node.door.port
+            self.json({"pages": pool.capacity, "used": used, "door": door})
         else:
             raise Refused(404, "Not Found")
 
@@ -204,8 +219,12 @@ class Connection(HttpConnection):
     def _load(self, engine: Engine) -> None:
         """In a thread."""
         worker = self.node.worker
-        resident = engine.resident = worker.begin(engine.service)
+        ports = engine.followers
+        part = Part(rank=0, size=len(ports) + 1)
+        resident = engine.resident = worker.begin(engine.service, part)
         try:
+            if ports:
+                worker.lead(resident, self.node.gather(ports))
             if engine.gone:
                 raise LoadFailed("stopped before it was loaded")
             worker.fetch(resident)
@@ -376,6 +395,8 @@ async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) 
             host_bytes=given.host_bytes,
             rules=Rules(max_prompt_tokens=given.chunk_tokens, patience=given.patience),
         ),
+        listener.getsockname()[0],
+        key,
     )
     server = await loop.create_server(lambda: Connection(node, key), sock=listener)
     asked = asyncio.Event()

@@ -30,9 +30,10 @@ from foreserve.runtime.memory.safetensors import Checkpoint, fill
 from foreserve.runtime.memory.store import Fill, HostStore
 from foreserve.runtime.memory.weights import NotResident, Shelf, Weights
 from foreserve.runtime.paged.config import DecoderConfig, read_config
-from foreserve.runtime.paged.decoder import Decoder
+from foreserve.runtime.paged.decoder import Alone, Decoder, Peers
+from foreserve.runtime.paged.following import FollowerFailed, Followers
 from foreserve.runtime.paged.group import Group, Hosted
-from foreserve.runtime.paged.layout import ITEM_BYTES, Layout, lay_out
+from foreserve.runtime.paged.layout import ITEM_BYTES, Layout, Part, lay_out
 from foreserve.runtime.paged.loading import tensor, views
 from foreserve.runtime.paged.text import Words
 from foreserve.runtime.scheduler import Policy
@@ -68,12 +69,18 @@ class Service:
 
 
 class Resident:
-    """One LLM of this process: its files read, its weights on the shelf."""
+    """One LLM of this process, or a shard of it: its files read, its weights on the
+    shelf."""
 
-    def __init__(self, service: Service, dtype: str, device: str) -> None:
+    def __init__(self, service: Service, dtype: str, device: str, part: Part) -> None:
         self.service, self.dtype, self._device = service, dtype, device
+        self.part = part
+        self.peers: Peers = Alone()
+        """Set before it is woken, where it has others."""
+        self.followers: Followers | None = None
+        """Where this is the first of them."""
         self.config: DecoderConfig = read_config(service.folder)
-        self.layout: Layout = lay_out(self.config, dtype)
+        self.layout: Layout = lay_out(self.config, dtype, part)
         self.words = Words(service.folder)
         self.leaving = threading.Event()
         """Nobody waits for its load any more."""
@@ -84,11 +91,17 @@ class Resident:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.config, device=self._device)
+        return Decoder(self.config, self.peers, self._device)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of KV, on each of its GPUs."""
+        return self.config.kv_token_bytes(ITEM_BYTES[self.dtype], self.part.size)
 
     @property
     def store_key(self) -> str:
-        return f"{self.service.folder.resolve()} {self.dtype}"
+        part = f"{self.part.rank}/{self.part.size}"
+        return f"{self.service.folder.resolve()} {self.dtype} {part}"
 
 
 class Worker:
@@ -193,10 +206,11 @@ class Worker:
             raise
         return resident
 
-    def begin(self, service: Service) -> Resident:
-        """Read what there is to know of it, and reserve its addresses."""
-        resident = Resident(service, self.dtype, self.device)
-        token_bytes = resident.config.kv_token_bytes(ITEM_BYTES[self.dtype])
+    def begin(self, service: Service, part: Part | None = None) -> Resident:
+        """Read what there is to know of it, and reserve its addresses. ``part``: the
+        shard that is kept here."""
+        resident = Resident(service, self.dtype, self.device, part or Part())
+        token_bytes = resident.token_bytes
         if token_bytes > self.pool.page_bytes:
             raise InvalidInput(
                 f"{service.llm}: a token takes {token_bytes} bytes, a page has "
@@ -214,6 +228,18 @@ class Worker:
         (weights,) = self.shelf.shards(resident.service.llm)
         if weights.complete:
             return
+        if resident.followers is not None:
+            resident.followers.fetch()
+        self._fetch(resident, weights, urgent)
+        if resident.followers is not None:
+            resident.followers.settle(resident.leaving)
+
+    def lead(self, resident: Resident, followers: Followers) -> None:
+        """It has shards in other processes, too; before it is fetched."""
+        resident.followers = followers
+        resident.peers = followers.begin(resident.service)
+
+    def _fetch(self, resident: Resident, weights: Weights, urgent: bool) -> None:
         shared = self.store.open(resident.store_key)
         if shared is None:
             raise LoadFailed(
@@ -245,6 +271,8 @@ class Worker:
         with resident.lock:
             if resident.number is not None:
                 self.sleep(resident)
+            if resident.followers is not None:
+                resident.followers.close()
             self.shelf.take(resident.service.llm)
             del self._residents[resident.service.llm]
 
@@ -290,6 +318,12 @@ class Worker:
                 break
         else:
             raise LoadFailed(f"{service.llm}: its weights were taken back each time")
+        if resident.followers is not None:
+            try:
+                resident.followers.wake()
+            except FollowerFailed:
+                self.shelf.unpin(service.llm)
+                raise
         (weights,) = self.shelf.shards(service.llm)
         hosted = Hosted(
             llm=service.llm,
@@ -299,13 +333,14 @@ class Worker:
             time=service.time,
             needs=KvNeeds(
                 llm=service.llm,
-                token_bytes=resident.config.kv_token_bytes(ITEM_BYTES[self.dtype]),
+                token_bytes=resident.token_bytes,
                 input_tokens=service.input_tokens,
                 output_tokens=service.output_tokens,
                 usual_output_tokens=max(1, round(service.output_tokens)),
                 rate_rps=service.rate_rps,
             ),
             reference_s=service.reference_s,
+            team=resident.followers,
         )
         return self.ask(lambda: self.group.add(hosted)).result()
 
@@ -325,6 +360,8 @@ class Worker:
             resident.number = None
             self.ask(lambda: self.group.remove(number)).result()
             self.shelf.unpin(resident.service.llm)
+            if resident.followers is not None and not resident.leaving.is_set():
+                resident.followers.sleep()
 
     def held_bytes(self, resident: Resident) -> int:
         """Of GPU memory, now: pages of its weights and of its KV."""

@@ -1,0 +1,289 @@
+"""One LLM on several GPUs: the process of the first one leads, those of the others follow.
+
+All of them are processes of one GPU each, with a pool, loop and LLMs of their own, so
+LLMs of any TP size take from the same pages. The leader decides who is computed. Before an
+iteration it parks the loops of the others, in order of their GPUs, each between two
+iterations of its own; there a page is granted for what is new, or not. Then all compute.
+
+No two leaders wait for each other: whoever waits has parked only loops of GPUs before the
+one that he waits for. What a leader had is free when its connection ends, however it went.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import count
+from multiprocessing import ProcessError
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foreserve.models.cost import IterationTime
+from foreserve.models.errors import ForeserveError
+from foreserve.runtime.paged.layout import Part
+from foreserve.runtime.paged.mirror import Mirror, Share
+from foreserve.runtime.paged.peers import WITHIN_S, Ranks, meeting
+
+if TYPE_CHECKING:
+    from foreserve.runtime.paged.worker import Resident, Service, Worker
+
+
+SALT = b"follow "
+"""Before the key, which may be empty, and then nobody would greet."""
+
+
+class FollowerFailed(ForeserveError):
+    """A follower did not do its part, or is gone; one line says why."""
+
+
+class Followers:
+    """The leader's end: a `mirror.Team`. For one thread at a time."""
+
+    def __init__(self, host: str, ports: Sequence[int], key: bytes) -> None:
+        """``ports``: of the followers' `Door`s, in order of their GPUs."""
+        self._host = host
+        self._links: list[Connection] = []
+        self.part = Part(rank=0, size=len(ports) + 1)
+        try:
+            for port in ports:
+                self._links.append(Client((host, port), authkey=SALT + key))
+        except (OSError, EOFError, ProcessError) as error:
+            self.close()
+            raise FollowerFailed(f"a follower is not there: {error}") from error
+
+    # --- states --------------------------------------------------------------------
+
+    def begin(self, service: Service) -> Ranks:
+        """All know of the LLM, and form its group."""
+        stated = {**asdict(service), "folder": str(service.folder)}
+        for rank, link in enumerate(self._links, 1):
+            self._send(link, do="begin", service=stated, rank=rank, size=self.part.size)
+        self._all()
+        store = meeting(self._host)
+        for link in self._links:
+            self._send(link, do="meet", host=self._host, port=store.port)
+        try:
+            ranks = Ranks(self.part, self._host, store)
+        except RuntimeError as error:
+            raise FollowerFailed(f"the ranks did not meet: {error}") from error
+        self._all()
+        return ranks
+
+    def fetch(self) -> None:
+        """They load their shards; `settle` waits for it."""
+        for link in self._links:
+            self._send(link, do="fetch")
+
+    def settle(self, leaving: threading.Event) -> None:
+        for link in self._links:
+            while not link.poll(0.01):
+                if leaving.is_set():
+                    raise FollowerFailed("cancelled")
+            self._told(link)
+
+    def wake(self) -> None:
+        for link in self._links:
+            self._send(link, do="wake")
+        self._all()
+
+    def sleep(self) -> None:
+        for link in self._links:
+            self._send(link, do="sleep")
+        self._all()
+
+    def close(self) -> None:
+        """They give up all that the LLM has there; any number of calls."""
+        for link in self._links:
+            link.close()
+
+    # --- iterations ----------------------------------------------------------------
+
+    def park(self, shares: Sequence[Share]) -> tuple[list[bool], int]:
+        """Have the others stand still with pages for what is to be computed: which of it
+        can be, and how many pages the poorest of them has free. `go` must follow."""
+        work = [asdict(share) for share in shares]
+        ready, free = [True] * len(work), sys.maxsize
+        for link in self._links:
+            self._send(link, do="step", work=work)
+            told = self._told(link)
+            ready = [a and b for a, b in zip(ready, told["ready"], strict=True)]
+            free = min(free, told["free"])
+        return ready, free
+
+    def go(self, chosen: Sequence[int]) -> None:
+        """They compute those of `park`'s shares, or nothing; the leader does, too."""
+        for link in self._links:
+            self._send(link, chosen=list(chosen))
+
+    def release(self, request: int) -> None:
+        """Its pages are free. One that is gone has none."""
+        for link in self._links:
+            with suppress(FollowerFailed):
+                self._send(link, do="release", request=request)
+
+    # -------------------------------------------------------------------------------
+
+    def _send(self, link: Connection, **asked: Any) -> None:
+        try:
+            link.send_bytes(json.dumps(asked).encode())
+        except (OSError, EOFError) as error:
+            raise FollowerFailed("a follower is gone") from error
+
+    def _all(self) -> None:
+        for link in self._links:
+            self._told(link)
+
+    def _told(self, link: Connection) -> dict[str, Any]:
+        try:
+            if not link.poll(WITHIN_S):
+                raise FollowerFailed(f"a follower said nothing for {WITHIN_S} s")
+            told: dict[str, Any] = json.loads(link.recv_bytes())
+        except (OSError, EOFError) as error:
+            raise FollowerFailed("a follower is gone") from error
+        if "error" in told:
+            raise FollowerFailed(told["error"])
+        return told
+
+
+class _Left(Exception):
+    """The leader is gone, or an iteration failed."""
+
+
+class Following:
+    """The follower's end of one LLM, for its thread."""
+
+    def __init__(self, worker: Worker, link: Connection, number: int) -> None:
+        self._worker, self._link, self._number = worker, link, number
+        self._resident: Resident | None = None
+        self._changes: dict[str, Callable[..., None]] = {
+            "begin": self._begin,
+            "meet": self._meet,
+            "fetch": self._fetch,
+            "wake": self._wake,
+            "sleep": self._sleep,
+        }
+
+    def run(self) -> None:
+        why = ""
+        try:
+            while True:
+                self._answer(json.loads(self._link.recv_bytes()))
+        except (EOFError, OSError):
+            pass
+        except _Left as error:
+            why = str(error)
+        if why:
+            sys.stderr.write(f"{why}\n")
+            sys.stderr.flush()
+        self._link.close()
+        if self._resident is not None:
+            self._worker.drop(self._resident)
+
+    def _answer(self, asked: dict[str, Any]) -> None:
+        do = asked.pop("do")
+        if do == "step":
+            shares = [Share(**share) for share in asked["work"]]
+            failed = self._worker.ask(lambda: self._step(shares)).result()
+            if failed:
+                raise _Left(failed)
+            return
+        if do == "release":
+            request = asked["request"]
+            self._worker.ask(lambda: self._mirror().release(request)).result()
+            return
+        told: dict[str, Any] = {}
+        try:
+            self._changes[do](**asked)
+        except (ForeserveError, RuntimeError) as error:
+            told = {"error": str(error)}
+        self._say(told)
+
+    def _begin(self, service: dict[str, Any], rank: int, size: int) -> None:
+        stated = service | {
+            "llm": f"{service['llm']} of leader {self._number}",
+            "folder": Path(service["folder"]),
+            "time": IterationTime(**service["time"]),
+        }
+        from foreserve.runtime.paged.worker import Service
+
+        known = replace(Service(**stated), kept=True)
+        self._resident = self._worker.begin(known, Part(rank=rank, size=size))
+
+    def _meet(self, host: str, port: int) -> None:
+        resident = self._known()
+        resident.peers = Ranks.join_at(resident.part, host, port)
+
+    def _fetch(self) -> None:
+        """Cancelled when the leader says anything, or is gone."""
+        resident, done = self._known(), threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.01):
+                if self._link.poll(0):
+                    resident.leaving.set()
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            self._worker.fetch(resident)
+        finally:
+            done.set()
+            watcher.join()
+
+    def _wake(self) -> None:
+        self._worker.wake(self._known())
+
+    def _sleep(self) -> None:
+        self._worker.sleep(self._known())
+
+    def _step(self, shares: list[Share]) -> str:
+        """In the loop's thread; what failed. No traceback may keep weights in view."""
+        try:
+            mirror = self._mirror()
+            ready = [mirror.ready(share) for share in shares]
+            self._say({"ready": ready, "free": self._worker.space.pools[0].free})
+            if not self._link.poll(WITHIN_S):
+                return "the leader said nothing"
+            chosen = json.loads(self._link.recv_bytes())["chosen"]
+            if chosen:
+                mirror.compute([shares[i] for i in chosen])
+        except Exception as error:
+            return f"an iteration that was followed failed: {error}"
+        return ""
+
+    def _mirror(self) -> Mirror:
+        number = self._known().number
+        assert number is not None
+        return self._worker.group.mirrors[number]
+
+    def _known(self) -> Resident:
+        assert self._resident is not None
+        return self._resident
+
+    def _say(self, told: dict[str, Any]) -> None:
+        self._link.send_bytes(json.dumps(told).encode())
+
+
+class Door:
+    """Where leaders knock: a thread for each of their LLMs."""
+
+    def __init__(self, worker: Worker, host: str, key: bytes) -> None:
+        self._worker = worker
+        self._listener = Listener((host, 0), authkey=SALT + key, backlog=64)
+        self.port: int = self._listener.address[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        for number in count():
+            try:
+                link = self._listener.accept()
+            except Exception:  # Who has no key, or left at once.
+                continue
+            follow = Following(self._worker, link, number)
+            threading.Thread(target=follow.run, daemon=True).start()

@@ -1,0 +1,199 @@
+"""The `paged` engine on several GPUs: LLMs of one and of two share their pages."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from foreserve.models.placement import replica_id
+from foreserve.models.specs import GpuId
+from foreserve.runtime.engines.base import EngineFailed, maker
+
+pytestmark = pytest.mark.torch
+pytest.importorskip("httptools", reason="engine servers need the extra 'serve'")
+openai = pytest.importorskip("openai")
+pytest.importorskip("torch", reason="the paged engine needs torch")
+pytest.importorskip("transformers", reason="compared with transformers")
+
+from foreserve.runtime.engines.paged import (  # noqa: E402
+    PagedSettings,
+    close_servers,
+    server_of,
+)
+from foreserve.runtime.paged.text import Words  # noqa: E402
+from tests.paged_llms import Llm  # noqa: E402
+from tests.test_engines_simulated import option  # noqa: E402
+
+PAGE = 65536
+GPUS = tuple(GpuId(node="n0", index=i) for i in range(2))
+FAMILIES = ("llama", "qwen", "gemma2", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def llms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llms")
+    return {family: Llm(folder / family, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def settings(tmp_path, llms):
+    """Two GPUs of 8 MiB; a whole LLM takes about 2."""
+    yield PagedSettings(
+        folder=tmp_path,
+        pool_bytes=8 * 2**20,
+        page_bytes=PAGE,
+        checkpoints={name: str(llm.folder) for name, llm in llms.items()},
+        stop_grace_s=1.0,
+        answers_within_s=20.0,
+    )
+    close_servers(tmp_path)
+
+
+def make(llm, settings, *gpus):
+    known = {"kv_bytes": 2**20, "kv_token_bytes": 1024, "resident_bytes": 2 * 2**20}
+    known |= {"input_tokens": 30.0, "output_tokens": 1.0}
+    gpus = tuple(GPUS[i] for i in gpus)
+    return maker("paged")(option(llm, **known), replica_id(llm, gpus), settings)
+
+
+def awake(*args):
+    engine = make(*args)
+    engine.start()
+    engine.activate()
+    return engine
+
+
+def used(settings):
+    """Pages that anybody has, by GPU."""
+    return [server_of(settings, gpu).call("GET", "/pool")["used"] for gpu in GPUS]
+
+
+def complete(engine, prompt, tokens, **more):
+    api = openai.OpenAI(base_url=engine.url + "/v1", api_key="-", max_retries=0)
+    return api.completions.create(
+        model=engine.served_name,
+        prompt=prompt,
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+        **more,
+    )
+
+
+def until(what):
+    pause = threading.Event()
+    while not what():
+        pause.wait(0.01)
+
+
+def test_llms_of_one_and_two_gpus_take_turns(settings, llms):
+    """Two LLMs over both GPUs (one of them led by the first, and given its GPUs in the
+    other order) and one on each, all ACTIVE, from the same pages, with more tokens asked
+    for than those hold: all answers are transformers'. A shard has half the pages. Asleep,
+    dropped: each GPU's books say so."""
+    settings = replace(settings, pool_bytes=6 * 2**20)
+    engines = {
+        "qwen": awake("qwen", settings, 0, 1),
+        "llama": awake("llama", settings, 0),
+        "gemma2": awake("gemma2", settings, 1, 0),
+        "qwen3": awake("qwen3", settings, 1),
+    }
+    weights = used(settings)
+    assert engines["qwen"].memory_bytes() < 0.6 * engines["qwen3"].memory_bytes()
+
+    def ask(i):
+        family = FAMILIES[i % 4]
+        prompt = [(7 * i + n) % 500 for n in range(5 + 24 * i)]
+        told = complete(engines[family], prompt, 48)
+        preempted[family] += told.model_extra["paged"]["preemptions"]
+        return family, prompt, told.choices[0].text
+
+    preempted: Counter[str] = Counter()
+    with ThreadPoolExecutor(24) as pool:
+        for family, prompt, text in pool.map(ask, range(24)):
+            llm = llms[family]
+            assert text == Words(llm.folder).text(llm.told(prompt, 48))
+    assert preempted["qwen"] + preempted["gemma2"] > 0, preempted
+    until(lambda: used(settings) == weights)
+    for engine in engines.values():
+        engine.quiesce()
+    engines["qwen"].activate()
+    until(lambda: used(settings) == weights)
+    # A stream that is left gives its pages back on both.
+    stream = complete(engines["qwen"], [3] * 200, 800, stream=True)
+    next(iter(stream))
+    assert all(
+        now > before for now, before in zip(used(settings), weights, strict=True)
+    )
+    stream.close()
+    until(lambda: used(settings) == weights)
+    for engine in engines.values():
+        engine.stop()
+    until(lambda: used(settings) == [0, 0])
+
+
+def test_a_follower_is_killed(settings):
+    """The engine is dead, also while nobody asks it; its leader ends with the next
+    iteration, or gives up what it had when the engine is stopped. A new engine finds a new
+    follower and says what the old one said."""
+    first = awake("qwen", settings, 0, 1)
+    child = server_of(settings, GPUS[1]).child
+    (pid,) = (pid for pid in child.pids() if pid != child.session)
+    assert first.alive()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not child.running())
+    assert not first.alive()
+    with pytest.raises(openai.OpenAIError):
+        complete(first, "x", 3)
+    leader = server_of(settings, GPUS[0])
+    until(lambda: not leader.child.running())
+    first.stop()
+    second = awake("qwen", settings, 0, 1)
+    assert second._answer == first._answer
+    assert second.alive()
+    assert not first.alive()
+    second.stop()
+    until(lambda: used(settings) == [0, 0])
+
+
+def test_a_leader_is_killed(settings, llms):
+    """While it answers: the follower gives up its shard and pages, and the other LLM there
+    goes on."""
+    other = awake("llama", settings, 1)
+    alone = used(settings)[1]
+    engine = awake("qwen", settings, 0, 1)
+    next(iter(complete(engine, [3] * 20, 900, stream=True)))
+    child = server_of(settings, GPUS[0]).child
+    (pid,) = (pid for pid in child.pids() if pid != child.session)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not engine.alive())
+    follower = server_of(settings, GPUS[1])
+    until(lambda: follower.call("GET", "/pool")["used"] == alone)
+    llm = llms["llama"]
+    text = complete(other, [5, 6, 7], 8).choices[0].text
+    assert text == Words(llm.folder).text(llm.told([5, 6, 7], 8))
+
+
+def test_loads_that_fail(settings):
+    """No checkpoint, or no room on the second GPU alone: one line says so, and nothing is
+    left on either GPU; with room there, the next load is as ever."""
+    full = [awake("llama", settings, 1) for _ in range(3)]
+    full.append(awake("gemma2", settings, 0, 1))
+    full[-1].quiesce()
+    before = used(settings)
+    with pytest.raises(EngineFailed, match="pages are missing"):
+        make("qwen", settings, 0, 1).start()
+    lost = replace(settings, checkpoints={"qwen": "/none"})
+    with pytest.raises(EngineFailed, match=r"config\.json"):
+        make("qwen", lost, 0, 1).start()
+    until(lambda: used(settings) == before)
+    for engine in full:
+        engine.stop()
+    awake("qwen", settings, 0, 1).stop()
+    until(lambda: used(settings) == [0, 0])
