@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
@@ -22,11 +23,14 @@ FAMILIES = ("llama", "qwen", "mistral", "qwen3")
 
 
 def test_real_llms_are_switched(tmp_path, capsys):
-    """Four LLMs on two GPUs with room for one ACTIVE each: twelve chats, up to eight at
-    once, are answered with transformers' greedy tokens. Nothing is left behind."""
+    """Four LLMs on two GPUs with room for one ACTIVE each, one of which takes both: twelve
+    chats, up to eight at once, are answered with transformers' greedy tokens. Nothing is
+    left behind."""
     llms = {family: Llm(tmp_path / family, family) for family in FAMILIES}
     folders = {name: llm.folder for name, llm in llms.items()}
     text = scenario(folders, memory_bytes=10**8, residue="0GiB", keep_alive="500ms")
+    text = re.sub(r"(name: mistral, llm: [^,]*, tp: )\[1\]", r"\1[2]", text)
+    assert "tp: [2]" in text
     (tmp_path / "s.yaml").write_text(text)
     told = []
     with serving(tmp_path, "--engine paged") as client:
