@@ -184,7 +184,8 @@ def _weights(
     # Gemmas make theirs larger by the root of the width.
     faint = 0.05 if family.startswith("gemma") else 1.0
     embedding = drawn(len(words), hidden, faint if tied else 4)
-    silent = [number for word, number in words.items() if word[0] != "\u0120"]
+    # All but words with their space: also that space alone.
+    silent = [n for word, n in words.items() if word[0] != "\u0120" or len(word) == 1]
     if tied:
         # What is silent at the end is still heard at the beginning, if faintly.
         embedding[silent] *= 0.25
