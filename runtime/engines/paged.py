@@ -148,6 +148,13 @@ class PagedEngine(HostedEngine):
         running = (server.child.running() for server in self._followers)
         return all(running) and super().alive()
 
+    def stop(self) -> None:
+        for server in self._followers:
+            if server.hangs():
+                # Its leader waits for it, and ends when it does.
+                server.child.kill()
+        super().stop()
+
     def _servers(self) -> list[PagedServer]:
         """Of its GPUs, in their order, which is that of the ranks; the first one leads."""
         settings, gpus = self.settings, self.replica.gpus
