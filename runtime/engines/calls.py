@@ -6,6 +6,20 @@ import http.client
 import json
 from typing import Any
 
+ANSWER_TOKENS = 8
+
+
+def known_question(served_name: str) -> dict[str, Any]:
+    """A completion that an LLM answers the same each time, with so many tokens: whether
+    it still does after a wake is how one sees that its weights are in place."""
+    return {
+        "model": served_name,
+        "prompt": "Count from one to ten:",
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+
 
 class NoAnswer(Exception):
     """The server did not answer in time, broke off, or answered an error."""

@@ -18,10 +18,8 @@ from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
 from foreserve.models.specs import GpuId
 from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
+from foreserve.runtime.engines.calls import known_question
 from foreserve.runtime.engines.hosted import HostedEngine, HostServer
-
-QUESTION = "Count from one to ten:"
-ANSWER_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,13 +170,7 @@ class PagedEngine(HostedEngine):
 
     def _ask(self) -> str:
         """Its answer to the known question."""
-        question = {
-            "model": self.served_name,
-            "prompt": QUESTION,
-            "max_tokens": ANSWER_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-        }
+        question = known_question(self.served_name)
         within_s = 10 * self.settings.answers_within_s
         told = self._call("POST", "v1/completions", question, wait_s=within_s)
         return str(told["choices"][0]["text"])

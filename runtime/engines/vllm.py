@@ -30,11 +30,14 @@ from foreserve.models.errors import InvalidInput
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
 from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
-from foreserve.runtime.engines.calls import NoAnswer, call
+from foreserve.runtime.engines.calls import (
+    ANSWER_TOKENS,
+    NoAnswer,
+    call,
+    known_question,
+)
 from foreserve.runtime.engines.process import Child
 
-QUESTION = "Count from one to ten:"
-ANSWER_TOKENS = 8
 DOOR = Path(__file__).with_name("vllm_door.py")
 """Copied to where vLLM's interpreter finds it, which need not know this package."""
 LARGEST_BLOCK = 128
@@ -276,13 +279,7 @@ class VllmEngine:
 
     def _ask(self, within_s: float) -> str:
         """Its answer to the known question."""
-        question = {
-            "model": self.served_name,
-            "prompt": QUESTION,
-            "max_tokens": ANSWER_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-        }
+        question = known_question(self.served_name)
         told = self._call("POST", "/v1/completions", question, within_s=within_s)
         try:
             answer = json.loads(told)
