@@ -33,7 +33,9 @@ def test_the_third_llm_is_answered_after_a_real_switch(tmp_path, capsys):
         name: tiny.make(tmp_path / name, family, seed=seed)
         for seed, (name, family) in enumerate(FAMILIES.items())
     }
-    text = scenario(llms, memory_bytes=1_200_000_000, residue="0.7GiB", keep_alive="5s")
+    text = scenario(
+        llms, memory_bytes=1_200_000_000, residue="0.7GiB", keep_alive="60s"
+    )
     (tmp_path / "s.yaml").write_text(text)
     told = []
     with serving(tmp_path, f"--engine vllm --python {PYTHON}") as client:
