@@ -57,11 +57,11 @@ def settings(tmp_path_factory, llms):
     close_servers(folder)
 
 
-def make(llm, settings, **changed):
+def make(llm, settings, gpus=(GPU,), **changed):
     known = {"kv_bytes": 2**20, "kv_token_bytes": 1024, "resident_bytes": 2 * 2**20}
     known |= {"input_tokens": 30.0, "output_tokens": 10.0}
     return maker("paged")(
-        option(llm, **(known | changed)), replica_id(llm, (GPU,)), settings
+        option(llm, **(known | changed)), replica_id(llm, gpus), settings
     )
 
 

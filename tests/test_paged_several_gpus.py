@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from foreserve.models.placement import replica_id
 from foreserve.models.specs import GpuId
-from foreserve.runtime.engines.base import EngineFailed, maker
+from foreserve.runtime.engines.base import EngineFailed
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("httptools", reason="engine servers need the extra 'serve'")
@@ -27,7 +26,7 @@ from foreserve.runtime.engines.paged import (  # noqa: E402
 )
 from foreserve.runtime.paged.text import Words  # noqa: E402
 from tests.paged_llms import Llm  # noqa: E402
-from tests.test_engines_simulated import option  # noqa: E402
+from tests.test_engines_paged import make as one  # noqa: E402
 
 PAGE = 65536
 GPUS = tuple(GpuId(node="n0", index=i) for i in range(2))
@@ -55,10 +54,7 @@ def settings(tmp_path, llms):
 
 
 def make(llm, settings, *gpus):
-    known = {"kv_bytes": 2**20, "kv_token_bytes": 1024, "resident_bytes": 2 * 2**20}
-    known |= {"input_tokens": 30.0, "output_tokens": 1.0}
-    gpus = tuple(GPUS[i] for i in gpus)
-    return maker("paged")(option(llm, **known), replica_id(llm, gpus), settings)
+    return one(llm, settings, tuple(GPUS[i] for i in gpus), output_tokens=1.0)
 
 
 def awake(*args):

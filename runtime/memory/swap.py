@@ -5,6 +5,8 @@ Whether one is swapped or computed again is `turns.swaps`' to say.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from foreserve.runtime.memory.books import Pages
 from foreserve.runtime.memory.pool import PagePool
 
@@ -24,11 +26,9 @@ class Swap:
         there = self._host.books.take(len(pages))
         if there is None:
             return None
-        base, host = self._pool.window(), self._host.window()
-        size = self._pool.page_bytes
         copies = [
-            self._pool.memory.fetch(host + to * size, base + number * size, size)
-            for number, to in zip(pages.numbers, there.numbers, strict=True)
+            self._pool.memory.fetch(host, own, self._pool.page_bytes)
+            for own, host in self._addresses(pages, there)
         ]
         for copy in copies:
             copy.wait()
@@ -37,12 +37,17 @@ class Swap:
 
     def back(self, there: Pages, pages: Pages) -> None:
         """Copy what `out` returned into ``pages``, as many of them, and free it."""
-        base, host = self._pool.window(), self._host.window()
-        size = self._pool.page_bytes
         copies = [
-            self._pool.memory.copy(base + number * size, host + to * size, size)
-            for number, to in zip(pages.numbers, there.numbers, strict=True)
+            self._pool.memory.copy(own, host, self._pool.page_bytes)
+            for own, host in self._addresses(pages, there)
         ]
         for copy in copies:
             copy.wait()
         there.release()
+
+    def _addresses(self, pages: Pages, there: Pages) -> Iterator[tuple[int, int]]:
+        """Of each page in the pool, and of its place in the host's."""
+        base, host = self._pool.window(), self._host.window()
+        size = self._pool.page_bytes
+        for number, to in zip(pages.numbers, there.numbers, strict=True):
+            yield base + number * size, host + to * size
