@@ -35,7 +35,7 @@ from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines import tiny
 from foreserve.runtime.memory.pool import PagePool
 from foreserve.runtime.memory.posix import PosixMemory
-from foreserve.runtime.paged.group import Job, Reason
+from foreserve.runtime.paged.jobs import Job, Reason
 from foreserve.runtime.paged.worker import Service, Worker
 from foreserve.runtime.scheduler import POLICIES
 from foreserve.runtime.turns import Rules

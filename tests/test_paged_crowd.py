@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="LLMs are made for both")
 from foreserve.runtime.clock import SystemClock  # noqa: E402
 from foreserve.runtime.memory.pool import PagePool  # noqa: E402
 from foreserve.runtime.memory.posix import PosixMemory  # noqa: E402
-from foreserve.runtime.paged.group import Job  # noqa: E402
+from foreserve.runtime.paged.jobs import Job  # noqa: E402
 from foreserve.runtime.paged.worker import Resident, Service, Worker  # noqa: E402
 from foreserve.runtime.scheduler import POLICIES  # noqa: E402
 from foreserve.runtime.turns import Rules  # noqa: E402

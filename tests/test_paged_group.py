@@ -15,7 +15,8 @@ from foreserve.models.cost import IterationTime  # noqa: E402
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace  # noqa: E402
 from foreserve.runtime.memory.pool import PagePool  # noqa: E402
 from foreserve.runtime.memory.posix import PosixMemory  # noqa: E402
-from foreserve.runtime.paged.group import Group, Hosted, Job, TooLong  # noqa: E402
+from foreserve.runtime.paged.group import Group, Hosted  # noqa: E402
+from foreserve.runtime.paged.jobs import Job, TooLong  # noqa: E402
 from foreserve.runtime.paged.loading import tensor  # noqa: E402
 from foreserve.runtime.paged.sampling import GREEDY, Sampling, choose  # noqa: E402
 from foreserve.runtime.paged.text import Speech, Words  # noqa: E402

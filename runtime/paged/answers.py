@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foreserve.models.cost import IterationTime
 from foreserve.runtime.engines.bodies import Telling
 from foreserve.runtime.engines.series import Series
-from foreserve.runtime.paged.group import Job, Reason
+from foreserve.runtime.paged.jobs import Job, Reason
 from foreserve.runtime.paged.text import Speech
 from foreserve.runtime.paged.worker import Resident, Service, Worker
 

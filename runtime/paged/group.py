@@ -10,42 +10,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from foreserve.models.cost import IterationTime
-from foreserve.models.errors import ForeserveError
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
 from foreserve.runtime.memory.rules import pages_of
 from foreserve.runtime.paged.attention import Work, cache_view, plan_step
 from foreserve.runtime.paged.decoder import Decoder, Weights
+from foreserve.runtime.paged.jobs import Job, Reason, TooLong, Totals
 from foreserve.runtime.paged.mirror import Mirror, Share, Team
-from foreserve.runtime.paged.sampling import GREEDY, Sampling, choose
+from foreserve.runtime.paged.sampling import choose
 from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
 from foreserve.runtime.turns import Rules, Turn, next_turn
 
-Reason = Literal["stop", "length", "abort"]
 PACE_SHARE = 0.1
 """Weight of the last iteration in what is known of this machine's pace."""
-
-
-class TooLong(ForeserveError):
-    """The pool would never hold that request."""
-
-
-class Listener(Protocol):
-    """Who asked. Called between iterations, by the thread that runs them."""
-
-    def token(self, token: int) -> bool:
-        """The next token of the answer; whether that is enough."""
-        ...
-
-    def end(self, reason: Reason) -> None:
-        """No further token comes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,64 +44,6 @@ class Hosted:
     """e_s: a mean request alone."""
     team: Team | None = None
     """Those that follow, where it has several GPUs and this is the first."""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Job:
-    """One request on its way: a `turns.Standing`. Its maker fills in the upper part, the
-    group the rest."""
-
-    service: int
-    prompt: Sequence[int]
-    most_tokens: int
-    """Of the answer."""
-    listener: Listener
-    arrival_s: float
-    sampling: Sampling = GREEDY
-    chance: np.random.Generator | None = None
-    """Needed unless it is greedy."""
-    ends: frozenset[int] = frozenset()
-    """Tokens that end the answer and are not part of it."""
-    known: list[int] = field(default_factory=list)
-    """Prompt and answer so far."""
-    computed: int = 0
-    """Tokens whose keys and values are in its pages."""
-    joined_s: float | None = None
-    first_s: float | None = None
-    last_s: float = 0.0
-    """When its last token came."""
-    decode_s: float = 0.0
-    preemptions: int = 0
-    over: bool = False
-    progress: Progress = field(init=False)
-    table: KvTable = field(init=False)
-    prompt_tokens: int = 0
-    next_pages: int = 0
-
-    @property
-    def pages(self) -> int:
-        return self.table.pages
-
-    @property
-    def promise(self) -> int:
-        return self.table.promise
-
-    @property
-    def resident(self) -> bool:
-        return self.table.pages > 0
-
-    @property
-    def given(self) -> int:
-        return len(self.known) - len(self.prompt)
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counted since the LLM joined."""
-
-    prompt_tokens: int = 0
-    given_tokens: int = 0
-    preemptions: int = 0
 
 
 class Group:

@@ -35,7 +35,7 @@ from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.paged.answers import Answer, Engine
 from foreserve.runtime.paged.asked import understand
 from foreserve.runtime.paged.following import Door, Followers
-from foreserve.runtime.paged.group import Job, Reason, TooLong
+from foreserve.runtime.paged.jobs import Job, Reason, TooLong
 from foreserve.runtime.paged.layout import Part
 from foreserve.runtime.paged.text import Speech
 from foreserve.runtime.paged.worker import LoadFailed, Worker
