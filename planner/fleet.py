@@ -25,6 +25,8 @@ from foreserve.traces.trace import Demand, Trace
 
 TYPICAL_BATCH = 8
 """Batch at which a request's time in flight is estimated when load is counted."""
+USUAL_INPUT_TOKENS, USUAL_OUTPUT_TOKENS = 1155.0, 211.0
+"""Means of Azure's conversations in 2023 (`sample:azure-2023`)."""
 LONGEST_REQUEST_TOKENS = 16_384
 """KV an ACTIVE replica keeps at least, memory and the LLM's context permitting."""
 
@@ -81,6 +83,29 @@ def request_lengths(
             seen.mean_output if mean_output is None else mean_output,
         )
     return found
+
+
+def with_usual_lengths(
+    scenario: Scenario, history: Demand | None
+) -> tuple[Scenario, tuple[str, ...]]:
+    """The scenario where each LLM that nothing is known of is taken to be asked as a chat
+    service is (`USUAL_INPUT_TOKENS`, `USUAL_OUTPUT_TOKENS`); the names of those."""
+    models = []
+    guessed = []
+    for llm in scenario.models:
+        usual = {
+            column: mean
+            for column, mean in (
+                ("input_tokens", USUAL_INPUT_TOKENS),
+                ("output_tokens", USUAL_OUTPUT_TOKENS),
+            )
+            if getattr(llm, column) is None
+            and (history is None or _history_mean(history, llm.name, column) is None)
+        }
+        models.append(replace(llm, **usual))
+        if usual:
+            guessed.append(llm.name)
+    return replace(scenario, models=tuple(models)), tuple(guessed)
 
 
 def _history_mean(history: Demand, llm: str, column: str) -> float | None:

@@ -13,7 +13,13 @@ from foreserve.models.observed import Observed
 from foreserve.models.placement import Placement, Replica
 from foreserve.models.problem import Fleet
 from foreserve.planner.arrivals import Arrivals, trace_of
-from foreserve.planner.fleet import build_fleet, busy_s, request_lengths
+from foreserve.planner.fleet import (
+    USUAL_OUTPUT_TOKENS,
+    build_fleet,
+    busy_s,
+    request_lengths,
+    with_usual_lengths,
+)
 from foreserve.planner.online import LivePolicy
 from foreserve.planner.proposals import Mode
 from foreserve.planner.scenario import Scenario, parse_scenario
@@ -27,6 +33,24 @@ epoch: 10s
 forecast: {method: last}
 solver: {name: greedy, time_limit: 5s}
 """
+
+
+def test_llms_that_nothing_is_known_of_are_planned_as_usual() -> None:
+    """A first start knows no requests: what the scenario does not state is taken from a
+    usual chat service and told by name; what it states stays."""
+    told = parse_scenario(TEXT)
+    silent = parse_scenario(
+        TEXT.replace("qwen2.5-7b, input_tokens: 500, ", "qwen2.5-7b, ")
+    )
+    bare = parse_scenario(TEXT.replace(", input_tokens: 500, output_tokens: 100", ""))
+    assert with_usual_lengths(told, None) == (told, ())
+    half, names = with_usual_lengths(silent, None)
+    assert names == ("b",)
+    assert (half.models[0], half.models[1].output_tokens) == (told.models[0], 100)
+    known, names = with_usual_lengths(bare, None)
+    assert names == ("a", "b")
+    lengths = request_lengths(known, trace_of(("a", "b")), None)
+    assert lengths["a"].mean_output == USUAL_OUTPUT_TOKENS
 
 
 class Bench:

@@ -190,7 +190,13 @@ def make(
     from foreserve.models.codec import load_plan
     from foreserve.models.quantities import parse_seconds
     from foreserve.planner.arrivals import trace_of
-    from foreserve.planner.fleet import build_fleet, request_lengths
+    from foreserve.planner.fleet import (
+        USUAL_INPUT_TOKENS,
+        USUAL_OUTPUT_TOKENS,
+        build_fleet,
+        request_lengths,
+        with_usual_lengths,
+    )
     from foreserve.planner.pipeline import fit_history
     from foreserve.runtime.gateway.keys import read_keys
 
@@ -206,6 +212,15 @@ def make(
         fit_history(history, wanted)  # now, not when the first epoch is planned
     first = None if plan_path is None else load_plan(plan_path)
     if first is None:
+        wanted, guessed = with_usual_lengths(wanted, history)
+        if guessed:
+            click.echo(
+                f"planned as if each request of {', '.join(guessed)} had "
+                f"{USUAL_INPUT_TOKENS:.0f} tokens and its answer "
+                f"{USUAL_OUTPUT_TOKENS:.0f}; state input_tokens and output_tokens if "
+                "you know better",
+                err=True,
+            )
         nobody = trace_of([llm.name for llm in wanted.models])
         fleet = build_fleet(wanted, request_lengths(wanted, nobody, history))
     else:
