@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from foreserve.runtime.clock import Clock
 from foreserve.runtime.memory.books import Pages
@@ -25,13 +25,39 @@ from foreserve.runtime.memory.pool import Copying, Slot
 End = Literal["done", "cancelled", "failed"]
 
 
+class Source(Protocol):
+    """A shard's bytes in host memory, all or those that come next. Calls are quick."""
+
+    def at(self, offset_bytes: int) -> tuple[int, int]:
+        """The address of that byte, and how many are ready from there on: 0 if they are
+        still on their way (`Link.look` when they have come). What this raises makes the
+        load fail."""
+        ...
+
+    def copied(self, num_bytes: int) -> None:
+        """So many from the begin are there, and not needed here any more."""
+        ...
+
+
+class Whole(NamedTuple):
+    """A `Source` that has everything."""
+
+    address: int
+    num_bytes: int
+
+    def at(self, offset_bytes: int) -> tuple[int, int]:
+        return self.address + offset_bytes, self.num_bytes - offset_bytes
+
+    def copied(self, num_bytes: int) -> None:
+        pass
+
+
 @dataclass(eq=False)
 class Load:
     """One shard on its way. Any thread may look, cancel and wait."""
 
     slot: Slot
-    source: int
-    """Address in host memory of the shard's first byte."""
+    source: Source
     num_bytes: int
     pages: Pages
     """Not mapped yet."""
@@ -84,17 +110,17 @@ class Link:
     def begin(
         self,
         slot: Slot,
-        source: int,
+        source: Source | int,
         num_bytes: int,
         *,
         resident_bytes: int = 0,
         pages: Pages,
         urgent: bool = False,
     ) -> Load:
-        """Copy the shard at ``source`` into ``slot``, of which ``resident_bytes`` are
-        there; ``pages`` are what the slot lacks, and are the load's from now on. It fails
-        at once if they are too few (somebody took some of the slot's meanwhile), or the
-        link is closed; what is too much is free."""
+        """Copy the shard from ``source`` (an address: all of it is there) into ``slot``, of
+        which ``resident_bytes`` are there; ``pages`` are what the slot lacks, and are the
+        load's from now on. It fails at once if they are too few (somebody took some of the
+        slot's meanwhile), or the link is closed; what is too much is free."""
         page_bytes = slot.pool.page_bytes
         wanted = -(-num_bytes // page_bytes) - slot.mapped
         pages.split(max(0, len(pages) - max(0, wanted))).release()
@@ -102,7 +128,7 @@ class Link:
             self._asked += 1
             load = Load(
                 slot=slot,
-                source=source,
+                source=Whole(source, num_bytes) if isinstance(source, int) else source,
                 num_bytes=num_bytes,
                 held_pages=slot.mapped + len(pages),
                 pages=pages.split(len(pages)),
@@ -128,6 +154,11 @@ class Link:
         """Requests wait for it now."""
         with self._changed:
             load.urgent = True
+            self._changed.notify_all()
+
+    def look(self) -> None:
+        """Some source has more, or has failed."""
+        with self._changed:
             self._changed.notify_all()
 
     def cancel(self, load: Load) -> None:
@@ -200,11 +231,11 @@ class Link:
         while True:
             chunk = self._next_chunk(wait=not flying)
             if chunk is not None:
-                load, at, size = chunk
+                load, at, source, size = chunk
                 uses = ExitStack()
                 try:
                     address = uses.enter_context(load.slot.using(at, size))
-                    copy = load.slot.pool.memory.copy(address, load.source + at, size)
+                    copy = load.slot.pool.memory.copy(address, source, size)
                 except Exception as failure:
                     uses.close()
                     self._fail(load, failure)
@@ -222,37 +253,47 @@ class Link:
                     with self._changed:
                         # Behind a chunk that failed there is no prefix to add to.
                         load.copied_bytes += 0 if load.error else size
+                    load.source.copied(load.copied_bytes)
                 uses.close()
             self._settle({load for load, *_ in flying})
 
-    def _next_chunk(self, *, wait: bool) -> tuple[Load, int, int] | None:
-        """What to copy next; None if there is nothing (with ``wait``: ever again)."""
+    def _next_chunk(self, *, wait: bool) -> tuple[Load, int, int, int] | None:
+        """What to copy next: offset, address, bytes; None if there is nothing (with
+        ``wait``: ever again)."""
         with self._changed:
             while True:
+                chunk = self._to_copy()
                 if wait:
                     self._settle(set())
-                load = self._to_copy()
                 now_s = self._clock.now_s()
-                left_s = self.throttle.wait_s(now_s) if load else math.inf
-                if load is not None and left_s <= 0:
-                    ready = min(load.slot.mapped_bytes, load.num_bytes)
-                    size = min(self._chunk_bytes, ready - load._begun_bytes)
-                    at = load._begun_bytes
+                left_s = self.throttle.wait_s(now_s) if chunk else math.inf
+                if chunk is not None and left_s <= 0:
+                    load, _, _, size = chunk
                     load._begun_bytes += size
                     self.throttle.spend(size, now_s)
-                    return load, at, size
+                    return chunk
                 if not wait or (self._closed and not self._loads):
                     return None
                 self._changed.wait(None if math.isinf(left_s) else left_s)
 
-    def _to_copy(self) -> Load | None:
-        """The first in order, even if its pages are still being mapped: nobody overtakes
-        it for that."""
+    def _to_copy(self) -> tuple[Load, int, int, int] | None:
+        """Of the first in order, even if its pages are still being mapped: nobody overtakes
+        it for that, but where its source is not ready."""
         for load in self._ranked():
-            if load._cancelled or load._begun_bytes >= load.num_bytes:
+            at = load._begun_bytes
+            if load._cancelled or at >= load.num_bytes:
                 continue
-            ready = min(load.slot.mapped_bytes, load.num_bytes)
-            return load if ready > load._begun_bytes else None
+            try:
+                source, ready = load.source.at(at)
+            except Exception as failure:
+                self._fail(load, failure)
+                continue
+            mapped = min(load.slot.mapped_bytes, load.num_bytes) - at
+            size = min(self._chunk_bytes, mapped, ready)
+            if size > 0:
+                return load, at, source, size
+            if ready > 0:
+                return None
         return None
 
     def _fail(self, load: Load, failure: Exception) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.memory.books import Books, Pages
-from foreserve.runtime.memory.loading import Link, Load
+from foreserve.runtime.memory.loading import Link, Load, Source
 from foreserve.runtime.memory.pool import PagePool, Span
 
 
@@ -64,10 +64,11 @@ class Weights:
             return self.slot.mapped
 
     def load(
-        self, link: Link, source: int, pages: Pages, *, urgent: bool = False
+        self, link: Link, source: Source | int, pages: Pages, *, urgent: bool = False
     ) -> Load:
-        """Bring what is missing from the shard at host address ``source``, into ``pages``
-        (`missing_pages` of them), which are the load's from now on. One at a time."""
+        """Bring what is missing of the shard from ``source`` (or that address), into
+        ``pages`` (`missing_pages` of them), which are the load's from now on. One at a
+        time."""
         with self._lock:
             if self._load is not None:
                 if not self._load[1].ended.is_set():
