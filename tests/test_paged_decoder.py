@@ -109,7 +109,7 @@ def test_weights_are_views_in_order_of_need(tmp_path):
     for name, weight in layout.weights.items():
         address = memory.data_ptr() + weight.offset_bytes
         assert weights[name].data_ptr() == address
-    up = checkpoint.raw("model.layers.1.mlp.up_proj.weight")
+    up = checkpoint.read("model.layers.1.mlp.up_proj.weight")
     there = weights["1.gate_up"][len(up) :].view(torch.int16).numpy()
     assert (there.view("u2") == up).all()
     halves = [lay_out(config, "bfloat16", Part(rank=rank, size=2)) for rank in (0, 1)]

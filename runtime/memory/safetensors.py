@@ -1,15 +1,18 @@
-"""Checkpoints: safetensors files read in place, and laid out as one shard's bytes.
+"""Checkpoints: safetensors files, laid out as one shard's bytes, or some of them.
 
 The format: eight bytes of length, a JSON object that says of each tensor its type, shape
-and place, then the numbers. No library is needed, and nothing in it is executed.
+and place, then the numbers. No library is needed, and nothing in it is executed. Files are
+read and not mapped: one that is cut off meanwhile is an error, and not the process's end.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
+import os
 import struct
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +34,7 @@ STEP_BYTES = 16 * 1024**2
 """Copied between two looks at whether to stop."""
 
 Raw = NDArray[Any]
+Span = tuple[int, int]
 
 
 class Stopped(ForeserveError):
@@ -59,7 +63,10 @@ class Layout(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
-    def pieces(self) -> Sequence[Piece]: ...
+    def pieces(self) -> Sequence[Piece]:
+        """In order of offset."""
+        ...
+
     @property
     def num_bytes(self) -> int: ...
 
@@ -72,6 +79,10 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     """In the file."""
+
+    @property
+    def row_size(self) -> int:
+        return prod(self.shape[1:])
 
     @property
     def num_bytes(self) -> int:
@@ -92,25 +103,53 @@ class Checkpoint:
                 if name in self.tensors:
                     raise InvalidInput(f"{name} is there twice", file=str(file))
                 self.tensors[name] = stored
-        self._maps: dict[Path, Raw] = {}
 
     @property
     def num_bytes(self) -> int:
         return sum(stored.num_bytes for stored in self.tensors.values())
 
-    def raw(self, name: str) -> Raw:
-        """Its numbers, in place and read-only, as unsigned integers of their size."""
+    def read(
+        self,
+        name: str,
+        rows: Span | None = None,
+        columns: Span | None = None,
+        *,
+        into: Raw | None = None,
+    ) -> Raw:
+        """A block's numbers, as unsigned integers of their size; None: all there are.
+        ``into``: where they are to be (of that shape, in one stretch)."""
         stored = self.tensors.get(name)
         if stored is None:
             raise InvalidInput(f"the checkpoint has no tensor {name!r}")
-        if stored.file not in self._maps:
-            with stored.file.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[stored.file] = np.frombuffer(mapped, np.uint8)
-        part = self._maps[stored.file][stored.begin :][: stored.num_bytes]
-        # Tensors may begin at any byte; numpy copes with that.
-        kind = f"<u{ITEM_BYTES[stored.dtype]}"
-        return part.view(kind).reshape(stored.shape)
+        first, end = rows or (0, stored.shape[0])
+        left, right = columns or (0, stored.row_size)
+        width, size = right - left, ITEM_BYTES[stored.dtype]
+        row_bytes, at = stored.row_size * size, stored.begin
+        shape = (end - first, *stored.shape[1:])
+        if width < stored.row_size:
+            shape = (end - first, width)
+        found = np.empty(shape, f"<u{size}") if into is None else into
+        with stored.file.open("rb", buffering=0) as file:
+            if width == stored.row_size:
+                _read(file, found, at + first * row_bytes)
+            elif 2 * width < stored.row_size:
+                for row, part in enumerate(found, first):
+                    _read(file, part, at + row * row_bytes + left * size)
+            else:
+                whole = np.empty((end - first, stored.row_size), found.dtype)
+                _read(file, whole, at + first * row_bytes)
+                found[...] = whole[:, left:right]
+        return found
+
+
+def _read(file: FileIO, into: Raw, at: int) -> None:
+    """Fill it from there on in the file."""
+    left = into.reshape(-1).view(np.uint8).data
+    while left:
+        count = os.preadv(file.fileno(), [left], at)
+        if not count:
+            raise InvalidInput("it ends before its numbers do", file=str(file.name))
+        left, at = left[count:], at + count
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -158,43 +197,80 @@ def fill(
     checkpoint: Checkpoint,
     memory: Raw,
     *,
+    begin: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Copy all pieces into ``memory`` (bytes, at least the layout's), as the layout's
-    numbers. Raises `Stopped` soon after ``stop`` says so, `InvalidInput` where a tensor is
-    missing or too small."""
-    for piece in layout.pieces:
-        source = _block(checkpoint, piece)
-        kind = checkpoint.tensors[piece.tensor].dtype
-        wanted = DTYPES[layout.dtype]
-        size = source.size * ITEM_BYTES[wanted]
-        there = memory[piece.offset_bytes : piece.offset_bytes + size]
-        target = there.view(f"<u{ITEM_BYTES[wanted]}").reshape(source.shape)
-        for rows in _steps(source):
-            if stop():
-                raise Stopped(f"{piece.tensor}: not wanted any more")
-            target[rows] = _as(source[rows], kind, wanted)
+    """Write the shard's bytes from ``begin`` on into ``memory``, as many as that has or
+    there are, as the layout's numbers; what is between the pieces is not touched. Raises
+    `Stopped` soon after ``stop`` says so, `InvalidInput` where a tensor is missing or too
+    small."""
+    end = min(begin + len(memory), layout.num_bytes)
+    pieces = layout.pieces
+    first = bisect_right(pieces, begin, key=lambda piece: piece.offset_bytes)
+    for i in range(max(0, first - 1), len(pieces)):
+        if pieces[i].offset_bytes >= end:
+            return
+        _fill(layout.dtype, checkpoint, pieces[i], memory[: end - begin], begin, stop)
 
 
-def _block(checkpoint: Checkpoint, piece: Piece) -> Raw:
-    source = checkpoint.raw(piece.tensor)
+def _fill(
+    wanted_name: str,
+    checkpoint: Checkpoint,
+    piece: Piece,
+    memory: Raw,
+    begin: int,
+    stop: Callable[[], bool],
+) -> None:
+    """What of one piece lies between ``begin`` and so many bytes behind it."""
+    shape = _shape(checkpoint, piece)
+    kind, wanted = checkpoint.tensors[piece.tensor].dtype, DTYPES[wanted_name]
+    size = ITEM_BYTES[wanted]
+    row_bytes = prod(shape[1:]) * size
+    # In the piece, from here on.
+    least = max(0, begin - piece.offset_bytes)
+    most = min(shape[0] * row_bytes, begin + len(memory) - piece.offset_bytes)
+    for first, last in _steps(least // row_bytes, -(-most // row_bytes), row_bytes):
+        if stop():
+            raise Stopped(f"{piece.tensor}: not wanted any more")
+        rows = piece.rows[0] + first, piece.rows[0] + last
+        at, end = first * row_bytes, last * row_bytes
+        place = piece.offset_bytes - begin
+        inside = at >= least and end <= most
+        target = memory[place + max(at, least) : place + min(end, most)]
+        if inside:
+            there = target.view(f"<u{size}").reshape(last - first, *shape[1:])
+            if kind == wanted:
+                checkpoint.read(piece.tensor, rows, piece.columns, into=there)
+            else:
+                read = checkpoint.read(piece.tensor, rows, piece.columns)
+                there[...] = _as(read, kind, wanted)
+        else:
+            read = _as(checkpoint.read(piece.tensor, rows, piece.columns), kind, wanted)
+            part = read.reshape(-1).view(np.uint8)
+            target[...] = part[max(0, least - at) :][: len(target)]
+
+
+def _shape(checkpoint: Checkpoint, piece: Piece) -> tuple[int, ...]:
+    """Of the block; raises `InvalidInput` if the tensor does not have it."""
+    stored = checkpoint.tensors.get(piece.tensor)
+    if stored is None:
+        raise InvalidInput(f"the checkpoint has no tensor {piece.tensor!r}")
     spans = [piece.rows] if piece.columns is None else [piece.rows, piece.columns]
-    if len(spans) != source.ndim or any(
-        end > have for (_, end), have in zip(spans, source.shape, strict=True)
+    if len(spans) != len(stored.shape) or any(
+        end > have for (_, end), have in zip(spans, stored.shape, strict=True)
     ):
         raise InvalidInput(
-            f"{piece.tensor}: {source.shape} where {spans} is needed",
+            f"{piece.tensor}: {stored.shape} where {spans} is needed",
             hint="do config.json and weights belong together?",
         )
-    return source[tuple(slice(*span) for span in spans)]
+    return tuple(end - begin for begin, end in spans)
 
 
-def _steps(source: Raw) -> Iterator[slice]:
+def _steps(first: int, last: int, row_bytes: int) -> Iterator[Span]:
     """Rows of about `STEP_BYTES` at a time."""
-    row = source[:1].nbytes
-    rows = max(1, STEP_BYTES // max(row, 1))
-    for at in range(0, len(source), rows):
-        yield slice(at, at + rows)
+    rows = max(1, STEP_BYTES // max(row_bytes, 1))
+    for at in range(first, last, rows):
+        yield at, min(at + rows, last)
 
 
 def _as(numbers: Raw, kind: str, wanted: str) -> Raw:
