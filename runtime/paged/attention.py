@@ -17,6 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from foreserve.runtime.paged.loading import DTYPES
 
+SCORED_ROWS = 64
+"""Logits beside those of next tokens are made for so many tokens at a time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -28,6 +31,8 @@ class Work:
     """Position of the first: so many are in its pages already."""
     table: Sequence[int]
     """Its pages, enough for all its tokens."""
+    scored: int = 0
+    """Logits are wanted after so many of its first tokens, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,17 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Tokens of a sequence after each of which logits are wanted; few enough at a time."""
+
+    sequence: int
+    first: int
+    """Of its tokens in this iteration."""
+    rows: slice
+    """Of the iteration's tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One iteration of one LLM."""
 
@@ -57,6 +73,7 @@ class Step:
     last: torch.Tensor
     """``[sequences]``: index of each one's last token."""
     bundles: tuple[Bundle, ...]
+    scored: tuple[Scored, ...] = ()
 
 
 def cache_view(
@@ -121,6 +138,15 @@ def plan_step(
         slots=(place % tokens_per_page).to(device),
         last=torch.tensor(last, dtype=torch.int64).to(device),
         bundles=bundles,
+        scored=tuple(
+            Scored(
+                sequence=index,
+                first=first,
+                rows=slice(start + first, start + min(first + SCORED_ROWS, one.scored)),
+            )
+            for index, (one, start) in enumerate(zip(work, starts, strict=True))
+            for first in range(0, one.scored, SCORED_ROWS)
+        ),
     )
 
 

@@ -8,14 +8,14 @@ moment. On several GPUs each rank computes its heads and columns, and `Peers` ad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
-from foreserve.runtime.paged.attention import Step, attend
+from foreserve.runtime.paged.attention import Scored, Step, attend
 from foreserve.runtime.paged.config import Activation, DecoderConfig
 from foreserve.runtime.paged.layout import Part, kv_heads_of, vocabulary_rows
 from foreserve.runtime.paged.rope import frequencies, turn, turns
@@ -79,10 +79,15 @@ class Decoder:
         return self.heads // self.kv_heads
 
     def __call__(
-        self, weights: Weights, cache: torch.Tensor, step: Step
+        self,
+        weights: Weights,
+        cache: torch.Tensor,
+        step: Step,
+        hear: Callable[[Scored, torch.Tensor], None] = lambda *_: None,
     ) -> torch.Tensor:
         """Logits of each sequence's next token, float32 ``[sequences, vocabulary]``; keys
-        and values of the iteration's tokens go into ``cache`` (`attention.cache_view`)."""
+        and values of the iteration's tokens go into ``cache`` (`attention.cache_view`).
+        ``hear`` is told the logits of ``step.scored``, one after the other."""
         config = self.config
         with torch.inference_mode():
             x = self._embed(weights["embedding"], step.tokens)
@@ -96,13 +101,19 @@ class Decoder:
                 x = x + self._after(own, "after_attention", told)
                 told = self._feed_forward(own, self._norm(x, own["mlp_norm"]))
                 x = x + self._after(own, "after_mlp", told)
-            x = self._norm(x[step.last], weights["norm"])
-            head = weights["embedding" if config.tied else "head"]
-            logits = self.peers.join(functional.linear(x, head))
-            logits = logits[:, : config.vocabulary].float()
-            if config.logit_cap is not None:
-                logits = torch.tanh(logits / config.logit_cap) * config.logit_cap
-            return logits
+            for some in step.scored:
+                hear(some, self._logits(weights, x[some.rows]))
+            return self._logits(weights, x[step.last])
+
+    def _logits(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        x = self._norm(x, weights["norm"])
+        head = weights["embedding" if config.tied else "head"]
+        logits = self.peers.join(functional.linear(x, head))
+        logits = logits[:, : config.vocabulary].float()
+        if config.logit_cap is not None:
+            logits = torch.tanh(logits / config.logit_cap) * config.logit_cap
+        return logits
 
     def _embed(self, embedding: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if self.peers.part.size > 1:

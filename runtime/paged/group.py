@@ -17,11 +17,10 @@ import torch
 from foreserve.models.cost import IterationTime
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
 from foreserve.runtime.memory.rules import pages_of
-from foreserve.runtime.paged.attention import Work, cache_view, plan_step
+from foreserve.runtime.paged.attention import Scored, Work, cache_view, plan_step
 from foreserve.runtime.paged.decoder import Decoder, Weights
-from foreserve.runtime.paged.jobs import Job, Reason, TooLong, Totals
+from foreserve.runtime.paged.jobs import Job, Reason, TooLong, Totals, next_tokens
 from foreserve.runtime.paged.mirror import Mirror, Share, Team
-from foreserve.runtime.paged.sampling import choose
 from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
 from foreserve.runtime.turns import Rules, Turn, next_turn
 
@@ -251,6 +250,7 @@ class Group:
                     tokens=self._next_tokens(job),
                     begin=job.computed,
                     most_tokens=len(job.prompt) + job.most_tokens - 1,
+                    scored=job.scored(job.prompt_tokens),
                 )
                 for job in batch
             ]
@@ -286,8 +286,13 @@ class Group:
             self._pages[fresh] = 0
         return True
 
-    def compute(self, service: int, work: Sequence[Work]) -> torch.Tensor:
-        """The logits of each one's next token."""
+    def compute(
+        self,
+        service: int,
+        work: Sequence[Work],
+        hear: Callable[[Scored, torch.Tensor], None] = lambda *_: None,
+    ) -> torch.Tensor:
+        """The logits of each one's next token; ``hear`` is told what else is wanted."""
         hosted, cache = self._hosted[service], self._caches[service]
         step = plan_step(
             work,
@@ -296,7 +301,7 @@ class Group:
             windows=hosted.decoder.windows,
             device=hosted.decoder.device,
         )
-        return hosted.decoder(hosted.weights, cache, step)
+        return hosted.decoder(hosted.weights, cache, step, hear)
 
     def _iterate(self, turn: Turn[Job], batch: list[Job], begin_s: float) -> None:
         work = [
@@ -304,22 +309,25 @@ class Group:
                 tokens=self._next_tokens(job),
                 begin=job.computed,
                 table=job.table.numbers(),
+                scored=job.scored(job.prompt_tokens),
             )
             for job in batch
         ]
-        logits = self.compute(turn.service, work)
+        logits = self.compute(
+            turn.service,
+            work,
+            lambda some, told: batch[some.sequence].hear(
+                work[some.sequence].begin + some.first, told
+            ),
+        )
         for job, done in zip(batch, work, strict=True):
             job.computed += len(done.tokens)
         ready = [i for i, job in enumerate(batch) if job.computed == len(job.known)]
         tokens: dict[Job, int] = {}
         if ready:
             telling = [batch[i] for i in ready]
-            chosen = choose(
-                logits if len(ready) == len(batch) else logits[ready],
-                [job.sampling for job in telling],
-                [job.chance for job in telling],
-            )
-            tokens = dict(zip(telling, chosen, strict=True))
+            rows = logits if len(ready) == len(batch) else logits[ready]
+            tokens = dict(zip(telling, next_tokens(rows, telling), strict=True))
         now_s = self._now_s()
         self._learn(self._hosted[turn.service], turn, work, now_s - begin_s)
         self.iterations += 1
@@ -351,7 +359,7 @@ class Group:
         job.last_s = now_s
         if token in job.ends:
             return "stop"
-        job.known.append(token)
+        job.take(token)
         self.totals[job.service].given_tokens += 1
         if job.listener.token(token):
             return "stop"

@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.memory.kv import KvTable
-from foreserve.runtime.paged.sampling import GREEDY, Sampling
+from foreserve.runtime.paged.sampling import (
+    GREEDY,
+    Bend,
+    Sampling,
+    Scores,
+    choose,
+    score,
+)
 from foreserve.runtime.scheduler import Progress
 
 Reason = Literal["stop", "length", "abort"]
@@ -48,6 +56,8 @@ class Job:
     """Needed unless it is greedy."""
     ends: frozenset[int] = frozenset()
     """Tokens that end the answer and are not part of it."""
+    echoes: bool = False
+    """Log probabilities of the prompt's tokens are wanted, as of those of the answer."""
     known: list[int] = field(default_factory=list)
     """Prompt and answer so far."""
     computed: int = 0
@@ -63,6 +73,35 @@ class Job:
     table: KvTable = field(init=False)
     prompt_tokens: int = 0
     next_pages: int = 0
+    bend: Bend | None = field(init=False)
+    scores: Scores | None = None
+    """Of the token that the listener hears now, if it wants them."""
+    prompt_scores: list[Scores] = field(default_factory=list)
+    """From the second token on; all there when the listener hears of the first one."""
+
+    def __post_init__(self) -> None:
+        self.bend = self.sampling.bend(self.prompt, self.ends)
+
+    def take(self, token: int) -> None:
+        """The answer goes on with it."""
+        self.known.append(token)
+        if self.bend is not None:
+            self.bend.add(token)
+
+    def scored(self, count: int) -> int:
+        """After how many of the next ``count`` tokens that it computes logits are wanted,
+        beside those of what is not known yet."""
+        left = len(self.prompt) - 1 - self.computed
+        if not self.echoes or len(self.prompt_scores) == len(self.prompt) - 1:
+            return 0
+        return max(0, min(count, left))
+
+    def hear(self, begin: int, logits: torch.Tensor) -> None:
+        """What the LLM would have said after the prompt's tokens from ``begin`` on."""
+        del self.prompt_scores[begin:]
+        said = self.prompt[begin + 1 : begin + 1 + len(logits)]
+        tops = [self.sampling.logprobs] * len(said)
+        self.prompt_scores += [one for one in score(logits, said, tops) if one]
 
     @property
     def pages(self) -> int:
@@ -79,6 +118,21 @@ class Job:
     @property
     def given(self) -> int:
         return len(self.known) - len(self.prompt)
+
+
+def next_tokens(logits: torch.Tensor, jobs: Sequence[Job]) -> list[int]:
+    """The next token of each, by its row of ``logits``; those that want `Job.scores` have
+    them then."""
+    chosen = choose(
+        logits,
+        [job.sampling for job in jobs],
+        [job.chance for job in jobs],
+        [job.bend for job in jobs],
+    )
+    told = score(logits, chosen, [job.sampling.logprobs for job in jobs])
+    for job, one in zip(jobs, told, strict=True):
+        job.scores = one
+    return chosen
 
 
 @dataclass(slots=True)

@@ -25,6 +25,8 @@ class Share:
     """Position of the first."""
     most_tokens: int
     """That it may come to have, all in all."""
+    scored: int = 0
+    """See `Work`."""
 
 
 class Team(Protocol):
@@ -74,6 +76,7 @@ class Mirror:
                 tokens=share.tokens,
                 begin=share.begin,
                 table=self._requests[share.request].table.numbers(),
+                scored=share.scored,
             )
             for share in shares
         ]
