@@ -35,7 +35,6 @@ from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.memory.cuda import CudaFailed, CudaMemory, load_driver
 from foreserve.runtime.memory.loading import Link
 from foreserve.runtime.memory.pool import PagePool
-from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.memory.swap import Swap
 from foreserve.runtime.memory.weights import Shelf, Weights
 
@@ -157,25 +156,20 @@ def switching(pool: PagePool, source: np.ndarray) -> dict[str, Any]:
 
 def swapping(pool: PagePool, pages: int) -> dict[str, Any]:
     """GB/s."""
-    host = PagePool(PosixMemory(pool.page_bytes, pages))
-    assert isinstance(host.memory, PosixMemory)
-    host.memory.create()
-    swap, size = Swap(pool, host), pages * pool.page_bytes
-    pool.memory.pin(host.window(), size)
+    size = pages * pool.page_bytes
+    swap = Swap(pool, size, time.perf_counter)
     times: dict[str, list[float]] = {"out": [], "back": []}
     for _ in range(REPEATS):
         held = pool.books.take(pages)
         assert held is not None
         begin_s = time.perf_counter()
-        there = swap.out(held)
+        there = swap.out(held.numbers)
         times["out"].append(time.perf_counter() - begin_s)
-        again = pool.books.take(pages)
         assert there is not None
-        assert again is not None
-        times["back"].append(timed(lambda t=there, a=again: swap.back(t, a)))
-        again.release()
-    pool.memory.unpin(host.window())
-    host.close()
+        numbers = held.numbers
+        times["back"].append(timed(lambda t=there, n=numbers: swap.back(t, n)))
+        held.release()
+    swap.close()
     return {
         name: spread([1 / seconds for seconds in taken], size / 1e9)
         for name, taken in times.items()

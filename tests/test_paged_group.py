@@ -15,6 +15,7 @@ from foreserve.models.cost import IterationTime  # noqa: E402
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace  # noqa: E402
 from foreserve.runtime.memory.pool import PagePool  # noqa: E402
 from foreserve.runtime.memory.posix import PosixMemory  # noqa: E402
+from foreserve.runtime.memory.swap import Swap  # noqa: E402
 from foreserve.runtime.paged.group import Group, Hosted  # noqa: E402
 from foreserve.runtime.paged.jobs import Job, TooLong  # noqa: E402
 from foreserve.runtime.paged.loading import tensor  # noqa: E402
@@ -48,8 +49,16 @@ def llms(tmp_path_factory):
 class Stand:
     """A group over a pool of its own, and what its listeners heard."""
 
-    def __init__(self, llms, pages, policy="db-mean", **rules):
+    def __init__(self, llms, pages, policy="db-mean", swap=None, **rules):
+        """``swap``: pages on the host, and what copying takes at a time."""
         self.pool = PagePool(PosixMemory(PAGE_BYTES, pages))
+        self.swap = None
+        if swap is not None:
+            count, copy_s = swap
+            clock = itertools.count()
+            self.swap = Swap(
+                self.pool, count * PAGE_BYTES, lambda: next(clock) * copy_s
+            )
         self.space = KvSpace([self.pool.books], PAGE_BYTES)
         seconds = itertools.count()
         self.group = Group(
@@ -58,6 +67,7 @@ class Stand:
             POLICIES[policy].make(),
             lambda: next(seconds) / 1000,
             Rules(**rules),
+            self.swap,
         )
         self.services = {llm.folder: self.group.add(hosted(llm)) for llm in llms}
 
@@ -79,6 +89,8 @@ class Stand:
         while self.group.step():
             pass
         assert self.pool.free == self.pool.capacity
+        if self.swap is not None:
+            assert self.swap.host.free == self.swap.host.capacity
 
 
 class Heard:
@@ -138,6 +150,60 @@ def test_answers_are_those_of_each_llm_alone(llms, policy):
     assert sum(total.given_tokens for total in totals) == 20 * ANSWER
     assert sum(total.preemptions for total in totals) > 0
     assert stand.group.switches >= 3
+
+
+@pytest.mark.parametrize(
+    ("swap", "least", "most"),
+    [((400, 1e-6), 1.0, 1.0), ((16, 1e-6), 0.1, 0.9), ((400, 1.0), 0.0, 0.0)],
+)
+def test_swapped_or_computed_again(llms, swap, least, most):
+    """Far longer answers than promised, with room on the host for all pages, for those of
+    one or two, and with a link that takes a second a copy: all who are preempted are
+    swapped, some, or none. Answers are transformers'; both memories are free again."""
+    stand = Stand(llms[:2], 24, "round-robin", swap, max_num_seqs=8)
+    asked = []
+    for i, prompt in enumerate(prompts(9)):
+        llm = llms[i % 2]
+        asked.append((llm, prompt[:20], stand.ask(llm, prompt[:20], tokens=40)))
+    stand.run()
+    for llm, prompt, heard in asked:
+        assert heard.tokens == llm.after_each(prompt, heard.tokens)
+    assert stand.group.preemptions > 10
+    assert least <= stand.group.swaps / stand.group.preemptions <= most
+
+
+def test_who_is_swapped(llms):
+    """Two prompts of forty tokens and what was answered: on the host they have as many
+    pages, and decode next. One is cancelled, the other's LLM leaves: nothing stays there. A
+    third, amid its prompt, goes on where it was, in other pages."""
+    first, second = llms[:2]
+    stand = Stand([first, second], 40, "round-robin", (40, 1e-6), max_prompt_tokens=32)
+    heard = [stand.ask(llm, [5] * 40) for llm in (first, second)]
+    while min(len(one.tokens) for one in heard) < 3:
+        stand.group.step()
+    held = [one.job.pages for one in heard]
+    computed = [one.job.computed for one in heard]
+    for one in heard:
+        stand.group._evict(one.job)
+    assert stand.swap.host.books.held == sum(held)
+    for one, pages, tokens in zip(heard, held, computed, strict=True):
+        job = one.job
+        assert (job.pages, job.prompt_tokens, job.computed) == (0, 0, tokens)
+        assert job.next_pages in (pages, pages + 1)
+    stand.group.cancel(heard[0].job)
+    assert stand.swap.host.books.held == held[1]
+    stand.group.remove(stand.services[second.folder])
+    assert stand.swap.host.books.held == 0
+    third = stand.ask(first, [7] * 70)
+    stand.group.step()
+    stand.group._evict(third.job)
+    taken = stand.pool.books.take(3)
+    assert third.job.computed == 32
+    stand.group.step()
+    assert third.job.computed == 64
+    taken.release()
+    stand.run()
+    assert third.tokens == first.told([7] * 70, ANSWER)
 
 
 def test_what_ends_an_answer(llms):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -178,28 +179,33 @@ def test_what_may_be_lent_leaves_reserve_and_floors():
 
 def test_a_swapped_request_comes_back_as_it_was():
     """Its pages go to the host, others write where it was, and it returns to other pages
-    with the same bytes; where the host has no room nothing happens."""
-    pool, host = PagePool(PosixMemory(4096, 8)), PagePool(PosixMemory(4096, 3))
-    swap = Swap(pool, host)
+    with the same bytes; where the host has no room nothing happens. By the clock a copy
+    takes a second, however many pages: one each at first, of three a tenth is learnt."""
+    pool, seconds = PagePool(PosixMemory(4096, 8)), itertools.count()
+    swap = Swap(pool, 3 * 4096 + 100, lambda: next(seconds))
+    assert swap.bytes_per_s == 4096
     window = np.frombuffer(pool.window_span(), np.uint8).reshape(8, 4096)
     pages = pool.books.take(3)
     assert pages is not None
     window[list(pages.numbers)] = np.array([[5], [6], [7]], np.uint8)
-    there = swap.out(pages)
+    there = swap.out(pages.numbers)
     assert there is not None
-    assert (len(pages), pool.free, host.free) == (0, 8, 0)
+    assert swap.host.free == 0
+    assert swap.bytes_per_s == pytest.approx(4096 / (0.9 + 0.1 / 3))
+    swap.try_out(0)  # No room for it.
+    pages.release()
     window[:] = 0
     low = pool.books.take(4)
     again = pool.books.take(3)
     assert low is not None
     assert again is not None
-    assert swap.out(low) is None
-    swap.back(there, again)
+    assert swap.out(low.numbers) is None
+    swap.back(there, again.numbers)
     assert window[list(again.numbers), 100].tolist() == [5, 6, 7]
-    assert host.free == 3
+    assert swap.host.free == 3
     del window
+    swap.close()
     pool.close()
-    host.close()
 
 
 class Space(RuleBasedStateMachine):

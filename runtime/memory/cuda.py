@@ -183,6 +183,10 @@ class CudaMemory:
             self.call("cuEventRecord", event, self._device.stream)
         return _Copy(self, event)
 
+    def settle(self) -> None:
+        self._enter()
+        self.call("cuCtxSynchronize")
+
     def pin(self, source: int, num_bytes: int) -> None:
         """Page-lock it, without which copies go through a buffer of the driver's."""
         self._enter()

@@ -80,6 +80,11 @@ class Memory(Protocol):
         """Begin to copy to host memory at ``destination``."""
         ...
 
+    def settle(self) -> None:
+        """Return when what was begun on the device has ended: its kernels, which copies
+        do not wait for."""
+        ...
+
     def pin(self, source: int, num_bytes: int) -> None:
         """Have that host memory ready to be copied from at full speed."""
         ...

@@ -128,6 +128,9 @@ class PosixMemory:
         _LIBC.memcpy(destination, address, num_bytes)
         return _Done()
 
+    def settle(self) -> None:
+        """Nothing to do: nothing goes on beside."""
+
     def pin(self, source: int, num_bytes: int) -> None:
         """Nothing to do: host memory is copied from as it is."""
 

@@ -2,7 +2,8 @@
 
 What runs, who joins and who gives up his pages is `turns.next_turn`'s choice, as in the
 simulator; pages are `memory.kv.KvSpace`'s. Long prompts are computed in chunks, one per
-iteration; who is preempted computes his tokens again, the answer so far among them.
+iteration; who is preempted has his pages copied to the host and back, or computes his
+tokens again, the answer so far among them, whichever takes less (`turns.swaps`).
 Nobody is preempted, joins or leaves but between two iterations.
 """
 
@@ -15,14 +16,16 @@ from dataclasses import dataclass
 import torch
 
 from foreserve.models.cost import IterationTime
+from foreserve.runtime.memory.books import Pages
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
 from foreserve.runtime.memory.rules import pages_of
+from foreserve.runtime.memory.swap import Swap
 from foreserve.runtime.paged.attention import Scored, Work, cache_view, plan_step
 from foreserve.runtime.paged.decoder import Decoder, Weights
 from foreserve.runtime.paged.jobs import Job, Reason, TooLong, Totals, next_tokens
 from foreserve.runtime.paged.mirror import Mirror, Share, Team
 from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
-from foreserve.runtime.turns import Rules, Turn, next_turn
+from foreserve.runtime.turns import Rules, Turn, next_turn, swaps
 
 PACE_SHARE = 0.1
 """Weight of the last iteration in what is known of this machine's pace."""
@@ -55,16 +58,19 @@ class Group:
         policy: Policy,
         now_s: Callable[[], float],
         rules: Rules | None = None,
+        swap: Swap | None = None,
     ) -> None:
         """``pages``: the pool's window, uint8 ``[pages, bytes]``; ``space``: over that one
-        pool."""
+        pool. ``swap``: where pages go that must leave; else all is computed again."""
         self.space, self.policy, self.rules = space, policy, rules or Rules()
+        self.swap = swap
         self._pages, self._now_s = pages, now_s
         self._hosted: dict[int, Hosted] = {}
         self._caches: dict[int, torch.Tensor] = {}
         self._profiles: list[Profile] = []
         """By number, of those that have left, too."""
         self._pace: dict[int, float] = {}
+        """What prompts take here, as a multiple of what was planned."""
         self.totals: dict[int, Totals] = {}
         self.mirrors: dict[int, Mirror] = {}
         """LLMs that are computed here when another process says so."""
@@ -75,7 +81,8 @@ class Group:
         self._running: frozenset[int] = frozenset()
         self._made = 0
         self._quotas_next_s = 0.0
-        self.iterations = self.preemptions = 0
+        self.iterations = self.preemptions = self.swaps = 0
+        """``swaps``: preemptions that nothing is computed again for."""
         self.switches = 0
         """Changes from one LLM to another."""
         self._last: int | None = None
@@ -268,11 +275,22 @@ class Group:
 
     def _ready(self, job: Job, now_s: float) -> bool:
         """Have pages for what it computes next."""
+        if job.away is not None and not self._back(job, job.away):
+            return False
         if not self.grow(job.table, job.computed + (job.prompt_tokens or 1)):
             return False  # Lent meanwhile; the next turn knows of it.
         if job.joined_s is None:
             job.joined_s = now_s
             self.totals[job.service].prompt_tokens += len(job.prompt)
+        return True
+
+    def _back(self, job: Job, away: Pages) -> bool:
+        """Have in pages again what was swapped."""
+        if not job.table.grow(job.computed):
+            return False
+        assert self.swap is not None
+        self.swap.back(away, job.table.numbers())
+        job.away = None
         return True
 
     def grow(self, table: KvTable, tokens: int) -> bool:
@@ -304,6 +322,7 @@ class Group:
         return hosted.decoder(hosted.weights, cache, step, hear)
 
     def _iterate(self, turn: Turn[Job], batch: list[Job], begin_s: float) -> None:
+        ready_s = self._now_s()
         work = [
             Work(
                 tokens=self._next_tokens(job),
@@ -329,7 +348,9 @@ class Group:
             rows = logits if len(ready) == len(batch) else logits[ready]
             tokens = dict(zip(telling, next_tokens(rows, telling), strict=True))
         now_s = self._now_s()
-        self._learn(self._hosted[turn.service], turn, work, now_s - begin_s)
+        if turn.prompts:
+            hosted = self._hosted[turn.service]
+            self._learn(hosted, turn.service, work, now_s - ready_s)
         self.iterations += 1
         self.switches += self._last not in (None, turn.service)
         self._last = turn.service
@@ -370,15 +391,45 @@ class Group:
         if team is not None:
             team.release(job.progress.request)
         job.table.release()
+        if job.away is not None:
+            job.away.release()
 
     def _evict(self, job: Job) -> None:
+        away = self._away(job)
         self._release(job)
-        job.table = self.space.open(job.service)
-        job.computed = 0
+        job.table, job.away = self.space.open(job.service), away
+        if away is None:
+            job.computed = 0
+        else:
+            self.swaps += 1
         job.preemptions += 1
         self.preemptions += 1
         self.totals[job.service].preemptions += 1
         self._refresh(job)
+
+    def _away(self, job: Job) -> Pages | None:
+        """Where its tokens are now if they were swapped. Those that follow would have to
+        swap theirs, too: LLMs of several GPUs compute again."""
+        swap, team = self.swap, self._hosted[job.service].team
+        count = pages_of(job.computed, self.space.per_page(job.service))
+        if swap is None or team is not None or not count:
+            return None
+        numbers = job.table.numbers()[:count]
+        num_bytes = count * self.space.page_bytes
+        if swaps(num_bytes, swap.bytes_per_s, self._again_s(job)):
+            return swap.out(numbers)
+        swap.try_out(numbers[0])  # It may have become faster.
+        return None
+
+    def _again_s(self, job: Job) -> float:
+        """What it would take to compute its tokens again, chunk by chunk."""
+        time, most = self._hosted[job.service].time, self.rules.max_prompt_tokens
+        ends = [*range(most, job.computed, most), job.computed]
+        planned_s = sum(
+            time.prefill_s(end - begin, end**2 - begin**2)
+            for begin, end in zip([0, *ends], ends, strict=False)
+        )
+        return planned_s * self._pace[job.service]
 
     def _refresh(self, job: Job) -> None:
         """Bring what the choice sees up to date; a promise is renewed on joining."""
@@ -402,17 +453,11 @@ class Group:
         self._quotas_next_s = now_s + self.rules.quota_every_s
 
     def _learn(
-        self, hosted: Hosted, turn: Turn[Job], work: Sequence[Work], took_s: float
+        self, hosted: Hosted, service: int, work: Sequence[Work], took_s: float
     ) -> None:
-        """How this machine's pace compares with what was planned."""
-        time = hosted.time
-        if turn.prompts:
-            counts = [len(one.tokens) for one in work]
-            squares = sum((w.begin + len(w.tokens)) ** 2 - w.begin**2 for w in work)
-            planned_s = time.prefill_s(sum(counts), squares)
-        else:
-            planned_s = time.decode_s(len(work), sum(one.begin + 1 for one in work))
+        """How long prompts take on this machine, compared with what was planned."""
+        squares = sum((w.begin + len(w.tokens)) ** 2 - w.begin**2 for w in work)
+        planned_s = hosted.time.prefill_s(sum(len(w.tokens) for w in work), squares)
         if planned_s > 0:
-            pace = self._pace[turn.service]
-            pace += PACE_SHARE * (took_s / planned_s - pace)
-            self._pace[turn.service] = pace
+            pace = self._pace[service]
+            self._pace[service] = pace + PACE_SHARE * (took_s / planned_s - pace)

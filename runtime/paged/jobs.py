@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from foreserve.models.errors import ForeserveError
+from foreserve.runtime.memory.books import Pages
 from foreserve.runtime.memory.kv import KvTable
 from foreserve.runtime.paged.sampling import (
     GREEDY,
@@ -61,7 +62,9 @@ class Job:
     known: list[int] = field(default_factory=list)
     """Prompt and answer so far."""
     computed: int = 0
-    """Tokens whose keys and values are in its pages."""
+    """Tokens whose keys and values are in its pages, or in those it has away."""
+    away: Pages | None = None
+    """On the host, while it is swapped."""
     joined_s: float | None = None
     first_s: float | None = None
     last_s: float = 0.0
