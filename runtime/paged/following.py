@@ -246,8 +246,10 @@ class Following:
         """In the loop's thread; what failed. No traceback may keep weights in view."""
         try:
             mirror = self._mirror()
+            # Before: the leader does not count yet what is granted now.
+            free = self._worker.space.pools[0].free
             ready = [mirror.ready(share) for share in shares]
-            self._say({"ready": ready, "free": self._worker.space.pools[0].free})
+            self._say({"ready": ready, "free": free})
             if not self._link.poll(WITHIN_S):
                 return "the leader said nothing"
             chosen = json.loads(self._link.recv_bytes())["chosen"]
