@@ -148,19 +148,21 @@ def test_pages_on_loan_come_back_before_a_request_goes_without():
     assert space.keep_free(3)
     assert (books.free, loan.revocable(books)) == (3, 7)
     assert not space.keep_free(11)
+    assert (books.free, loan.revocable(books)) == (10, 0)
     first.release()
     assert first.numbers() == ()
-    assert books.free == 13
+    assert books.free == 20
     first.release()
-    assert books.free == 13
+    assert books.free == 20
 
 
 def test_what_may_be_lent_leaves_reserve_and_floors():
     """100 pages, requests of at most 32 at a time: with 8 of them and 20 pages in use 75
-    may be lent, as in the design's example; with 50 lent 25 more. Floors of idle LLMs
-    stay free; where no LLM is served, everything may go."""
+    may be lent, as in the design's example; with 50 lent 25 more. The floor of an idle LLM
+    counts as used, and so does what is promised; where no LLM is served, everything may
+    go."""
     books, loan = Books(100), Loan()
-    space = KvSpace([books], 40, borrower=loan, most=32)
+    space = KvSpace([books], 40, borrower=loan, most=32, ahead_tokens=0)
     assert space.lendable() == 100
     busy = space.add(_needs("busy", 10))
     tables = [space.open(busy) for _ in range(8)]
@@ -172,7 +174,13 @@ def test_what_may_be_lent_leaves_reserve_and_floors():
     assert space.lendable() == 25
     idle = space.add(_needs("idle", 10, input_tokens=60.0))
     assert space.floor(idle) == 16
-    assert space.lendable() == 100 - 20 - 50 - 16
+    assert space.lendable() == 100 - 40 - 50  # 20 + 16 + 100 / 32, rounded up
+    assert space.soon() == 16
+    tables[0].promise = 7  # It has two.
+    assert (space.lendable(), space.soon()) == (5, 21)
+    space.ahead_tokens = 8  # Two pages more of those that have not more promised.
+    assert space.soon() == 5 + 7 * 2 + 16
+    assert space.lendable() == 0
     space.remove(busy)
     assert books.free == 50
 
@@ -223,6 +231,7 @@ class Space(RuleBasedStateMachine):
             self.space.add(_needs("second", 13, pools=(1,))),
         ]
         self.tables: list[KvTable] = []
+        self.asked: dict[KvTable, int] = {}
 
     @rule(which=st.integers(0, 2))
     def open(self, which: int) -> None:
@@ -243,24 +252,50 @@ class Space(RuleBasedStateMachine):
             assert lent == [self.loan.revocable(pool) for pool in self.pools]
         else:
             assert table.room_tokens >= tokens
+            self.asked[table] = max(tokens, self.asked.get(table, 0))
 
     @precondition(lambda self: self.tables)
     @rule(at=st.integers(0, 99))
     def release(self, at: int) -> None:
         self.tables.pop(at % len(self.tables)).release()
 
+    @precondition(lambda self: self.tables)
+    @rule(at=st.integers(0, 99), pages=st.integers(0, 6))
+    def promise(self, at: int, pages: int) -> None:
+        self.tables[at % len(self.tables)].promise = pages
+
     @rule(pool=st.integers(0, 1), share=st.floats(0, 1))
     def lend(self, pool: int, share: float) -> None:
-        count = int(self.space.lendable(pool) * share)
-        self.loan.take(self.pools[pool], count)
-        # What LLMs lack to a usual request stays free.
+        """As much as leaves max(C Q / B, T + C / B) to requests, by trying it out; who
+        takes some may take the rest, and no more."""
+        books, most = self.pools[pool], self.space.lendable(pool)
         there = self.services[:1] + self.services[pool + 1 : pool + 2]
-        held = dict.fromkeys(there, 0)
-        for table in self.tables:
-            if table.service in held:
-                held[table.service] += table.pages
-        floors = sum(max(0, self.space.floor(s) - held[s]) for s in there)
-        assert not count or self.pools[pool].free >= floors
+        tables = [t for t in self.tables if t.service in there]
+        usable = books.free + self.space.used(pool) + self.loan.revocable(books)
+        likely = 0
+        for service in there:
+            mine = [t for t in tables if t.service == service]
+            pages = [
+                max(
+                    t.pages,
+                    t.promise,
+                    t.pages and -(-(self.asked[t] + 8) // t.per_page),
+                )
+                for t in mine
+            ]
+            likely += max(sum(pages), self.space.floor(service))
+        reserve = max(usable * len(tables) / 4, likely + usable / 4)
+        lent = self.loan.revocable(books)
+        fits = [n for n in range(books.free + 1) if lent + n + reserve <= usable]
+        assert most == max(fits, default=0)
+        count = int(most * share)
+        self.loan.take(books, count)
+        assert self.space.lendable(pool) == most - count
+        # What is to be free soon is, and is not taken back at once.
+        if count:
+            assert books.free >= self.space.soon(pool)
+            assert self.space.keep_free(self.space.soon(pool), pool)
+            assert self.loan.revocable(books) == lent + count
 
     @rule(waiting=st.sets(st.integers(0, 2)))
     def rebalance(self, waiting: set[int]) -> None:

@@ -6,11 +6,13 @@ number is a place in the pool's window: granting is bookkeeping and maps nothing
 
 Who joins, who is evicted and whether he is swapped is `turns.next_turn`'s to decide; this
 tells it ``pages``, ``quotas`` and promises, and keeps the tables. What no request needs may
-be lent to weights, and is taken back before a request would go without.
+be lent to weights, and is taken back before a request would go without: by `Keeper` while
+iterations go on, or else when it is granted.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +28,9 @@ from foreserve.runtime.memory.rules import (
     usual_pages,
 )
 from foreserve.runtime.turns import rebalance
+
+AHEAD_TOKENS = 8
+"""Iterations that go on while what is lent is taken back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +85,8 @@ class KvTable:
     promise: int = 0
     """Pages set aside for it (`KvSpace.promise`); its owner keeps that up to date."""
     _shards: list[Pages] = field(default_factory=list)
+    _tokens: int = 0
+    """That it has pages for, as it was last asked."""
 
     @property
     def pages(self) -> int:
@@ -99,6 +106,7 @@ class KvTable:
         none, not even on loan. Never gives any back."""
         missing = pages_of(tokens, self.per_page) - self.pages
         if missing <= 0:
+            self._tokens = max(self._tokens, tokens)
             return True
         granted = self.space._grant(self.service, missing)
         if granted is None:
@@ -109,7 +117,13 @@ class KvTable:
         else:
             self._shards += granted
         self.space._count(self.service, missing)
+        self._tokens = tokens
         return True
+
+    def likely(self, ahead: int) -> int:
+        """Pages that it has, was promised, or needs for so many tokens more."""
+        soon = pages_of(self._tokens + ahead, self.per_page) if self.pages else 0
+        return max(self.pages, self.promise, soon)
 
     def release(self) -> None:
         """Its pages are free, and it is no table any more; any number of calls."""
@@ -130,12 +144,14 @@ class KvSpace:
         *,
         borrower: Borrower | None = None,
         most: int = 256,
+        ahead_tokens: int = AHEAD_TOKENS,
     ) -> None:
-        """``most``: requests at a time that a GPU is laid out for, for what may be lent."""
+        """``most``: requests at a time that a GPU is laid out for, for what may be lent;
+        ``ahead_tokens``: of each request, for which pages are kept free."""
         self.pools = tuple(pools)
         self.page_bytes = page_bytes
         self.borrower: Borrower = borrower or Nobody()
-        self.most = most
+        self.most, self.ahead_tokens = most, ahead_tokens
         self.quotas: dict[int, float] = {}
         """Soft shares in pages, by service; those of one GPU group are for `next_turn`."""
         self._needs: dict[int, KvNeeds] = {}
@@ -143,6 +159,8 @@ class KvSpace:
         self._held: dict[int, int] = {}
         """Pages on each GPU, by service."""
         self._made = 0
+        self._taking = threading.Lock()
+        """Back what is lent: one at a time, or two would take it twice."""
 
     # --- LLMs ----------------------------------------------------------------------
 
@@ -236,7 +254,10 @@ class KvSpace:
     def pages(self, pool: int = 0) -> int:
         """Pages of that GPU that requests have, or could have: `next_turn`'s ``pages``."""
         books = self.pools[pool]
-        return self.used(pool) + books.free + self.borrower.revocable(books)
+        # In this order: what becomes free meanwhile counts twice rather than not at all,
+        # for which requests would be evicted.
+        lent = self.borrower.revocable(books)
+        return lent + books.free + self.used(pool)
 
     def used(self, pool: int = 0) -> int:
         """Pages that requests have there."""
@@ -250,7 +271,9 @@ class KvSpace:
         """For `KvTable.grow`."""
         pools = [self.pools[index] for index in self._needs[service].pools]
         granted = take_all(pools, count)
-        if granted is None and self._take_back(pools, count):
+        if granted is None:
+            with self._taking:
+                self._take_back(pools, count)
             granted = take_all(pools, count)
         return granted
 
@@ -265,33 +288,85 @@ class KvSpace:
 
     # --- lending -------------------------------------------------------------------
 
-    def keep_free(self, count: int) -> bool:
-        """Take back what is lent until ``count`` pages are free on every GPU: called
-        ahead of iterations, so that none waits for it. Whether they are now."""
-        return self._take_back(self.pools, count)
+    def soon(self, pool: int = 0) -> int:
+        """Pages of that GPU that should be free now, or iterations will wait: what its
+        requests are likely to take next, and what an LLM lacks to a usual one."""
+        return self._likely(pool)[1] - self.used(pool)
 
-    def _take_back(self, pools: Sequence[Books], count: int) -> bool:
+    def keep_free(self, count: int, pool: int = 0) -> bool:
+        """Take back what is lent until ``count`` pages of that GPU are free, or nothing is
+        lent; whether they are. Any thread: called while iterations go on, so that none
+        waits for it."""
+        books = self.pools[pool]
+        with self._taking:
+            if books.free < count:
+                self.borrower.revoke(books, count - books.free)
+        return books.free >= count
+
+    def _take_back(self, pools: Sequence[Books], count: int) -> None:
         """All that is missing, or nothing at all."""
         missing: Mapping[Books, int] = {
             pool: count - free for pool in pools if (free := pool.free) < count
         }
-        if any(self.borrower.revocable(pool) < n for pool, n in missing.items()):
-            return False
-        for pool, short in missing.items():
-            self.borrower.revoke(pool, short)
-        return all(pool.free >= count for pool in missing)
+        if all(self.borrower.revocable(pool) >= n for pool, n in missing.items()):
+            for pool, short in missing.items():
+                self.borrower.revoke(pool, short)
 
     def lendable(self, pool: int = 0) -> int:
         """Pages of that GPU that weights may take now on top of what they have: beyond
-        what its requests are likely to need (`rules.spare_pages`), and beyond each LLM's
-        floor. Whatever they take must be revocable."""
+        what its requests, and a usual one of each LLM that has fewer, are likely to need
+        and the reserve (`rules.spare_pages`). Whatever they take must be revocable, or be
+        meant to stay."""
         books = self.pools[pool]
-        there = [s for s, needs in self._needs.items() if pool in needs.pools]
-        if not there:
+        if not any(pool in needs.pools for needs in self._needs.values()):
             return books.free
-        tables = [t for t in self._tables if pool in self._needs[t.service].pools]
-        used = sum(max(table.pages, table.promise) for table in tables)
-        lent = self.borrower.revocable(books)
-        spare = spare_pages(self.pages(pool), len(tables), self.most, used)
-        floors = sum(max(0, self.floor(s) - self._held[s]) for s in there)
-        return max(0, min(spare - lent, books.free - floors))
+        requests, likely = self._likely(pool)
+        spare = spare_pages(self.pages(pool), requests, self.most, likely)
+        return max(0, min(spare - self.borrower.revocable(books), books.free))
+
+    def _likely(self, pool: int) -> tuple[int, int]:
+        """Requests in flight on that GPU, and pages that they are likely to come to; an
+        LLM has one usual request's at least."""
+        pages = {s: 0 for s, needs in self._needs.items() if pool in needs.pools}
+        requests = 0
+        for table in self._tables:
+            if table.service in pages:
+                pages[table.service] += table.likely(self.ahead_tokens)
+                requests += 1
+        return requests, sum(max(n, self.floor(s)) for s, n in pages.items())
+
+
+class Keeper:
+    """Has a thread take back what is lent while iterations go on."""
+
+    def __init__(self, space: KvSpace) -> None:
+        self._space = space
+        self._wanted: int | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._thread.start()
+
+    def want(self, count: int) -> None:
+        """Have so many pages free soon; does not wait. The last number counts."""
+        with self._changed:
+            self._wanted = count
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End after what is being taken back."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._wanted is None and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                count, self._wanted = self._wanted, None
+            assert count is not None
+            self._space.keep_free(count)

@@ -32,6 +32,7 @@ class Weights:
         self._resident_bytes = 0
         self._load: tuple[Link, Load] | None = None
         self._pins = 0
+        self._leaving: int | None = None
         self._lock = threading.RLock()
 
     @property
@@ -57,11 +58,14 @@ class Weights:
 
     @property
     def held_pages(self) -> int:
-        """Mapped, and set aside for the load under way."""
-        with self._lock:
-            if self._load is not None and not self._load[1].ended.is_set():
-                return self._load[1].held_pages
-            return self.slot.mapped
+        """Mapped, and set aside for the load under way; what is being dropped counts
+        until it is free. Waits for nobody."""
+        leaving, loading = self._leaving, self._load
+        if leaving is not None:
+            return leaving
+        if loading is not None and not loading[1].ended.is_set():
+            return loading[1].held_pages
+        return self.slot.mapped
 
     def load(
         self, link: Link, source: Source | int, pages: Pages, *, urgent: bool = False
@@ -115,11 +119,14 @@ class Weights:
         with self._lock:
             if self.pinned:
                 return 0
-            before = self.held_pages
-            self.stop()
-            freed = before - self.slot.mapped
-            more = min(max(0, count - freed), self.slot.mapped)
-            self.slot.unmap(more).release()
+            before = self._leaving = self.held_pages
+            try:
+                self.stop()
+                freed = before - self.slot.mapped
+                more = min(max(0, count - freed), self.slot.mapped)
+                self.slot.unmap(more).release()
+            finally:
+                self._leaving = None
             mapped_bytes = self.slot.mapped_bytes
             self._resident_bytes = min(self._resident_bytes, mapped_bytes)
             return freed + more
@@ -171,6 +178,8 @@ class Shelf:
     def __init__(self) -> None:
         self._placed: dict[str, _Placed] = {}
         self._lock = threading.RLock()
+        self._revoking = threading.Lock()
+        """Who asks what there is need not wait for who takes it."""
         self.revoked_pages = 0
         """So far, on all GPUs."""
 
@@ -226,7 +235,7 @@ class Shelf:
         """It is not on loan from now on, whole or not: what it has, and what comes, stays
         until `lend` is called as often. For weights that a plan has given their memory, or
         that requests wait for."""
-        with self._lock:
+        with self._revoking, self._lock:
             self._placed[llm].kept += 1
 
     def lend(self, llm: str) -> None:
@@ -257,8 +266,10 @@ class Shelf:
         free, or there are no more. Of an LLM with several shards each loses as much, as
         none is of use without the others."""
         freed = 0
-        with self._lock:
-            for placed, pages in self._victims(pool):
+        with self._revoking:
+            with self._lock:
+                victims = self._victims(pool)
+            for placed, pages in victims:
                 if freed >= count:
                     break
                 want = min(count - freed, pages)

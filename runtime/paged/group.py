@@ -59,11 +59,14 @@ class Group:
         now_s: Callable[[], float],
         rules: Rules | None = None,
         swap: Swap | None = None,
+        want_free: Callable[[int], None] = lambda _: None,
     ) -> None:
         """``pages``: the pool's window, uint8 ``[pages, bytes]``; ``space``: over that one
-        pool. ``swap``: where pages go that must leave; else all is computed again."""
+        pool. ``swap``: where pages go that must leave; else all is computed again.
+        ``want_free``: told how many pages should be free soon, when fewer are and some
+        are on loan (`kv.Keeper.want`)."""
         self.space, self.policy, self.rules = space, policy, rules or Rules()
-        self.swap = swap
+        self.swap, self._want_free = swap, want_free
         self._pages, self._now_s = pages, now_s
         self._hosted: dict[int, Hosted] = {}
         self._caches: dict[int, torch.Tensor] = {}
@@ -188,6 +191,19 @@ class Group:
                 self._evict(job)
         return self.space.pools[0].free >= pages
 
+    def lendable(self) -> int:
+        """Pages that weights may take now, to stay, without anybody being evicted for
+        them: `KvSpace.lendable`, as long as the largest request in flight can end."""
+        return max(0, min(self.space.lendable(), self.space.pages() - self.largest))
+
+    def look_ahead(self) -> None:
+        """Have what is lent taken back, while an iteration goes on, for those after it."""
+        books = self.space.pools[0]
+        if self.space.borrower.revocable(books):
+            soon = self.space.soon()
+            if soon > books.free:
+                self._want_free(soon)
+
     @property
     def largest(self) -> int:
         """Pages that the largest request in flight may come to need: with fewer it would
@@ -236,6 +252,7 @@ class Group:
         there = self._park(turn.service, turn.batch)
         batch = [i for i in there if self._ready(turn.batch[i], begin_s)]
         self._go(turn.service, batch)
+        self.look_ahead()
         if batch:
             self._iterate(turn, [turn.batch[i] for i in batch], begin_s)
         return True
