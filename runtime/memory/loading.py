@@ -2,8 +2,8 @@
 
 A `Link` is what leads to one GPU. It takes one load at a time, urgent ones first, then in
 the order in which they were asked for (the simulator's rule in `links`); another one's turn
-begins at the next chunk. Pages are mapped by a thread of its own, ahead of the copies. A
-throttle bounds the rate beside serving.
+begins at the next chunk. Pages are mapped by a thread of its own, ahead of the copies.
+Those that nobody waits for can be held (`pacing.Pacer`).
 
 What has arrived is always a prefix: a load that was cancelled goes on where it ended.
 """
@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple, Protocol
 
 from foreserve.runtime.clock import Clock
 from foreserve.runtime.memory.books import Pages
-from foreserve.runtime.memory.pacing import TokenBucket
 from foreserve.runtime.memory.pool import Copying, Slot
 
 End = Literal["done", "cancelled", "failed"]
@@ -89,13 +88,14 @@ class Link:
         *,
         chunk_bytes: int = 8 * 1024**2,
         map_bytes: int = 64 * 1024**2,
-        throttle: TokenBucket | None = None,
     ) -> None:
         """``chunk_bytes``: what a cancelled load still copies, at most twice that.
         ``map_bytes``: mapped in one go."""
         self._clock = clock
         self._chunk_bytes, self._map_bytes = chunk_bytes, map_bytes
-        self.throttle = throttle or TokenBucket(chunk_bytes)
+        self._held_until_s = -math.inf
+        self.begun = self.ended = 0
+        """Pieces of work, of mapping or copying."""
         self._loads: dict[Load, None] = {}
         self._changed = threading.Condition()
         self._closed = False
@@ -170,14 +170,17 @@ class Link:
 
     @property
     def busy(self) -> bool:
-        """Whether a load is under way."""
-        return bool(self._loads)
+        """Whether a load is under way that nobody waits for."""
+        return any(not load.urgent for load in tuple(self._loads))
 
-    def set_rate(self, bytes_per_s: float) -> None:
-        """Copy at most so fast from now on, all loads together."""
+    def hold(self, until_s: float) -> None:
+        """Of loads that nobody waits for, nothing is mapped or copied any more until then,
+        or `resume`, but for what is under way."""
+        self._held_until_s = until_s
+
+    def resume(self) -> None:
         with self._changed:
-            self.throttle.wait_s(self._clock.now_s())
-            self.throttle.bytes_per_s = bytes_per_s
+            self._held_until_s = -math.inf
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -191,7 +194,23 @@ class Link:
             thread.join()
 
     def _ranked(self) -> list[Load]:
-        return sorted(self._loads, key=lambda load: (not load.urgent, load.order))
+        """Those that may go on now, the first one first."""
+        if self._held_s() <= 0:
+            self._held_until_s = -math.inf
+        held = self._held_until_s > -math.inf
+        return sorted(
+            (load for load in self._loads if load.urgent or not held),
+            key=lambda load: (not load.urgent, load.order),
+        )
+
+    def _held_s(self) -> float:
+        """For how long loads that nobody waits for stand still."""
+        return self._held_until_s - self._clock.now_s()
+
+    def _wait(self) -> None:
+        """Until something has changed, or a hold is over; with the lock."""
+        held = self._loads and self._held_until_s > -math.inf
+        self._changed.wait(max(0.0, self._held_s()) if held else None)
 
     # --- mapping -------------------------------------------------------------------
 
@@ -202,11 +221,12 @@ class Link:
                 while load is None:
                     if self._closed and not self._loads:
                         return
-                    self._changed.wait()
+                    self._wait()
                     load = self._to_map()
                 count = max(1, self._map_bytes // load.slot.pool.page_bytes)
                 batch = load.pages.head(count)
                 load._mapping = True
+                self.begun += 1
             error = ""
             try:
                 load.slot.map(batch)
@@ -215,6 +235,7 @@ class Link:
                 batch.release()
             with self._changed:
                 load._mapping = False
+                self.ended += 1
                 if error:
                     load.error, load._cancelled = error, True
                 self._changed.notify_all()
@@ -239,6 +260,7 @@ class Link:
                 except Exception as failure:
                     uses.close()
                     self._fail(load, failure)
+                    self._count_ended()
                 else:
                     flying.append((load, size, copy, uses))
             elif not flying:
@@ -255,6 +277,7 @@ class Link:
                         load.copied_bytes += 0 if load.error else size
                     load.source.copied(load.copied_bytes)
                 uses.close()
+                self._count_ended()
             self._settle({load for load, *_ in flying})
 
     def _next_chunk(self, *, wait: bool) -> tuple[Load, int, int, int] | None:
@@ -265,16 +288,14 @@ class Link:
                 chunk = self._to_copy()
                 if wait:
                     self._settle(set())
-                now_s = self._clock.now_s()
-                left_s = self.throttle.wait_s(now_s) if chunk else math.inf
-                if chunk is not None and left_s <= 0:
+                if chunk is not None:
                     load, _, _, size = chunk
                     load._begun_bytes += size
-                    self.throttle.spend(size, now_s)
+                    self.begun += 1
                     return chunk
                 if not wait or (self._closed and not self._loads):
                     return None
-                self._changed.wait(None if math.isinf(left_s) else left_s)
+                self._wait()
 
     def _to_copy(self) -> tuple[Load, int, int, int] | None:
         """Of the first in order, even if its pages are still being mapped: nobody overtakes
@@ -295,6 +316,10 @@ class Link:
             if ready > 0:
                 return None
         return None
+
+    def _count_ended(self) -> None:
+        with self._changed:
+            self.ended += 1
 
     def _fail(self, load: Load, failure: Exception) -> None:
         with self._changed:

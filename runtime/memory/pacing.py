@@ -1,131 +1,196 @@
-"""How fast weights may be copied beside serving."""
+"""What copies beside serving may cost: they pause, so that the loss is seen and bounded.
+
+While iterations run, a load that nobody waits for copies in windows of some tens of
+milliseconds, with pauses in between. What an iteration takes longer in a window than in the
+pauses beside it is what copying costs; since the two lie side by side, a machine whose own
+pace drifts tells the same. Copies get the share of time for which loss times share stays
+within the bound.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
+STEP = 1.1
 
-def next_rate(
-    bytes_per_s: float,
-    tpot_s: float,
-    alone_s: float,
+
+def next_share(
+    share: float,
+    surely: float,
+    likely: float,
     *,
     most_loss: float,
-    least_bytes_per_s: float,
-    most_bytes_per_s: float,
+    least: float,
+    most: float,
 ) -> float:
-    """The rate of copies beside serving, after decode iterations of ``tpot_s`` were seen
-    that take ``alone_s`` without copies: halved if they lost more than ``most_loss`` of
-    it, else a tenth up. Never below the least, or nothing would ever arrive."""
-    too_much = tpot_s > alone_s * (1 + most_loss)
-    changed = bytes_per_s * (0.5 if too_much else 1.1)
-    return min(max(changed, least_bytes_per_s), most_bytes_per_s)
+    """The share of time for copies, after decode iterations were seen to lose ``surely``
+    at least while there are any, and most ``likely`` more: halved if that is surely too
+    much, a tenth less if it is likely so, a tenth more if that will still be allowed.
+    Never below the least, or nothing would ever arrive."""
+    if share * surely > most_loss:
+        share /= 2
+    elif share * likely > most_loss:
+        share /= STEP
+    elif STEP * share * likely <= most_loss:
+        share *= STEP
+    return min(max(share, least), most)
 
 
-@dataclass(slots=True)
-class TokenBucket:
-    """Lets bytes through at a rate; after a pause up to ``burst_bytes`` at once."""
-
-    burst_bytes: float
-    bytes_per_s: float = math.inf
-    """May be changed at any time."""
-    _level: float = 0.0
-    _seen_s: float = -math.inf
-
-    def wait_s(self, now_s: float) -> float:
-        """Until the next bytes may go."""
-        self._fill(now_s)
-        return max(0.0, -self._level / self.bytes_per_s)
-
-    def spend(self, num_bytes: int, now_s: float) -> None:
-        """They go now; the next ones wait for as long as these were worth."""
-        self._fill(now_s)
-        if not math.isinf(self.bytes_per_s):
-            self._level -= num_bytes
-
-    def _fill(self, now_s: float) -> None:
-        if math.isinf(self.bytes_per_s) or math.isinf(self._seen_s):
-            self._level = 0.0
-        else:
-            gained = (now_s - self._seen_s) * self.bytes_per_s
-            self._level = min(self.burst_bytes, self._level + gained)
-        self._seen_s = now_s
-
-
-class Rated(Protocol):
+class Held(Protocol):
     """What a `Pacer` paces: `loading.Link`."""
 
     @property
     def busy(self) -> bool:
-        """Whether a load is under way."""
+        """Whether a load is under way that nobody waits for."""
         ...
 
-    def set_rate(self, bytes_per_s: float) -> None: ...
+    @property
+    def begun(self) -> int:
+        """Pieces of work so far, of mapping or copying, for whomever."""
+        ...
+
+    @property
+    def ended(self) -> int:
+        """Those of them that have ended."""
+        ...
+
+    def hold(self, until_s: float) -> None:
+        """Loads that nobody waits for begin nothing until then, or `resume`."""
+        ...
+
+    def resume(self) -> None: ...
+
+
+Ratios = dict[int, list[float]]
+"""What iterations took, as multiples of what was planned for their batch; by LLM."""
+
+BACKSTOP_S = 1.0
+"""So long a pause lasts at most if no iteration ends."""
 
 
 @dataclass(slots=True)
 class Pacer:
     """Holds a link to what the iterations beside it may lose. For one thread, which runs
-    them: `ran` after each, `idle` when there are none."""
+    them: `ran` after each, `idle` when there are none. Loads that requests wait for are
+    not held."""
 
-    link: Rated
-    least_bytes_per_s: float
-    first_bytes_per_s: float
-    """When copies begin beside iterations, until these tell."""
-    most_bytes_per_s: float
+    link: Held
     most_loss: float = 0.05
-    every: int = 8
-    """Iterations between two changes of the rate, which goes by their median."""
-    _rate: float = 0.0
-    """The last one it set; 0 before the first."""
-    _lifted: bool = True
-    _alone: float | None = None
-    _beside: list[float] = field(default_factory=list)
+    """Of the mean time between tokens."""
+    share: float = 0.5
+    """Of the time, for copies."""
+    least: float = 0.02
+    most: float = 0.9
+    """Below 1, so that there are pauses to compare with."""
+    window_s: float = 0.03
+    """The shorter of window and pause takes about so long, and 4 iterations at least."""
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=25))
+    """Of the last windows, each beside its pauses."""
+    enough: int = 8
+    """Of these, before the share changes."""
+    _copies: bool | None = None
+    """Whether this is a window of copies, or a pause; None: nothing is paced."""
+    _ticks: int = 0
+    """Iterations in it so far."""
+    _most_ticks: int = 0
+    _usual_s: float = 0.0
+    """What iterations take."""
+    _ended: int = 0
+    """`Held.ended` after the last iteration."""
+    _seen: Ratios = field(default_factory=dict)
+    """In this window, or pause."""
+    _copied: Ratios = field(default_factory=dict)
+    """In the window before this pause."""
+    _paused: Ratios = field(default_factory=dict)
+    """In the pause before that window."""
 
-    def ran(self, took_s: float, expected_s: float) -> None:
-        """An iteration took so long; ``expected_s`` is what the cost model says of its
-        batch, so that iterations of all sizes can be compared."""
-        ratio = took_s / expected_s
+    def ran(
+        self, took_s: float, now_s: float, llm: int = 0, planned_s: float = 0.0
+    ) -> None:
+        """An iteration ended now. ``planned_s``: what the cost model says of its batch, so
+        that iterations of all sizes can be compared; 0: it is not to be compared."""
         if not self.link.busy:
-            self._beside.clear()
-            self._learn(ratio)
+            self.idle()
             return
-        if self._lifted:
-            self._set(self._rate or self.first_bytes_per_s)
-        self._beside.append(ratio)
-        if len(self._beside) < self.every:
+        took_s = max(took_s, 1e-6)
+        usual_s = self._usual_s or took_s
+        self._usual_s = usual_s + 0.1 * (took_s - usual_s)
+        # What was not under way before it, and has not begun since, was not beside it.
+        alone, self._ended = self.link.begun == self._ended, self.link.ended
+        if self._copies is None:
+            self._enter(True, now_s)
             return
-        seen = median(self._beside)
-        self._beside.clear()
-        if self._alone is None:
-            # Nothing is known of iterations without copies: slow ones must do.
-            self._learn(seen)
-            return
-        self._set(
-            next_rate(
-                self._rate,
-                seen,
-                self._alone,
-                most_loss=self.most_loss,
-                least_bytes_per_s=self.least_bytes_per_s,
-                most_bytes_per_s=self.most_bytes_per_s,
-            )
-        )
+        self._ticks += 1
+        if planned_s > 0 and alone != self._copies:
+            self._seen.setdefault(llm, []).append(took_s / planned_s)
+        if not self._copies:
+            self.link.hold(now_s + BACKSTOP_S)
+        if self._ticks == self._most_ticks:
+            self._turn(now_s)
 
     def idle(self) -> None:
-        """Nobody is served: copies go as fast as they can, until somebody is."""
-        self._beside.clear()
-        if not self._lifted:
-            self._lifted = True
-            self.link.set_rate(math.inf)
+        """Nobody is served, or nothing loads: copies go as fast as they can."""
+        if self._copies is not None:
+            self._copies = None
+            self._copied = self._paused = {}
+            self.link.resume()
 
-    def _learn(self, ratio: float) -> None:
-        known = ratio if self._alone is None else self._alone
-        self._alone = known + 0.05 * (ratio - known)
+    def _turn(self, now_s: float) -> None:
+        seen = self._seen
+        if self._copies:
+            self._copied = seen
+        else:
+            self._compare(_both(self._paused, seen))
+            self._paused = seen
+        self._enter(not self._copies, now_s)
 
-    def _set(self, bytes_per_s: float) -> None:
-        self._rate, self._lifted = bytes_per_s, False
-        self.link.set_rate(bytes_per_s)
+    def _enter(self, copies: bool, now_s: float) -> None:
+        self._copies, self._ticks, self._seen = copies, 0, {}
+        # A number, not a time: whatever ends with a slow iteration looks slow.
+        odds = self.share / (1 - self.share)
+        unit = max(4.0, self.window_s / self._usual_s)
+        self._most_ticks = math.ceil(unit * max(1.0, odds))
+        if copies:
+            self.link.resume()
+        else:
+            # One more has met copies: the first of the pause, their end.
+            self._most_ticks = math.ceil((self._most_ticks + 1) / odds)
+            self.link.hold(now_s + BACKSTOP_S)
+
+    def _compare(self, paused: Ratios) -> None:
+        """What the last window lost against the pauses on both its sides."""
+        lost = [
+            ratio / median(paused[llm]) - 1
+            for llm, ratios in self._copied.items()
+            if llm in paused
+            for ratio in ratios
+        ]
+        if not lost:
+            return
+        self.losses.append(median(lost))
+        if len(self.losses) < self.enough:
+            return
+        count, ranked = len(self.losses), sorted(self.losses)
+        # The true median lies below this one in 1 of 30 cases.
+        surely = ranked[int((count - 1.8 * math.sqrt(count)) / 2)]
+        self.share = next_share(
+            self.share,
+            surely,
+            median(ranked),
+            most_loss=self.most_loss,
+            least=self.least,
+            most=self.most,
+        )
+
+
+def _both(
+    before: Mapping[int, list[float]], after: Mapping[int, list[float]]
+) -> Ratios:
+    return {llm: [*before.get(llm, ()), *ratios] for llm, ratios in after.items()} | {
+        llm: ratios for llm, ratios in before.items() if llm not in after
+    }
