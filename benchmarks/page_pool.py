@@ -165,7 +165,7 @@ def copying() -> list[dict[str, Any]]:
     return rows
 
 
-def _fill(memory: np.ndarray) -> None:
+def _fill(memory: np.ndarray, begin: int, stop: Callable[[], bool]) -> None:
     memory[:] = np.resize(np.arange(251, dtype=np.uint8), len(memory))
 
 

@@ -35,7 +35,9 @@ from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines import tiny
 from foreserve.runtime.memory.pool import PagePool
 from foreserve.runtime.memory.posix import PosixMemory
+from foreserve.runtime.memory.store import HostStore
 from foreserve.runtime.paged.jobs import Job, Reason
+from foreserve.runtime.paged.shards import shard
 from foreserve.runtime.paged.worker import Service, Worker
 from foreserve.runtime.scheduler import POLICIES
 from foreserve.runtime.turns import Rules
@@ -136,7 +138,7 @@ def play(
         clock,
         POLICIES[policy].make(),
         dtype="float32",
-        host_bytes=1 << 30,
+        store=HostStore(1 << 30, shard),
         rules=Rules(max_num_seqs=8, max_prompt_tokens=256),
     )
     numbers = []

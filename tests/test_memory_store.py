@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,18 @@ import numpy as np
 import pytest
 
 from foreserve.models.errors import InvalidInput
+from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines import tiny
+from foreserve.runtime.memory.cuda import CudaMemory
+from foreserve.runtime.memory.loading import Link, Load, Source, Whole
+from foreserve.runtime.memory.node_store import (
+    RemoteStore,
+    StoreGone,
+    StoreServer,
+    listen,
+)
+from foreserve.runtime.memory.pool import PagePool
+from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.memory.safetensors import (
     Checkpoint,
     Stopped,
@@ -25,17 +37,30 @@ from foreserve.runtime.memory.safetensors import (
     fill,
     read_header,
 )
-from foreserve.runtime.memory.store import (
-    HostStore,
-    RemoteStore,
-    StoreFailed,
-    StoreServer,
+from foreserve.runtime.memory.store import Fill, HostStore, Stop, StoreFailed
+from foreserve.runtime.memory.streaming import (
+    WINDOW_BYTES,
+    WINDOWS,
+    Sources,
+    Stream,
 )
+from foreserve.runtime.memory.weights import Weights
 from foreserve.runtime.paged.config import read_config
 from foreserve.runtime.paged.layout import Part, lay_out
+from tests.fake_cuda import FakeCuda
 
+PAGE = 4096
 SOON_S = 20.0
 """No test waits so long unless it fails."""
+
+
+def _until(happened: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    for _ in range(int(SOON_S / 0.001)):
+        if happened():
+            return
+        pause.wait(0.001)
+    raise AssertionError("it never happened")
 
 
 # --- files -----------------------------------------------------------------------------
@@ -198,14 +223,14 @@ def test_numbers_are_rounded_to_nearest_even():
 # --- the node's store ------------------------------------------------------------------
 
 
-def _shards(key: str) -> tuple[int, Callable[[np.ndarray], None]]:
+def _shards(key: str) -> tuple[int, Fill]:
     """Key "a:100": 100 bytes of the letter a."""
     letter, _, size = key.partition(":")
     if not size:
         raise InvalidInput(f"no shard {key!r}")
 
-    def read(memory: np.ndarray) -> None:
-        memory[:] = ord(letter)
+    def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
+        memory[: max(0, int(size) - begin)] = ord(letter)
 
     return int(size), read
 
@@ -241,8 +266,8 @@ def test_a_read_that_fails_leaves_nothing_and_is_tried_again():
     """Its room is free again, the error is the reader's own, and a second read works."""
     fails = [True]
 
-    def shards(key: str) -> tuple[int, Callable[[np.ndarray], None]]:
-        def read(memory: np.ndarray) -> None:
+    def shards(key: str) -> tuple[int, Fill]:
+        def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
             if fails.pop() if fails else False:
                 raise InvalidInput("torn")
             memory[:] = 7
@@ -267,8 +292,8 @@ def test_who_asks_during_a_read_waits_for_it():
     """Eight threads ask at once: storage is read once, and all have the bytes."""
     reading, go, reads = threading.Event(), threading.Event(), []
 
-    def shards(key: str) -> tuple[int, Callable[[np.ndarray], None]]:
-        def read(memory: np.ndarray) -> None:
+    def shards(key: str) -> tuple[int, Fill]:
+        def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
             reads.append(key)
             reading.set()
             assert go.wait(SOON_S)
@@ -298,7 +323,7 @@ def test_who_asks_during_a_read_waits_for_it():
 
 CLIENT = """
 import sys, pathlib
-from foreserve.runtime.memory.store import RemoteStore
+from foreserve.runtime.memory.node_store import RemoteStore
 store = RemoteStore(pathlib.Path(sys.argv[1]))
 shared = store.open("a:100000")
 print(bytes(shared.array()) == b"a" * 100000, shared.num_bytes, flush=True)
@@ -308,13 +333,17 @@ sys.stdin.read()
 
 
 def test_other_processes_map_what_the_store_has(tmp_path):
-    """A second process sees the bytes of the one copy; there is no room for b while it
-    has a. When it is killed, what it had open is given back, and a can go."""
+    """A second process sees the bytes of the one copy, over a socket of this user's own
+    whose path may be long; there is no room for b while it has a. When it is killed, what
+    it had open is given back, and a can go. Without a store, or with one that says nothing,
+    that is what one is told; what was mapped stays."""
+    path = tmp_path / ("long" * 30) / "store"
+    path.parent.mkdir()
     store = HostStore(100000, _shards)
-    server = StoreServer(store, tmp_path / "store")
-    assert (tmp_path / "store").stat().st_mode & 0o077 == 0
+    server = StoreServer(store, listen(path))
+    assert path.stat().st_mode & 0o077 == 0
     child = subprocess.Popen(
-        [sys.executable, "-c", CLIENT, str(tmp_path / "store")],
+        [sys.executable, "-c", CLIENT, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -332,18 +361,210 @@ def test_other_processes_map_what_the_store_has(tmp_path):
         other = store.open("b:100000")
         pause.wait(0.01)
     other.close()
-    remote = RemoteStore(tmp_path / "store")
+    remote = RemoteStore(path)
     with pytest.raises(StoreFailed, match="no shard 'x'"):
         remote.open("x")
     own = remote.open("a:100000")
     assert own is not None
+    assert remote.look(SOON_S) == {"held_bytes": 100000, "read_bytes": 300000}
     own.close()
-    assert remote.open("b:100000") is not None
-    remote.close()
+    while (own := remote.open("b:100000")) is None:
+        pause.wait(0.01)
     server.close()
-    assert not (tmp_path / "store").exists()
-    with pytest.raises(StoreFailed, match="gone"):
+    assert bytes(own.array()) == b"b" * 100000
+    with pytest.raises(StoreGone, match="gone"):
         remote.open("a:100000")
+    own.close()
+    with listen(path), pytest.raises(StoreGone, match="said nothing"):
+        remote.look(0.01)
     child.stdin.close()
     child.stdout.close()
     store.close()
+
+
+class Slow:
+    """Shards of 64 bytes that are read a step at a time, as the test lets it."""
+
+    def __init__(self) -> None:
+        self.steps = threading.Semaphore(0)
+        self.reads: list[str] = []
+        """Keys of reads that were begun."""
+        self.stopped = threading.Event()
+
+    def shards(self, key: str) -> tuple[int, Fill]:
+        def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
+            self.reads.append(key)
+            for i in range(len(memory)):
+                while not self.steps.acquire(timeout=0.005):
+                    if stop():
+                        self.stopped.set()
+                        raise Stopped(key)
+                memory[i] = begin + i
+
+        return 64, read
+
+
+def test_a_read_ends_when_nobody_waits_for_it(tmp_path):
+    """Two ask for one shard. Who asked first leaves: the read goes on for the second one.
+    When he leaves too, it ends, and its room is free; the next one reads anew, and has all
+    of it."""
+    slow, left = Slow(), [threading.Event(), threading.Event()]
+    store = HostStore(64, slow.shards)
+    server = StoreServer(store, listen(tmp_path / "store"))
+    remote = RemoteStore(tmp_path / "store")
+    ended: list[int] = []
+
+    def ask(who: int) -> None:
+        with pytest.raises(Stopped):
+            remote.open("a", left[who].is_set)
+        ended.append(who)
+
+    threads = [threading.Thread(target=ask, args=(who,)) for who in (0, 1)]
+    threads[0].start()
+    _until(lambda: slow.reads == ["a"])
+    threads[1].start()
+    _until(lambda: store._filling == {"a": 1})
+    left[0].set()
+    threads[0].join(SOON_S)
+    slow.steps.release(10)
+    _until(lambda: slow.steps._value == 0)
+    assert (ended, slow.stopped.is_set(), store.held_bytes) == ([0], False, 64)
+    left[1].set()
+    threads[1].join(SOON_S)
+    assert slow.stopped.wait(SOON_S)
+    _until(lambda: store.held_bytes == 0)
+    slow.steps.release(64)
+    own = remote.open("a")
+    assert own is not None
+    assert (own.array().tolist(), slow.reads) == (list(range(64)), ["a", "a"])
+    own.close()
+    server.close()
+    store.close()
+
+
+# --- streams ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    made = Link(SystemClock(), chunk_bytes=3000, map_bytes=2 * PAGE)
+    yield made
+    made.close()
+
+
+def _numbers(memory: np.ndarray, begin: int, stop: Stop) -> None:
+    memory[:] = (np.arange(begin, begin + len(memory)) % 251).astype(np.uint8)
+
+
+def _load(weights: Weights, link: Link, source: Source) -> Load:
+    pages = weights.pool.books.take(weights.missing_pages, top=True)
+    assert pages is not None
+    return weights.load(link, source, pages)
+
+
+def test_a_load_may_stream_past_a_store_without_room(link):
+    """A shard of ten pages through a store of none: it is read while it is copied, by
+    windows of no round size, and every byte arrives. A load that goes on behind a prefix
+    reads no byte of the prefix."""
+    pool, begun = PagePool(PosixMemory(PAGE, 10)), []
+    size = 10 * PAGE - 100
+
+    def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
+        begun.append(begin)
+        _numbers(memory, begin, stop)
+
+    weights = Weights(pool, size)
+    for prefix in (0, 4 * PAGE):
+        stream = Stream(read, size, link.look, window_bytes=5001, windows=3)
+        load = _load(weights, link, stream)
+        assert load.ended.wait(SOON_S)
+        stream.close()
+        weights.settle()
+        assert (load.end, begun[0]) == ("done", prefix)
+        begun.clear()
+        weights.pin()
+        wanted = np.arange(size) % 251
+        assert (np.frombuffer(weights.view(), np.uint8) == wanted).all()
+        gc.collect()
+        weights.unpin()
+        weights.drop(6)
+    weights.close()
+    pool.close()
+
+
+def test_a_stream_reads_no_more_than_its_buffers(link):
+    """Beside a link that copies nothing, three windows are read and no more; when it is
+    closed while it reads, it stops, and the load can be cancelled."""
+    slow = Slow()
+    _, fill = slow.shards("a")
+    stream = Stream(fill, 64, link.look, window_bytes=8, windows=3)
+    assert stream.at(0)[1] == 0
+    slow.steps.release(24)
+    _until(lambda: stream.at(16)[1] == 8)
+    assert [stream.at(n)[1] for n in (0, 7, 12, 24)] == [8, 1, 4, 0]
+    assert slow.reads == ["a"] * 3
+    slow.steps.release(2)
+    stream.copied(8)
+    _until(lambda: len(slow.reads) == 4 and slow.steps._value == 0)
+    stream.close()
+    assert slow.stopped.is_set()
+
+
+def test_a_stream_that_fails_makes_its_load_fail(link):
+    """What the reader says is what the load says; its prefix stays, and the link goes on
+    with others, also while a stream has nothing for it."""
+    pool, slow = PagePool(PosixMemory(PAGE, 8)), Slow()
+
+    def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
+        if begin:
+            raise InvalidInput("cut off")
+        _numbers(memory, begin, stop)
+
+    torn = Stream(read, 3 * PAGE, link.look, window_bytes=PAGE)
+    first = Weights(pool, 3 * PAGE)
+    load = _load(first, link, torn)
+    assert load.ended.wait(SOON_S)
+    torn.close()
+    first.settle()
+    assert (load.end, load.error, first.resident_bytes) == ("failed", "cut off", PAGE)
+    waiting, other = Weights(pool, 64), Weights(pool, 2 * PAGE)
+    stream = Stream(slow.shards("a")[1], 64, link.look)
+    held = _load(waiting, link, stream)
+    source = np.arange(2 * PAGE, dtype=np.uint8)
+    after = _load(other, link, Whole(source.ctypes.data, len(source)))
+    assert after.ended.wait(SOON_S)
+    assert (after.end, held.end) == ("done", None)
+    link.cancel(held)
+    assert held.ended.wait(SOON_S)
+    stream.close()
+    for weights in (first, waiting, other):
+        weights.settle()
+        weights.close()
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("room", "pinned"),
+    [(20_000, [20_000]), (0, [WINDOWS * WINDOW_BYTES]), (20_000, [])],
+)
+def test_what_a_gpu_copies_from_is_pinned_meanwhile(link, room, pinned):
+    """Of a store with room it is the shard, of one without the stream's buffers; what
+    arrives is the same, and nothing stays pinned. Where the driver refuses to pin, loads
+    work without."""
+    driver = FakeCuda(fail_at=None if pinned else "cuMemHostRegister")
+    memory = CudaMemory(2 * 1024**2, 2, driver=driver)
+    pool = PagePool(memory)
+    sources = Sources(HostStore(room, _shards), _shards, memory)
+    weights = Weights(pool, 20_000)
+    with sources.open("a:20000", link.look, lambda: False) as source:
+        assert list(driver.pinned.values()) == pinned
+        load = _load(weights, link, source)
+        assert load.ended.wait(SOON_S)
+    assert (load.end, driver.pinned) == ("done", {})
+    seen = np.zeros(20_000, np.uint8)
+    memory.fetch(seen.ctypes.data, weights.slot.address, len(seen)).wait()
+    assert bytes(seen) == b"a" * 20_000
+    weights.settle()
+    weights.close()
+    pool.close()
+    sources.close()

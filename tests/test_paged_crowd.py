@@ -18,7 +18,9 @@ pytest.importorskip("transformers", reason="LLMs are made for both")
 from foreserve.runtime.clock import SystemClock  # noqa: E402
 from foreserve.runtime.memory.pool import PagePool  # noqa: E402
 from foreserve.runtime.memory.posix import PosixMemory  # noqa: E402
+from foreserve.runtime.memory.store import HostStore  # noqa: E402
 from foreserve.runtime.paged.jobs import Job  # noqa: E402
+from foreserve.runtime.paged.shards import shard  # noqa: E402
 from foreserve.runtime.paged.worker import Resident, Service, Worker  # noqa: E402
 from foreserve.runtime.scheduler import POLICIES  # noqa: E402
 from foreserve.runtime.turns import Rules  # noqa: E402
@@ -94,7 +96,7 @@ def test_a_thousand_requests_to_five_llms(tmp_path, capsys):
         SystemClock(),
         POLICIES["db-mean"].make(),
         dtype="float32",
-        host_bytes=1 << 30,
+        store=HostStore(1 << 30, shard),
         rules=Rules(max_prompt_tokens=64, max_num_seqs=256),
         on_death=die,
     )

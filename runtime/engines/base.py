@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 from foreserve.models.errors import ForeserveError, InvalidInput
 from foreserve.models.placement import ReplicaId
@@ -36,6 +36,8 @@ class Capabilities:
 class EngineSettings:
     """What the node knows; kinds of engines add what is theirs."""
 
+    keeps_weights: ClassVar[bool] = False
+    """Engines of this kind keep weights in host memory themselves: nobody else need."""
     folder: Path
     """Logs, and records of the processes that were started."""
     devices: tuple[int, ...] = ()

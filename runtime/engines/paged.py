@@ -3,16 +3,18 @@
 All LLMs on the same GPU of a node live in one server process (`runtime.paged.server`),
 which is started with the first of them; of an LLM with several GPUs each one's server
 has a shard, and the first leads. It needs torch, which nothing here imports; with
-the extra ``paged`` of another interpreter, that one may be named.
+the extra ``paged`` of another interpreter, that one may be named. What servers copy
+weights from is in one more process, the node's store (`runtime.paged.shards`).
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
@@ -20,18 +22,26 @@ from foreserve.models.specs import GpuId
 from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
 from foreserve.runtime.engines.calls import known_question
 from foreserve.runtime.engines.hosted import HostedEngine, HostServer
+from foreserve.runtime.engines.process import Child
+from foreserve.runtime.memory.node_store import RemoteStore, StoreGone, listen
+
+STORE = "store.sock"
+"""In the settings' folder."""
+START_S = 5.0
+"""A store that was just started may take so much longer to answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedSettings(EngineSettings):
     """All engines with the same ``folder`` and GPU share a server, and its first
-    settings."""
+    settings; all with the same ``folder`` share a store."""
 
+    keeps_weights: ClassVar[bool] = True
     pool_bytes: int
     """Of each GPU's memory, for weights and KV caches."""
     page_bytes: int = 2 * 1024**2
     host_bytes: int = 64 * 1024**3
-    """Most host memory of a server for weights that are, or were, copied from there."""
+    """Most host memory of the node for weights that are, or were, copied from there."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "float32"
     """What weights and KV caches are kept and computed in."""
@@ -54,7 +64,7 @@ class PagedServer(HostServer):
             [
                 *("--pages", str(settings.pool_bytes // settings.page_bytes)),
                 *("--page-bytes", str(settings.page_bytes)),
-                *("--host-bytes", str(settings.host_bytes)),
+                *("--store", str(settings.folder.absolute() / STORE)),
                 *("--device", settings.device),
                 *("--dtype", settings.dtype),
                 *("--policy", settings.policy),
@@ -76,8 +86,55 @@ def _environment(settings: PagedSettings) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, settings.devices))}
 
 
+class NodeStore:
+    """The process that reads weights into memory for all servers of a folder. If it ends,
+    servers keep what they have mapped, and read checkpoints themselves until there is
+    another one."""
+
+    def __init__(self, settings: PagedSettings) -> None:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        path = settings.folder / STORE
+        with listen(path) as listener:
+            fd, num_bytes = listener.fileno(), settings.host_bytes
+            # No torch: any interpreter that runs this.
+            self.child = Child(
+                [
+                    *(sys.executable, "-m", "foreserve.runtime.paged.shards"),
+                    *("--fd", str(fd), "--host-bytes", str(num_bytes)),
+                ],
+                settings.folder,
+                "store",
+                grace_s=settings.stop_grace_s,
+                pass_fds=[fd],
+            )
+        self._link = RemoteStore(path)
+
+    def look(self, within_s: float) -> dict[str, int]:
+        """As `RemoteStore.look`."""
+        return self._link.look(within_s)
+
+
 _servers: dict[tuple[Path, GpuId], PagedServer] = {}
+_stores: dict[Path, NodeStore] = {}
 _lock = threading.Lock()
+_store_lock = threading.Lock()
+
+
+def store_of(settings: PagedSettings, *, ask: bool = False) -> NodeStore:
+    """The store of that folder, started if there is none, or (``ask``) if the one there
+    does not answer."""
+    with _store_lock:
+        store = _stores.get(settings.folder)
+        if store is not None and ask and store.child.running():
+            try:
+                store.look(START_S + settings.answers_within_s)
+            except StoreGone:
+                store.child.kill()
+        if store is None or not store.child.running():
+            if store is not None:
+                store.child.stop()
+            store = _stores[settings.folder] = NodeStore(settings)
+        return store
 
 
 def server_of(settings: PagedSettings, gpu: GpuId) -> PagedServer:
@@ -93,12 +150,16 @@ def server_of(settings: PagedSettings, gpu: GpuId) -> PagedServer:
 
 
 def close_servers(folder: Path) -> None:
-    """End the servers that belong to ``folder``, and all engines in them."""
+    """End the servers that belong to ``folder``, and all engines in them; its store."""
     with _lock:
         mine = [key for key in _servers if key[0] == folder]
         servers = [_servers.pop(key) for key in mine]
     for server in servers:
         server.child.stop()
+    with _store_lock:
+        store = _stores.pop(folder, None)
+    if store is not None:
+        store.child.stop()
 
 
 class PagedEngine(HostedEngine):
@@ -116,6 +177,7 @@ class PagedEngine(HostedEngine):
 
     def start(self) -> None:
         try:
+            store_of(self.settings, ask=True)
             _, *self._followers = self._servers()
         except OSError as error:
             raise EngineFailed(f"no server: {error}") from error
@@ -126,6 +188,8 @@ class PagedEngine(HostedEngine):
         self.quiesce()
 
     def activate(self) -> None:
+        with suppress(OSError):
+            store_of(self.settings)
         self._call("POST", "wake_up", wait_s=self.settings.load_within_s)
         answer = self._ask()
         if answer != self._answer:

@@ -128,7 +128,10 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
 
 
 def weights_of(settings: EngineSettings, llm: str) -> tuple[Path, ...]:
-    """Files of an LLM's weights on this machine, where its engine is told a folder."""
+    """Files of an LLM's weights on this machine, where its engine is told a folder; none
+    where engines have their own copies, or there would be two."""
+    if settings.keeps_weights:
+        return ()
     folder = Path(settings.checkpoints.get(llm, ""))
     if llm not in settings.checkpoints or not folder.is_dir():
         return ()

@@ -1,36 +1,39 @@
 """A node's weights in shared memory: read from storage once, copied from by everybody.
 
-Each shard is an anonymous file (memfd), laid out as it will lie on its GPU. Other processes
-of the node get its descriptor over a local socket and map it; what they hold is theirs
-until they close it or are gone, however they went: nothing with a name is left behind.
+Each shard is an anonymous file (memfd), laid out as it will lie on its GPU. Nothing with a
+name is left behind, however a process ends. `node_store` hands shards to other processes.
 
 Who has to go when there is no room is `hostram`'s rule, as in the simulator.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.hostram import HostRam
+from foreserve.runtime.memory.safetensors import Stopped
 
-Fill = Callable[[NDArray[np.uint8]], None]
-"""Writes a shard into its memory, from storage."""
+Stop = Callable[[], bool]
+"""Whether nobody waits any more; quick."""
+
+Fill = Callable[[NDArray[np.uint8], int, Stop], None]
+"""Writes a shard's bytes from that offset on, as many as the memory has; `Stopped` soon
+after nobody waits."""
 
 Shards = Callable[[str], tuple[int, Fill]]
-"""What the store may be asked for: bytes of the shard of that key, and how to read it.
-Raises a `ForeserveError` for a key that it does not know."""
+"""What may be asked for: bytes of the shard of that key, and how to read it. Raises a
+`ForeserveError` for a key that it does not know."""
+
+LOOK_S = 0.02
+"""Between two looks of who waits for another one's read at whether he still does."""
 
 
 class StoreFailed(ForeserveError):
@@ -68,6 +71,19 @@ class Shared:
             self._done()
 
 
+class Store(Protocol):
+    """Where a process gets shards from: `HostStore`, or `node_store.RemoteStore`."""
+
+    def open(self, key: str, stop: Stop = ...) -> Shared | None:
+        """The shard of that key, read from storage if it is not here; whoever asks at the
+        same time waits for the same read. None if there is no room for it beside what is
+        copied from now. Raises what reading it raises, and `Stopped` soon after ``stop``
+        says so."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class HostStore:
     """All shards of one node, in this process. Any thread."""
 
@@ -77,10 +93,11 @@ class HostStore:
         self._ram = HostRam(num_bytes)
         self._images: dict[str, int] = {}
         """File descriptors, of shards that are here as a whole."""
-        self._filling: set[str] = set()
+        self._filling: dict[str, int] = {}
+        """How many wait for each read under way, but for who reads."""
         self._changed = threading.Condition()
         self.read_bytes = 0
-        """From storage so far."""
+        """From storage so far, of shards that were read to their end."""
 
     @property
     def held_bytes(self) -> int:
@@ -91,25 +108,25 @@ class HostStore:
         with self._changed:
             return key in self._images
 
-    def open(self, key: str) -> Shared | None:
-        """The shard of that key, read from storage if it is not here; whoever asks at the
-        same time waits for the same read. None if there is no room for it beside what is
-        copied from now. Raises what reading it raises."""
-        image = self._open(key)
+    def open(self, key: str, stop: Stop = lambda: False) -> Shared | None:
+        """As `Store.open`."""
+        image = self.lend(key, stop)
         if image is None:
             return None
         fd, num_bytes = image
         try:
-            return Shared(fd, num_bytes, lambda: self._close(key))
+            return Shared(fd, num_bytes, lambda: self.give_back(key))
         except BaseException:
-            self._close(key)
+            self.give_back(key)
             raise
 
-    def _open(self, key: str) -> tuple[int, int] | None:
-        """A descriptor of its own for the caller, who is a reader until `_close`."""
+    def lend(self, key: str, stop: Stop) -> tuple[int, int] | None:
+        """As `open`: a descriptor of its own for the caller, and how many bytes. He is a
+        reader until he has called `give_back`."""
         num_bytes, fill = self._shards(key)
         with self._changed:
-            self._changed.wait_for(lambda: key not in self._filling)
+            while key in self._filling:
+                self._wait_for_read(key, stop)
             whole = self._ram.open(key, num_bytes)
             self._drop_images()
             if whole:
@@ -117,27 +134,41 @@ class HostStore:
             if not self._ram.reserved.get(key):
                 self._ram.close(key, done=False)
                 return None
-            self._filling.add(key)
-        fd = os.memfd_create("foreserve-weights")
-        done, own = False, -1
+            self._filling[key] = 0
+        fd, done, own = -1, False, -1
         try:
+            fd = os.memfd_create("foreserve-weights")
             os.ftruncate(fd, num_bytes)
-            fill(np.frombuffer(mmap.mmap(fd, num_bytes), np.uint8))
+            memory = np.frombuffer(mmap.mmap(fd, num_bytes), np.uint8)
+            # It goes on for those who wait for it, also if who began it has left.
+            fill(memory, 0, lambda: not self._filling[key] and stop())
             done = True
         finally:
             with self._changed:
-                self._filling.discard(key)
+                del self._filling[key]
                 self._ram.close(key, done=done)
                 if done:
                     self._images[key], own = fd, os.dup(fd)
                     self._ram.open(key, num_bytes)
                     self.read_bytes += num_bytes
-                else:
+                elif fd >= 0:
                     os.close(fd)
                 self._changed.notify_all()
         return own, num_bytes
 
-    def _close(self, key: str) -> None:
+    def _wait_for_read(self, key: str, stop: Stop) -> None:
+        self._filling[key] += 1
+        try:
+            while key in self._filling:
+                if stop():
+                    raise Stopped(f"{key}: not wanted any more")
+                self._changed.wait(LOOK_S)
+        finally:
+            if key in self._filling:
+                self._filling[key] -= 1
+
+    def give_back(self, key: str) -> None:
+        """Nothing copies any more from what was lent once."""
         with self._changed:
             if key in self._ram.reserved:
                 self._ram.close(key, done=False)
@@ -154,121 +185,3 @@ class HostStore:
                 os.close(fd)
             self._images.clear()
             self._ram.clear()
-
-
-class StoreServer:
-    """Hands the shards of a store to other processes of the node, over a socket that only
-    this user can reach. One thread for each process."""
-
-    def __init__(self, store: HostStore, path: Path) -> None:
-        self._store = store
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path.unlink(missing_ok=True)
-        before = os.umask(0o177)
-        try:
-            self._socket.bind(str(path))
-        finally:
-            os.umask(before)
-        self._path = path
-        self._socket.listen()
-        self._clients: set[socket.socket] = set()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._socket.accept()
-            except OSError:
-                return
-            self._clients.add(client)
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        """Requests are lines; what the process opened ends with its connection."""
-        opened: list[str] = []
-        try:
-            with client, client.makefile("r") as lines:
-                for line in lines:
-                    self._answer(client, json.loads(line), opened)
-        except (OSError, ValueError, KeyError):
-            pass  # It is gone, or no client of ours.
-        finally:
-            self._clients.discard(client)
-            for key in opened:
-                self._store._close(key)
-
-    def _answer(
-        self, client: socket.socket, asked: dict[str, Any], opened: list[str]
-    ) -> None:
-        key = str(asked["key"])
-        if asked.get("close"):
-            opened.remove(key)
-            self._store._close(key)
-            return
-        try:
-            image = self._store._open(key)
-        except (ForeserveError, OSError) as error:
-            _send(client, {"error": str(error)})
-            return
-        if image is None:
-            _send(client, {"error": None})
-            return
-        fd, num_bytes = image
-        opened.append(key)
-        try:
-            _send(client, {"num_bytes": num_bytes}, fd)
-        finally:
-            os.close(fd)
-
-    def close(self) -> None:
-        """Answers nobody any more; what processes have mapped stays theirs."""
-        # A thread that waits in `accept` would go on waiting.
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._path.unlink(missing_ok=True)
-        for client in tuple(self._clients):
-            with suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-
-
-class RemoteStore:
-    """The node's store, as another process sees it. Any thread."""
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(str(path))
-        self._lock = threading.Lock()
-
-    def open(self, key: str) -> Shared | None:
-        """As `HostStore.open`; raises `StoreFailed` with the store's reason."""
-        with self._lock:
-            try:
-                _send(self._socket, {"key": key})
-                data, fds, _, _ = socket.recv_fds(self._socket, 65536, 1)
-            except OSError as error:
-                raise StoreFailed(f"the node's store is gone: {error}") from error
-            if not data:
-                raise StoreFailed("the node's store is gone")
-        found = json.loads(data)
-        if "num_bytes" not in found:
-            if found["error"] is None:
-                return None
-            raise StoreFailed(found["error"])
-        return Shared(fds[0], found["num_bytes"], lambda: self._forget(key))
-
-    def _forget(self, key: str) -> None:
-        with self._lock, suppress(OSError):
-            _send(self._socket, {"key": key, "close": True})
-
-    def close(self) -> None:
-        """All that was opened is the store's again."""
-        self._socket.close()
-
-
-def _send(peer: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:
-    data = json.dumps(message).encode() + b"\n"
-    if fd is None:
-        peer.sendall(data)
-    else:
-        socket.send_fds(peer, [data], [fd])

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from foreserve.runtime.engines.bodies import Refused, Telling, object_of, tellin
 from foreserve.runtime.engines.hosted import KEY
 from foreserve.runtime.engines.http import HttpConnection
 from foreserve.runtime.memory.cuda import CudaMemory
+from foreserve.runtime.memory.node_store import RemoteStore
 from foreserve.runtime.memory.pool import Memory, PagePool
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.paged.answers import Answer, Engine
@@ -392,7 +394,7 @@ async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) 
             POLICIES[given.policy].make(),
             dtype=given.dtype,
             device=given.device,
-            host_bytes=given.host_bytes,
+            store=RemoteStore(given.store),
             rules=Rules(max_prompt_tokens=given.chunk_tokens, patience=given.patience),
         ),
         listener.getsockname()[0],
@@ -412,7 +414,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--pages", type=int, required=True)
     parser.add_argument("--page-bytes", type=int, required=True)
-    parser.add_argument("--host-bytes", type=int, required=True)
+    parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--policy", choices=list(POLICIES), default="db-mean")
     parser.add_argument("--patience", type=float, default=float("inf"))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -26,8 +26,8 @@ from foreserve.runtime.memory.books import Pages
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace
 from foreserve.runtime.memory.loading import Link
 from foreserve.runtime.memory.pool import PagePool
-from foreserve.runtime.memory.safetensors import Checkpoint, fill
-from foreserve.runtime.memory.store import Fill, HostStore
+from foreserve.runtime.memory.store import Store
+from foreserve.runtime.memory.streaming import Sources
 from foreserve.runtime.memory.weights import NotResident, Shelf, Weights
 from foreserve.runtime.paged.config import DecoderConfig, read_config
 from foreserve.runtime.paged.decoder import Alone, Decoder, Peers
@@ -35,6 +35,7 @@ from foreserve.runtime.paged.following import FollowerFailed, Followers
 from foreserve.runtime.paged.group import Group, Hosted
 from foreserve.runtime.paged.layout import ITEM_BYTES, Layout, Part, lay_out
 from foreserve.runtime.paged.loading import tensor, views
+from foreserve.runtime.paged.shards import key_of, shard
 from foreserve.runtime.paged.text import Words
 from foreserve.runtime.scheduler import Policy
 from foreserve.runtime.turns import Rules
@@ -99,9 +100,9 @@ class Resident:
         return self.config.kv_token_bytes(ITEM_BYTES[self.dtype], self.part.size)
 
     @property
-    def store_key(self) -> str:
-        part = f"{self.part.rank}/{self.part.size}"
-        return f"{self.service.folder.resolve()} {self.dtype} {part}"
+    def shard_key(self) -> str:
+        """In the node's store."""
+        return key_of(self.service.folder, self.dtype, self.part)
 
 
 class Worker:
@@ -114,21 +115,21 @@ class Worker:
         policy: Policy,
         *,
         dtype: str,
-        host_bytes: int,
+        store: Store,
         device: str = "cpu",
         rules: Rules | None = None,
         on_step: Callable[[], None] = lambda: None,
         on_death: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
-        """``device``: torch's name of where the pool is. ``on_step`` is called after each
-        iteration, and ``on_death`` when one failed, both by the loop's thread; nothing
-        runs after that."""
+        """``store``: of the node. ``device``: torch's name of where the pool is.
+        ``on_step`` is called after each iteration, and ``on_death`` when one failed, both
+        by the loop's thread; nothing runs after that."""
         self.pool, self.dtype, self.device = pool, dtype, device
         self._clock = clock
         self._residents: dict[str, Resident] = {}
         self.shelf = Shelf()
         self.link = Link(clock)
-        self.store = HostStore(host_bytes, self._shard)
+        self._sources = Sources(store, shard, pool.memory)
         self.space = KvSpace([pool.books], pool.page_bytes, borrower=self.shelf)
         window = tensor(pool.window_span()).view(pool.capacity, pool.page_bytes)
         self.group = Group(self.space, window, policy, clock.now_s, rules)
@@ -191,7 +192,7 @@ class Worker:
         for resident in self._residents.values():
             resident.leaving.set()
         self.link.close()
-        self.store.close()
+        self._sources.close()
 
     # --- weights -------------------------------------------------------------------
 
@@ -240,20 +241,15 @@ class Worker:
         resident.peers = followers.begin(resident.service)
 
     def _fetch(self, resident: Resident, weights: Weights, urgent: bool) -> None:
-        shared = self.store.open(resident.store_key)
-        if shared is None:
-            raise LoadFailed(
-                f"{resident.service.llm}: no room in host memory for "
-                f"{resident.layout.num_bytes} bytes"
-            )
-        try:
+        key, leaving = resident.shard_key, resident.leaving.is_set
+        with self._sources.open(key, self.link.look, leaving) as source:
             pages = self.ask(lambda: self._room(weights)).result()
             if pages is None:
                 raise LoadFailed(
                     f"{resident.service.llm}: {weights.missing_pages} pages are "
                     f"missing, {self.pool.free} free"
                 )
-            load = weights.load(self.link, shared.address, pages, urgent=urgent)
+            load = weights.load(self.link, source, pages, urgent=urgent)
             while not load.ended.wait(0.01):
                 if resident.leaving.is_set():
                     self.link.cancel(load)
@@ -262,8 +258,6 @@ class Worker:
                 raise LoadFailed(
                     f"{resident.service.llm}: the load was {load.end} {load.error}"
                 )
-        finally:
-            shared.close()
 
     def drop(self, resident: Resident) -> None:
         """Give all up: its requests are aborted, its memory is free."""
@@ -275,20 +269,6 @@ class Worker:
                 resident.followers.close()
             self.shelf.take(resident.service.llm)
             del self._residents[resident.service.llm]
-
-    def _shard(self, key: str) -> tuple[int, Fill]:
-        """For the store."""
-        resident = next(r for r in self._residents.values() if r.store_key == key)
-
-        def read(memory: object) -> None:
-            fill(
-                resident.layout,
-                Checkpoint(resident.service.folder),
-                memory,  # type: ignore[arg-type]
-                stop=resident.leaving.is_set,
-            )
-
-        return resident.layout.num_bytes, read
 
     def _room(self, weights: Weights) -> Pages | None:
         """In the loop's thread: pages for what is missing, taken from requests if need

@@ -115,8 +115,7 @@ def _paged(
         dtype="bfloat16" if on_gpu else "float32",
         pool_bytes=pool_bytes,
         page_bytes=page_bytes,
-        # Each GPU has a server of its own, which keeps what it read.
-        host_bytes=min(n.host_ram_bytes // n.gpus for n in cluster.nodes),
+        host_bytes=min(node.host_ram_bytes for node in cluster.nodes),
         checkpoints=checkpoints,
     )
     if python is not None:
