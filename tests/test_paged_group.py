@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the paged engine needs torch")
 pytest.importorskip("transformers", reason="compared with transformers")
 
 from foreserve.models.cost import IterationTime  # noqa: E402
-from foreserve.runtime.memory.kv import KvNeeds, KvSpace  # noqa: E402
+from foreserve.runtime.memory.kv import Keeper, KvNeeds, KvSpace  # noqa: E402
 from foreserve.runtime.memory.pool import PagePool  # noqa: E402
 from foreserve.runtime.memory.posix import PosixMemory  # noqa: E402
 from foreserve.runtime.memory.swap import Swap  # noqa: E402
@@ -24,6 +25,7 @@ from foreserve.runtime.paged.text import Speech, Words  # noqa: E402
 from foreserve.runtime.scheduler import POLICIES  # noqa: E402
 from foreserve.runtime.turns import Rules  # noqa: E402
 from tests.paged_llms import Llm  # noqa: E402
+from tests.test_unified_kv import Loan  # noqa: E402
 
 TIME = IterationTime(
     prefill_base_s=0.01,
@@ -49,9 +51,12 @@ def llms(tmp_path_factory):
 class Stand:
     """A group over a pool of its own, and what its listeners heard."""
 
-    def __init__(self, llms, pages, policy="db-mean", swap=None, **rules):
+    def __init__(
+        self, llms, pages, policy="db-mean", swap=None, borrower=None, **rules
+    ):
         """``swap``: pages on the host, and what copying takes at a time."""
         self.pool = PagePool(PosixMemory(PAGE_BYTES, pages))
+        self.wanted = []
         self.swap = None
         if swap is not None:
             count, copy_s = swap
@@ -59,7 +64,7 @@ class Stand:
             self.swap = Swap(
                 self.pool, count * PAGE_BYTES, lambda: next(clock) * copy_s
             )
-        self.space = KvSpace([self.pool.books], PAGE_BYTES)
+        self.space = KvSpace([self.pool.books], PAGE_BYTES, borrower=borrower)
         seconds = itertools.count()
         self.group = Group(
             self.space,
@@ -68,6 +73,7 @@ class Stand:
             lambda: next(seconds) / 1000,
             Rules(**rules),
             self.swap,
+            self.wanted.append,
         )
         self.services = {llm.folder: self.group.add(hosted(llm)) for llm in llms}
 
@@ -123,6 +129,12 @@ def hosted(llm) -> Hosted:
         ),
         reference_s=0.02 if llm.config.family == "llama" else 0.2,
     )
+
+
+def until(happened):
+    pause = threading.Event()
+    while not happened():
+        pause.wait(0.001)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -204,6 +216,51 @@ def test_who_is_swapped(llms):
     taken.release()
     stand.run()
     assert third.tokens == first.told([7] * 70, ANSWER)
+
+
+class Slow(Loan):
+    """Gives back what it has when the test lets it."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.let = threading.Event(), threading.Event()
+        self.threads = set()
+
+    def revoke(self, pool, count):
+        self.threads.add(threading.current_thread().name)
+        self.asked.set()
+        assert self.let.wait(20)
+        return super().revoke(pool, count)
+
+
+def test_iterations_go_on_while_loans_come_back(llms):
+    """Of 40 pages 30 are lent when a request of 20 tokens asks for 60 more. Before its ten
+    pages are used up more are wanted; while whoever has them does not give them back it
+    gets tokens all the same, and when it needs them they are there: no iteration took one
+    back itself. Who has enough free wants none."""
+    (llm, *_) = llms
+    loan = Slow()
+    stand = Stand([llm], 40, borrower=loan)
+    loan.take(stand.pool.books, 30)
+    keeper = Keeper(stand.space)
+    heard = stand.ask(llm, [5] * 20, tokens=60)
+    while len(heard.tokens) < 7:
+        stand.group.step()
+    assert not stand.wanted
+    while heard.reason is None:
+        stand.group.step()
+        if stand.wanted:
+            keeper.want(stand.wanted.pop())
+            assert loan.asked.wait(20)
+            told = len(heard.tokens)
+            while not loan.let.is_set() and len(heard.tokens) < told + 4:
+                stand.group.step()
+            loan.let.set()
+            until(lambda: stand.pool.free > 1)
+    keeper.close()
+    assert loan.threads == {"keeper"}
+    assert heard.tokens == llm.after_each([5] * 20, heard.tokens)
+    assert loan.revocable(stand.pool.books) + stand.pool.free == 40
 
 
 def test_what_ends_an_answer(llms):

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.memory.books import Books
 from foreserve.runtime.memory.cuda import CudaMemory
-from foreserve.runtime.memory.kv import KvNeeds, KvSpace
+from foreserve.runtime.memory.kv import Keeper, KvNeeds, KvSpace
 from foreserve.runtime.memory.loading import Link, Load
 from foreserve.runtime.memory.pool import Copying, InUse, PagePool
 from foreserve.runtime.memory.posix import PosixMemory
@@ -395,6 +395,35 @@ def test_a_load_under_way_is_on_loan_too(gated):
     assert pool.free == 2 + freed
     assert load.end in ("cancelled", "done")
     assert weights.resident_bytes == (6 - freed) * PAGE
+
+
+def test_nobody_waits_for_what_is_taken_back_ahead(gated):
+    """A load of six of eight pages stands at its first chunk when five free ones are
+    wanted. Until that chunk is through nothing is free, but all pages count, and requests
+    get the two that are left; then four more are there without being asked for again."""
+    memory, pool, link = gated
+    shelf = Shelf()
+    weights = Weights(pool, 6 * PAGE)
+    source = _source(6 * PAGE)
+    shelf.put("llm", [weights])
+    load = _begin(link, weights, source)
+    _until(lambda: memory.copied)
+    space = KvSpace([pool.books], PAGE, borrower=shelf)
+    needs = {"input_tokens": 1.0, "output_tokens": 1.0, "usual_output_tokens": 1}
+    table = space.open(space.add(KvNeeds(llm="b", token_bytes=PAGE, **needs)))
+    keeper = Keeper(space)
+    keeper.want(5)
+    _until(lambda: load._cancelled)
+    assert (space.pages(), shelf.revocable(pool.books), pool.free) == (8, 6, 2)
+    assert table.grow(2)
+    assert (space.pages(), pool.free) == (8, 0)
+    memory.let(10)
+    _until(lambda: pool.free >= 4)
+    keeper.close()
+    assert load.end == "cancelled"
+    assert space.pages() == 8
+    assert table.grow(6)
+    table.release()
 
 
 class Loans(RuleBasedStateMachine):
