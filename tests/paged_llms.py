@@ -17,11 +17,7 @@ transformers = pytest.importorskip(
 
 from foreserve.runtime.engines import tiny  # noqa: E402
 from foreserve.runtime.memory.safetensors import Checkpoint, fill  # noqa: E402
-from foreserve.runtime.paged.attention import (  # noqa: E402
-    Work,
-    cache_view,
-    plan_step,
-)
+from foreserve.runtime.paged.attention import Work, cache_view  # noqa: E402
 from foreserve.runtime.paged.config import read_config  # noqa: E402
 from foreserve.runtime.paged.decoder import Decoder  # noqa: E402
 from foreserve.runtime.paged.layout import lay_out  # noqa: E402
@@ -117,11 +113,14 @@ class Pages:
     def __init__(self, count: int, seed: int = 0) -> None:
         self.bytes = torch.zeros(count, PAGE_BYTES, dtype=torch.uint8)
         self.free = list(range(count))
+        self.empty = True
+        """Before they are given out."""
         self.chance = np.random.default_rng(seed)
 
     def take(self) -> int:
         page = self.free.pop(int(self.chance.integers(len(self.free))))
-        self.bytes[page] = 0
+        if self.empty:
+            self.bytes[page] = 0
         return page
 
     def forget(self, sequence: Sequence_) -> None:
@@ -142,13 +141,7 @@ def iterate(llm: Llm, pages: Pages, sequences: Sequence[Sequence_], chunk: int) 
         while len(one.table) * per_page < one.computed + len(tokens):
             one.table.append(pages.take())
         work.append(Work(tokens=tokens, begin=one.computed, table=one.table))
-    step = plan_step(
-        work,
-        tokens_per_page=per_page,
-        group=llm.decoder.group,
-        windows=llm.decoder.windows,
-    )
-    logits = llm.decoder(llm.weights, cache, step)
+    logits = llm.decoder(llm.weights, cache, llm.decoder.plan(work, cache))
     for one, row, done in zip(sequences, logits, work, strict=True):
         one.computed += len(done.tokens)
         if one.computed == len(one.known):

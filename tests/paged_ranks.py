@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from foreserve.runtime.memory.safetensors import Checkpoint, fill
-from foreserve.runtime.paged.attention import Work, cache_view, plan_step
+from foreserve.runtime.paged.attention import Work, cache_view
 from foreserve.runtime.paged.config import read_config
 from foreserve.runtime.paged.decoder import Decoder
 from foreserve.runtime.paged.layout import Part, lay_out
@@ -54,12 +54,7 @@ def answer(
             Work(tokens=tokens[begin:], begin=begin, table=table)
             for tokens, begin, table in zip(known, done, tables, strict=True)
         ]
-        step = plan_step(
-            work,
-            tokens_per_page=cache.shape[3],
-            group=decoder.group,
-            windows=decoder.windows,
-        )
+        step = decoder.plan(work, cache)
         done = [len(one) for one in known]
         best = decoder(views(layout, memory), cache, step).argmax(-1).tolist()
         for one, token in zip(known, best, strict=True):

@@ -3,16 +3,20 @@
 A page holds ``T`` whole tokens of all layers of one LLM, laid out
 ``[layer][key or value][token][head][number]``; a sequence has a table of its pages, which
 may lie anywhere. `plan_step` turns what one iteration computes into index tensors, once for
-all layers. Sequences of about the same lengths attend together (`Bundle`), so that little
-is computed for padding.
+all layers. On a GPU `kernels` read pages where they lie (`Ragged`). Elsewhere they are
+gathered: sequences of about the same lengths attend together (`Bundle`), so that little is
+computed for padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
 from foreserve.runtime.paged.loading import DTYPES
@@ -61,6 +65,22 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ragged:
+    """The sequences as `kernels.attend` takes them."""
+
+    tables: torch.Tensor
+    """Pages of all sequences, one after another."""
+    blocks: torch.Tensor
+    """``[programs, 4]``: tokens that one program computes, all of one sequence. The first
+    one's number in the iteration, how many, the first one's position, and where the
+    sequence's pages begin in ``tables``."""
+    rows: int
+    """Of a program: tokens times query heads per KV head, rounded up."""
+    longest: int
+    """Most positions that a sequence sees."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One iteration of one LLM."""
 
@@ -72,7 +92,7 @@ class Step:
     """``[n]``: where each token's keys and values go: its page, and its place in it."""
     last: torch.Tensor
     """``[sequences]``: index of each one's last token."""
-    bundles: tuple[Bundle, ...]
+    how: tuple[Bundle, ...] | Ragged
     scored: tuple[Scored, ...] = ()
 
 
@@ -102,52 +122,110 @@ def plan_step(
     group: int,
     windows: Collection[int | None],
     device: torch.device | str = "cpu",
+    kernels: bool = False,
 ) -> Step:
-    """``group``: query heads per KV head; ``windows``: those of the LLM's layers."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    pages: list[int] = []
-    last: list[int] = []
-    alike: dict[tuple[int, int], list[int]] = {}
-    starts: list[int] = []
-    for index, one in enumerate(work):
-        starts.append(len(tokens))
-        tokens += one.tokens
-        end = one.begin + len(one.tokens)
-        positions += range(one.begin, end)
-        pages += [one.table[at // tokens_per_page] for at in range(one.begin, end)]
-        last.append(len(tokens) - 1)
-        size = (len(one.tokens) - 1).bit_length()
-        alike.setdefault((size, (end - 1).bit_length()), []).append(index)
-    place = torch.tensor(positions, dtype=torch.int64)
-    bundles = tuple(
-        _bundle(
-            [work[i] for i in members],
-            [starts[i] for i in members],
-            tokens_per_page,
-            group,
-            windows,
-            device,
-        )
-        for members in alike.values()
-    )
-    return Step(
-        tokens=torch.tensor(tokens, dtype=torch.int64).to(device),
-        positions=place.to(device),
-        pages=torch.tensor(pages, dtype=torch.int64).to(device),
-        slots=(place % tokens_per_page).to(device),
-        last=torch.tensor(last, dtype=torch.int64).to(device),
-        bundles=bundles,
-        scored=tuple(
-            Scored(
-                sequence=index,
-                first=first,
-                rows=slice(start + first, start + min(first + SCORED_ROWS, one.scored)),
-            )
-            for index, (one, start) in enumerate(zip(work, starts, strict=True))
-            for first in range(0, one.scored, SCORED_ROWS)
+    """``group``: query heads per KV head; ``windows``: those of the LLM's layers;
+    ``kernels``: for them. All numbers go to the device in one copy, which nobody waits
+    for (but for those of bundles)."""
+    counts = np.array([len(one.tokens) for one in work])
+    begins = np.array([one.begin for one in work])
+    ends = begins + counts
+    firsts = counts.cumsum() - counts
+    tokens = np.fromiter(chain.from_iterable(one.tokens for one in work), np.int64)
+    positions = np.arange(len(tokens)) + np.repeat(begins - firsts, counts)
+    used = -(-ends // tokens_per_page)
+    tables = np.fromiter(
+        chain.from_iterable(
+            islice(one.table, count)
+            for one, count in zip(work, used.tolist(), strict=True)
         ),
+        np.int64,
     )
+    at = used.cumsum() - used
+    pages = tables[np.repeat(at, counts) + positions // tokens_per_page]
+    last = firsts + counts - 1
+    parts = [tokens, positions, pages, positions % tokens_per_page, last]
+    if not kernels:
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, (count, end) in enumerate(
+            zip(counts.tolist(), ends.tolist(), strict=True)
+        ):
+            size = (count - 1).bit_length(), (end - 1).bit_length()
+            alike.setdefault(size, []).append(index)
+        bundles = tuple(
+            _bundle(
+                [work[i] for i in members],
+                [int(firsts[i]) for i in members],
+                tokens_per_page,
+                group,
+                windows,
+                device,
+            )
+            for members in alike.values()
+        )
+        return _step(_moved(parts, device), bundles, _scored(work, firsts.tolist()))
+    rows = max(16, 1 << (group - 1).bit_length())
+    if group * int(counts.max()) > rows:
+        rows = max(rows, 64)  # Prompts: the more, the less often keys are read.
+    each = rows // group
+    programs = -(-counts // each)
+    skipped = each * (
+        np.arange(programs.sum()) - np.repeat(programs.cumsum() - programs, programs)
+    )
+    blocks = np.stack(
+        [
+            np.repeat(firsts, programs) + skipped,
+            np.minimum(np.repeat(counts, programs) - skipped, each),
+            np.repeat(begins, programs) + skipped,
+            np.repeat(at, programs),
+        ],
+        axis=1,
+    )
+    *moved, tables_, blocks_ = _moved([*parts, tables, blocks.ravel()], device)
+    ragged = Ragged(
+        tables=tables_, blocks=blocks_.view(-1, 4), rows=rows, longest=int(ends.max())
+    )
+    return _step(moved, ragged, _scored(work, firsts.tolist()))
+
+
+def _scored(work: Sequence[Work], firsts: Sequence[int]) -> tuple[Scored, ...]:
+    return tuple(
+        Scored(
+            sequence=index,
+            first=at,
+            rows=slice(first + at, first + min(at + SCORED_ROWS, one.scored)),
+        )
+        for index, (one, first) in enumerate(zip(work, firsts, strict=True))
+        for at in range(0, one.scored, SCORED_ROWS)
+    )
+
+
+def _step(
+    parts: Sequence[torch.Tensor],
+    how: tuple[Bundle, ...] | Ragged,
+    scored: tuple[Scored, ...],
+) -> Step:
+    tokens, positions, pages, slots, last = parts
+    return Step(
+        tokens=tokens,
+        positions=positions,
+        pages=pages,
+        slots=slots,
+        last=last,
+        how=how,
+        scored=scored,
+    )
+
+
+def _moved(
+    parts: Sequence[NDArray[np.int64]], device: torch.device | str
+) -> tuple[torch.Tensor, ...]:
+    """Onto the device, all in one copy that nobody waits for."""
+    sizes = [len(part) for part in parts]
+    on_gpu = torch.device(device).type == "cuda"
+    staged = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=on_gpu)
+    np.concatenate(parts, out=staged.numpy())
+    return staged.to(device, non_blocking=True).split(sizes)
 
 
 def _bundle(
@@ -209,7 +287,8 @@ def attend(
     n, heads, number = queries.shape
     kv_heads = keys.shape[1]
     out = torch.empty_like(queries).view(n, heads * number)
-    for bundle in step.bundles:
+    assert isinstance(step.how, tuple)
+    for bundle in step.how:
         b, t = bundle.rows.shape
         # Query heads of one KV head are so many more tokens of it.
         asked = (

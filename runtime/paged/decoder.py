@@ -8,14 +8,16 @@ moment. On several GPUs each rank computes its heads and columns, and `Peers` ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
-from foreserve.runtime.paged.attention import Scored, Step, attend
+from foreserve.runtime.paged.attention import Scored, Step, Work, attend, plan_step
 from foreserve.runtime.paged.config import Activation, DecoderConfig
 from foreserve.runtime.paged.layout import Part, kv_heads_of, vocabulary_rows
 from foreserve.runtime.paged.rope import frequencies, turn, turns
@@ -59,7 +61,20 @@ class Decoder:
         config: DecoderConfig,
         peers: Peers | None = None,
         device: torch.device | str = "cpu",
+        *,
+        kernels: bool | None = None,
     ) -> None:
+        """``kernels``: use those of our own; by default where they can be, on GPUs with
+        Triton."""
+        if kernels is None:
+            on_gpu = torch.device(device).type == "cuda"
+            kernels = on_gpu and find_spec("triton") is not None
+        self.kernels: Any = None
+        self.fused: Any = None
+        """The modules, which need Triton; both or none."""
+        if kernels:
+            self.kernels = import_module("foreserve.runtime.paged.kernels")
+            self.fused = import_module("foreserve.runtime.paged.fused")
         self.config = config
         self.peers: Peers = peers or Alone()
         self.device = device
@@ -78,6 +93,17 @@ class Decoder:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
 
+    def plan(self, work: Sequence[Work], cache: torch.Tensor) -> Step:
+        """An iteration of ``work``, over the ``cache`` that it will be called with."""
+        return plan_step(
+            work,
+            tokens_per_page=cache.shape[3],
+            group=self.group,
+            windows=self.windows,
+            device=self.device,
+            kernels=self.kernels is not None,
+        )
+
     def __call__(
         self,
         weights: Weights,
@@ -95,12 +121,16 @@ class Decoder:
                 turns(step.positions, frequency, rope, x.dtype)
                 for frequency, rope in zip(self._frequencies, config.ropes, strict=True)
             ]
+            told = None
             for layer in range(config.layers):
                 own = _Layer(weights, layer)
-                told = self._attention(own, x, cache[:, layer], step, turned, layer)
-                x = x + self._after(own, "after_attention", told)
-                told = self._feed_forward(own, self._norm(x, own["mlp_norm"]))
-                x = x + self._after(own, "after_mlp", told)
+                x, h = self._join(x, told, own["norm"])
+                told = self._attention(own, h, cache[:, layer], step, turned, layer)
+                told = self._after(own, "after_attention", told)
+                x, h = self._join(x, told, own["mlp_norm"])
+                told = self._feed_forward(own, h)
+                told = self._after(own, "after_mlp", told)
+            x = x if told is None else x + told
             for some in step.scored:
                 hear(some, self._logits(weights, x[some.rows]))
             return self._logits(weights, x[step.last])
@@ -130,41 +160,61 @@ class Decoder:
     def _attention(
         self,
         own: _Layer,
-        x: torch.Tensor,
+        h: torch.Tensor,
         cache: torch.Tensor,
         step: Step,
         turned: list[tuple[torch.Tensor, torch.Tensor]],
         layer: int,
     ) -> torch.Tensor:
         config = self.config
-        h = self._norm(x, own["norm"])
-        told = functional.linear(h, own["qkv"], own.get("qkv_bias"))
-        told = told.view(len(x), -1, config.head_dim)
-        q, k, v = told.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if config.qk_norm:
-            q, k = self._norm(q, own["q_norm"]), self._norm(k, own["k_norm"])
-        cosines, sines = turned[config.rope_of[layer]]
-        told = attend(
-            turn(q, cosines, sines),
-            turn(k, cosines, sines),
-            v,
+        both = functional.linear(h, own["qkv"], own.get("qkv_bias"))
+        both = both.view(len(h), -1, config.head_dim)
+        norms = (own["q_norm"], own["k_norm"]) if config.qk_norm else None
+        told = self._seen(
+            both,
+            norms,
+            turned[config.rope_of[layer]],
             cache,
             step,
-            window=config.windows[layer],
-            scale=config.attention_scale,
-            cap=config.attention_cap,
+            config.windows[layer],
         )
         return self._sum(told, own, "out")
+
+    def _seen(
+        self,
+        both: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        cache: torch.Tensor,
+        step: Step,
+        window: int | None,
+    ) -> torch.Tensor:
+        """What attention says to ``both``: queries, keys and values, not turned yet."""
+        config = self.config
+        scale, cap = config.attention_scale, config.attention_cap
+        if self.kernels is not None:
+            eps, offset = config.eps, config.norm_offset
+            q = self.fused.turn_and_keep(
+                both, angles, cache, step, self.heads, norms, eps=eps, offset=offset
+            )
+            return self.kernels.attend(
+                q, cache, step.how, window=window, scale=scale, cap=cap
+            )
+        q, k, v = both.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if norms is not None:
+            q, k = self._norm(q, norms[0]), self._norm(k, norms[1])
+        q, k = turn(q, *angles), turn(k, *angles)
+        return attend(q, k, v, cache, step, window=window, scale=scale, cap=cap)
 
     def _feed_forward(self, own: _Layer, h: torch.Tensor) -> torch.Tensor:
         config = self.config
         if config.experts is not None:
             return self.peers.add(self._experts(own, h))
         both = functional.linear(h, own["gate_up"], own.get("gate_up_bias"))
-        return self._sum(gated(both, config.activation), own, "down")
+        return self._sum(self._gated(both), own, "down")
 
     def _experts(self, own: _Layer, h: torch.Tensor) -> torch.Tensor:
-        experts, activation = self.config.experts, self.config.activation
+        experts = self.config.experts
         assert experts is not None
         shares = functional.linear(h, own["router"]).softmax(-1, dtype=torch.float32)
         shares, chosen = shares.topk(experts.per_token, dim=-1)
@@ -176,7 +226,7 @@ class Decoder:
         for expert in chosen.unique().tolist():
             rows, nth = (chosen == expert).nonzero(as_tuple=True)
             both = functional.linear(h[rows], gate_up[expert])
-            told = functional.linear(gated(both, activation), down[expert])
+            told = functional.linear(self._gated(both), down[expert])
             out.index_add_(0, rows, told * shares[rows, nth, None])
         return out
 
@@ -189,7 +239,27 @@ class Decoder:
     def _after(self, own: _Layer, name: str, told: torch.Tensor) -> torch.Tensor:
         return self._norm(told, own[name]) if self.config.sandwich else told
 
+    def _join(
+        self, x: torch.Tensor, told: torch.Tensor | None, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x`` with what a layer told it, and that normed."""
+        if self.fused is not None:
+            eps, offset = self.config.eps, self.config.norm_offset
+            joined, normed = self.fused.norm(x, told, weight, eps=eps, offset=offset)
+            return joined, normed
+        x = x if told is None else x + told
+        return x, self._norm(x, weight)
+
+    def _gated(self, both: torch.Tensor) -> torch.Tensor:
+        activation = self.config.activation
+        if self.fused is None:
+            return gated(both, activation)
+        told: torch.Tensor = self.fused.gated(both, silu=activation == "silu")
+        return told
+
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self.fused is not None and x.dim() == 2:
+            return self._join(x, None, weight)[1]
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.eps)
         if self.config.norm_offset:

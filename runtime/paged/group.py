@@ -18,9 +18,10 @@ import torch
 from foreserve.models.cost import IterationTime
 from foreserve.runtime.memory.books import Pages
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
+from foreserve.runtime.memory.pacing import Pacer
 from foreserve.runtime.memory.rules import pages_of
 from foreserve.runtime.memory.swap import Swap
-from foreserve.runtime.paged.attention import Scored, Work, cache_view, plan_step
+from foreserve.runtime.paged.attention import Scored, Work, cache_view
 from foreserve.runtime.paged.decoder import Decoder, Weights
 from foreserve.runtime.paged.jobs import Job, Reason, TooLong, Totals, next_tokens
 from foreserve.runtime.paged.mirror import Mirror, Share, Team
@@ -80,6 +81,8 @@ class Group:
         self._bounds: dict[int, int] = {}
         """Pages that all requests together could have, as far as those that follow one
         of the LLMs have room."""
+        self.pacer: Pacer | None = None
+        """Told of iterations, for the loads beside them."""
         self._jobs: dict[Job, None] = {}
         self._running: frozenset[int] = frozenset()
         self._made = 0
@@ -316,7 +319,7 @@ class Group:
         if not table.grow(tokens):
             return False
         fresh = list(table.numbers()[held:])
-        if fresh:
+        if fresh and self._hosted[table.service].decoder.kernels is None:
             # What another LLM left there need not even be numbers.
             self._pages[fresh] = 0
         return True
@@ -329,14 +332,18 @@ class Group:
     ) -> torch.Tensor:
         """The logits of each one's next token; ``hear`` is told what else is wanted."""
         hosted, cache = self._hosted[service], self._caches[service]
-        step = plan_step(
-            work,
-            tokens_per_page=cache.shape[3],
-            group=hosted.decoder.group,
-            windows=hosted.decoder.windows,
-            device=hosted.decoder.device,
-        )
-        return hosted.decoder(hosted.weights, cache, step, hear)
+        step = hosted.decoder.plan(work, cache)
+        logits = hosted.decoder(hosted.weights, cache, step, hear)
+        if logits.is_cuda:
+            # Pages may be another's now, and copies into them wait for no kernel.
+            torch.cuda.current_stream().synchronize()
+        return logits
+
+    def follow(self, service: int, work: Sequence[Work]) -> None:
+        """Compute what a leader has said."""
+        begin_s = self._now_s()
+        self.compute(service, work)
+        self.pace(service, work, self._now_s() - begin_s)
 
     def _iterate(self, turn: Turn[Job], batch: list[Job], begin_s: float) -> None:
         ready_s = self._now_s()
@@ -368,12 +375,24 @@ class Group:
         if turn.prompts:
             hosted = self._hosted[turn.service]
             self._learn(hosted, turn.service, work, now_s - ready_s)
+        self.pace(turn.service, work, now_s - begin_s)
         self.iterations += 1
         self.switches += self._last not in (None, turn.service)
         self._last = turn.service
         for job in batch:
             self._after(job, tokens.get(job), turn.prompts, now_s - begin_s, now_s)
         self._running = frozenset(job.progress.request for job in batch if not job.over)
+
+    def pace(self, service: int, work: Sequence[Work], took_s: float) -> None:
+        """An iteration ended: what it lost says how fast loads may be beside it. Decodes
+        are compared; it is their pace that is to be kept."""
+        if self.pacer is None:
+            return
+        planned_s = 0.0
+        if self.pacer.link.busy and all(len(one.tokens) == 1 for one in work):
+            time = self._hosted[service].time
+            planned_s = time.decode_s(len(work), sum(one.begin + 1 for one in work))
+        self.pacer.ran(took_s, self._now_s(), service, planned_s)
 
     def _after(
         self, job: Job, token: int | None, prompts: bool, took_s: float, now_s: float
