@@ -27,6 +27,8 @@ class ObservedReplica:
     """Requests it is working on."""
     idle_since_s: float | None = None
     """Since when it is ACTIVE without a request; None while it works or does not serve."""
+    served_since_s: float | None = None
+    """When it became ACTIVE last; None: not since it was loaded."""
     spare_bytes: int = 0
     """KV memory on each of its GPUs that it lends to others, or could lend now; it will be
     free for good only when it has drained."""
@@ -44,6 +46,8 @@ class Observed:
     replicas: tuple[ObservedReplica, ...] = ()
     waiting: Mapping[str, int] = field(default_factory=dict)
     """Requests per LLM that no replica has taken yet; LLMs without any may be absent."""
+    unserved_since_s: Mapping[str, float] = field(default_factory=dict)
+    """Of LLMs for which requests wait while no replica takes any: since when."""
     lost_gpus: frozenset[GpuId] = frozenset()
     """GPUs that are gone for now, with all that was on them."""
     busy: frozenset[ReplicaId] = frozenset()

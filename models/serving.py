@@ -34,6 +34,11 @@ class ServingRules(Record):
     """A turn changes hands only for a cost lower by this share."""
     patience: float | None = None
     """Who was not served for this many times its LLM's usual time goes first."""
+    tenure: float = 1.0
+    """A replica that has become ACTIVE keeps its GPUs for this many times what it would
+    take to have it back."""
+    turn_s: float = 30.0
+    """After so long one that works gives way to an LLM that has none; ``tenure`` holds."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
@@ -44,3 +49,5 @@ class ServingRules(Record):
             raise InvalidInput("page must be positive")
         if self.patience is not None and self.patience <= 0:
             raise InvalidInput("patience must be positive")
+        if self.tenure < 0 or self.turn_s < 0:
+            raise InvalidInput("tenure and turn must not be negative")

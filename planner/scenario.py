@@ -199,6 +199,12 @@ class RuntimePart(Record):
     patience: float | None = None
     """Who was not served for this many times its LLM's usual time goes first."""
 
+    tenure: float = 1.0
+    """A replica that begins to serve keeps its GPUs for this many times what it would take
+    to have it back: its activation, and its load where its weights would go."""
+    turn: Seconds = 30.0
+    """After so long one that works gives way to an LLM that has no replica at all."""
+
     def serving(self) -> ServingRules:
         return ServingRules(
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -209,6 +215,8 @@ class RuntimePart(Record):
             swapping=self.swapping,
             near=self.near,
             patience=self.patience,
+            tenure=self.tenure,
+            turn_s=self.turn,
         )
 
     def loading(self) -> LoadRules:

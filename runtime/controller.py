@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 from foreserve.models.observed import Observed
 from foreserve.models.placement import Action, Placement
 from foreserve.models.problem import Fleet
 from foreserve.models.referee import fleet_violations
+from foreserve.models.specs import GpuId
+from foreserve.models.tenure import turn_ends_s
 from foreserve.runtime.clock import Clock
 from foreserve.runtime.journal import Decision, Recorder, Refusal
-from foreserve.runtime.reconcile import reconcile
+from foreserve.runtime.reconcile import kept_for_now, reconcile
 
 
 class Policy(Protocol):
@@ -31,7 +35,8 @@ class Policy(Protocol):
 
 class Backend(Protocol):
     """Where replicas live. Wakes the controller's clock when there is something to
-    decide: a request that no replica can take, a phase that changed, a lost replica."""
+    decide: a request that no replica can take, a phase that changed, a lost replica, one
+    that has fallen idle on GPUs that somebody waits for."""
 
     def observe(self) -> Observed:
         """What is true now."""
@@ -39,6 +44,11 @@ class Backend(Protocol):
 
     def apply(self, actions: Sequence[Action]) -> None:
         """Start the actions; never blocks. How they end shows in a later `observe`."""
+        ...
+
+    def watch(self, gpus: frozenset[GpuId]) -> None:
+        """From now on the GPUs that somebody waits for: whenever the last request of a
+        replica that takes requests there has ended, the controller is to look again."""
         ...
 
 
@@ -59,6 +69,9 @@ class Controller:
         self.desired: Placement | None = None
         """The last placement that was accepted; before the first, nothing is done."""
         self._refused: Placement | None = None
+        self._watched: frozenset[GpuId] = frozenset()
+        self._again_s = math.inf
+        """When time alone makes something possible."""
 
     def run(self, until_s: float) -> None:
         """Take turns until the clock shows ``until_s``."""
@@ -75,11 +88,12 @@ class Controller:
                 f"policy {self.policy.name!r}: next_review_s({now_s}) = {review_s}, "
                 "which is not later"
             )
-        self.clock.wait(min(review_s, until_s))
+        self.clock.wait(min(review_s, self._again_s, until_s))
 
     def step(self) -> None:
         """Observe, decide, and do what is safe now."""
         observed = self.backend.observe()
+        self._again_s = math.inf
         changed = self._accept(self.policy.decide(observed.now_s, observed), observed)
         if self.desired is None:
             return
@@ -94,6 +108,51 @@ class Controller:
             )
         if actions:
             self.backend.apply(actions)
+        awaited = self._awaited(observed, actions)
+        if awaited != self._watched:
+            self._watched = awaited
+            self.backend.watch(awaited)
+        self._again_s = self._next_s(observed)
+
+    def _awaited(
+        self, observed: Observed, actions: Sequence[Action]
+    ) -> frozenset[GpuId]:
+        """GPUs where LLMs could serve whose requests wait, and nothing of which is on its
+        way."""
+        if not observed.waiting:
+            return frozenset()
+        coming = {action.llm for action in actions if action.kind != "drop"}
+        coming |= {
+            replica.llm
+            for replica in observed.replicas
+            if replica.phase in ("LOADING", "ACTIVATING")
+        }
+        left = [self._places.get(m, frozenset()) for m in {*observed.waiting} - coming]
+        return frozenset().union(*left)
+
+    def _next_s(self, observed: Observed) -> float:
+        """When a replica's tenure is over that is to go, or the turn of one that works
+        where an LLM waits that has none."""
+        assert self.desired is not None
+        kept = kept_for_now(self.desired, observed, self.fleet)
+        ends_s = [until_s for _, until_s in kept]
+        if observed.unserved_since_s and self._watched:
+            turns_s = [
+                turn_ends_s(replica, self.fleet)
+                for replica in observed.replicas
+                if replica.phase == "ACTIVE"
+                and not self._watched.isdisjoint(replica.gpus)
+            ]
+            ends_s += [end_s for end_s in turns_s if end_s > observed.now_s]
+        return min(ends_s, default=math.inf)
+
+    @cached_property
+    def _places(self) -> dict[str, frozenset[GpuId]]:
+        """GPUs on which each LLM may be."""
+        found: dict[str, set[GpuId]] = {}
+        for option, gpus in self.fleet.candidates():
+            found.setdefault(option.llm, set()).update(gpus)
+        return {llm: frozenset(gpus) for llm, gpus in found.items()}
 
     def _accept(self, wish: Placement, observed: Observed) -> bool:
         """Make ``wish`` desired if the fleet can hold it; whether that changed it."""

@@ -22,18 +22,22 @@ rest. What holds for every call:
    load and activate per replica and crash. Not so where loads take more than what they
    end with (`ReplicaOption.load_extra_bytes`): a WARM replica for whose load there is no
    room beside what is to serve stays absent, and takes nobody's room meanwhile.
-5. *Lost GPUs.* Nothing is asked of them. What is desired there counts as desired to
+5. *Tenure.* What has become ACTIVE stays, and what has served keeps its weights, for as
+   long as `models.tenure.kept_until_s` says, whatever is desired meanwhile. All else is
+   decided as if it had gone already.
+6. *Lost GPUs.* Nothing is asked of them. What is desired there counts as desired to
    serve, so replicas that it was to replace go on serving where they are in nobody's way.
    The same goes for busy replicas, which can take no action for the moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from foreserve.models.observed import HOLDS_KV, Observed, ObservedReplica, Phase
 from foreserve.models.placement import Action, Kind, Placement, ReplicaId
 from foreserve.models.problem import Fleet
+from foreserve.models.tenure import kept_until_s
 from foreserve.runtime.ledger import Ledger, phase_bytes
 
 
@@ -94,12 +98,29 @@ def reconcile(
                 steps["activate"].append(key)
         # Whether it could step or not: less urgent ones must not take its room.
         ledger.book(key.gpus, max(0, goal_bytes - held))
+    kept = {key for key, _ in kept_for_now(desired, observed, fleet)}
     return tuple(
         Action(kind=kind, llm=key.llm, gpus=key.gpus)
         for kind, keys in steps.items()
         for key in keys
-        if key not in observed.busy
+        if key not in observed.busy and key not in kept
     )
+
+
+def kept_for_now(
+    desired: Placement, observed: Observed, fleet: Fleet
+) -> Iterator[tuple[ReplicaId, float]]:
+    """Replicas that stay as they are, though not desired so, because of their tenure; and
+    until when."""
+    for replica in observed.replicas:
+        if replica.served_since_s is None or replica.phase not in ("ACTIVE", "WARM"):
+            continue
+        goal = desired.by_id.get(replica.id)
+        wanted = None if goal is None else goal.state
+        if wanted not in ("ACTIVE", replica.phase):
+            until_s = kept_until_s(replica, wanted, fleet)
+            if until_s > observed.now_s:
+                yield replica.id, until_s
 
 
 def _has_room(

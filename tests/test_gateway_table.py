@@ -127,6 +127,28 @@ def test_need_is_told_at_once_and_not_for_each(hand):
     assert hand.needs == 4
 
 
+def test_falling_idle_where_somebody_waits_is_told(hand):
+    """Of two replicas on a watched GPU and beside it, the end of the last request on the
+    first is told, neither that of one before it, nor that on the other; and since when the
+    LLM that waits has had nobody."""
+    hand.table.publish([replica("x", gpu=0), replica("y", gpu=1)])
+    first, other, last = hand.ask(), hand.ask(), hand.ask()
+    hand.now_s = 4.0
+    hand.table.join(Waiter("b", 1, 1, lambda: None))
+    hand.table.watch(frozenset(first.seat.replica.id.gpus))
+    hand.now_s, hand.needs = 5.0, 0
+    assert [where(w) for w in (first, other, last)] == [0, 1, 0]
+    needs = []
+    for waiter in (first, other, last):
+        hand.table.release(waiter)
+        needs.append(hand.needs)
+    assert needs == [0, 0, 1]
+    assert hand.table.unserved_since_s() == {"b": 4.0}
+    hand.table.publish([])
+    hand.ask()
+    assert hand.table.unserved_since_s() == {"a": 5.0, "b": 4.0}
+
+
 def test_a_refused_request_is_demand_until_served(hand):
     """For as long as its wait was predicted, or until a place is free, when the error of
     the prediction is told."""

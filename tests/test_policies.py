@@ -77,20 +77,22 @@ def test_reactive_loads_on_the_first_request_and_drops_when_idle():
 
 
 def test_an_idle_replica_gives_way_to_a_waiting_request():
-    """One GPU: a idles on it, b waits; b is wanted there. If a is busy, b must wait."""
+    """One GPU: a idles on it, b waits; b is wanted there. If a is busy, b must wait, until
+    a has served for its turn of 30 s."""
     one = cluster(gpus=1)
     plan = plan_with(active("a", gpu(0)), on=one)
     policy = get_policy("planned", plan, 30.0)
-    for in_flight, expected in ((0, "b"), (1, "a")):
+    for now_s, in_flight, expected in ((5.0, 0, "b"), (5.0, 1, "a"), (30.0, 1, "b")):
         seen = ObservedReplica(
             llm="a",
             gpus=(gpu(0),),
             phase="ACTIVE",
             in_flight=in_flight,
             idle_since_s=None if in_flight else 0.0,
+            served_since_s=0.0,
         )
         wanted = policy.decide(
-            5.0, Observed(now_s=5.0, replicas=(seen,), waiting={"b": 2})
+            now_s, Observed(now_s=now_s, replicas=(seen,), waiting={"b": 2})
         )
         assert [r.llm for r in wanted.replicas if r.state == "ACTIVE"] == [expected]
 

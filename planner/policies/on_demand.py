@@ -6,10 +6,17 @@ LLM is loaded when its first request comes and dropped when it has been idle), a
 ``reactive-keep`` also leaves a stopped LLM's weights where they are until the space is
 needed. The scaling thresholds are WarmServe's: scale up above 0.8 of
 the concurrency; a replica can be spared while the others are at most half full.
+
+Where more LLMs are asked for than the GPUs hold, they take turns: an LLM that has no
+replica gets its first one before others get more, who has waited longest first; if nothing
+can be spared, in the place of one that works and has had its turn
+(`models.tenure.turn_ends_s`); and what is started so is not given up for what was planned
+there before its own turn is over.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +27,7 @@ from foreserve.models.placement import Placement, Replica, ReplicaId
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet, ReplicaOption, held_bytes
 from foreserve.models.specs import GpuId
+from foreserve.models.tenure import turn_ends_s
 
 SCALE_UP, SCALE_DOWN = 0.8, 0.5
 MOST_MADE = 4096
@@ -171,13 +179,19 @@ class _Draft:
                 wanted = kept and self._is_free(replica.gpus)
             else:
                 busy = replica.in_flight or self.in_system[replica.llm]
-                wanted = bool(busy) and self._make_room(replica.gpus)
+                wanted = bool(busy) and (
+                    self._make_room(replica.gpus) or self._keep_turn(replica)
+                )
             if wanted:
                 self._start(replica.id)
 
     def start_missing(self) -> None:
         """One more replica for each LLM that has more requests than room, or fewer
         replicas than the operator's least number."""
+        for llm in self._unserved():
+            chosen = self._choose(llm) or self._take_turn(llm)
+            if chosen is not None:
+                self._start(chosen)
         floors = dict.fromkeys(filter(self._short, self.rule.fleet.llm_by_name), 0)
         # Longest queues choose first; names break ties so that runs repeat.
         for llm, in_system in sorted(
@@ -295,6 +309,70 @@ class _Draft:
         if held:
             self.serving, self.changed = left, True
         return True
+
+    def _unserved(self) -> list[str]:
+        """LLMs for which requests wait and no replica is wanted, the longest wait first."""
+        waiting = (m for m, n in self.observed.waiting.items() if n > 0)
+        return sorted(
+            (llm for llm in waiting if not self._serving(llm)),
+            key=lambda llm: (self._unserved_s(llm), llm),
+        )
+
+    def _unserved_s(self, llm: str) -> float:
+        return self.observed.unserved_since_s.get(llm, math.inf)
+
+    def _take_turn(self, llm: str) -> ReplicaId | None:
+        """A block for an LLM that has none: of replicas that have had their turn, those
+        that are missed least."""
+        best: tuple[tuple[object, ...], ReplicaId, set[ReplicaId]] | None = None
+        for option, key in self.rule.blocks[llm]:
+            if key in self.failing or not self.observed.lost_gpus.isdisjoint(key.gpus):
+                continue
+            held = {k for k in self.serving if not set(key.gpus).isdisjoint(k.gpus)}
+            if not all(self._had_turn(k, llm) for k in held) or not self._spares(held):
+                continue
+            last = {k.llm for k in held} - {k.llm for k in self.serving - held}
+            work = sum(self.seen[k].in_flight for k in held if k in self.seen)
+            rank = (len(last), work, self._rank(option, key))
+            if best is None or rank < best[0]:
+                best = rank, key, held
+        if best is None:
+            return None
+        self.serving -= best[2]
+        return best[1]
+
+    def _had_turn(self, key: ReplicaId, llm: str) -> bool:
+        """Whether a replica that is wanted gives way to ``llm``, which has none: one that
+        serves after its turn, one that is yet to come if its LLM has waited less long."""
+        replica = self.seen.get(key)
+        if replica is not None and replica.phase == "ACTIVE":
+            return turn_ends_s(replica, self.rule.fleet) <= self.observed.now_s
+        if replica is not None and replica.phase in ("LOADING", "ACTIVATING"):
+            return False
+        return self._unserved_s(key.llm) > self._unserved_s(llm)
+
+    def _keep_turn(self, replica: ObservedReplica) -> bool:
+        """Whether the only replica of its LLM stays, or comes, though others that do not
+        serve now are wanted in its place: its turn is not over."""
+        if self._serving(replica.llm) or not (
+            replica.served_since_s is None
+            or self.observed.now_s < turn_ends_s(replica, self.rule.fleet)
+        ):
+            return False
+        held = {k for k in self.serving if not set(replica.gpus).isdisjoint(k.gpus)}
+        begun = {"ACTIVE", "ACTIVATING", "LOADING"}
+        if any(k in self.seen and self.seen[k].phase in begun for k in held):
+            return False
+        if not self._spares(held):
+            return False
+        self.serving -= held
+        return True
+
+    def _spares(self, replicas: set[ReplicaId]) -> bool:
+        """Whether the operator's least numbers hold without them."""
+        left = Counter(key.llm for key in self.serving - replicas)
+        least = self.rule.fleet.llm_by_name
+        return all(left[k.llm] >= least[k.llm].min_active for k in replicas)
 
     def _warm_wishes(self) -> list[ReplicaId]:
         """Replicas to keep WARM, most valuable LLMs first."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from foreserve.models.placement import ReplicaId
+from foreserve.models.specs import GpuId
 from foreserve.runtime.journal import Result
 from foreserve.runtime.router import NEVER, choose
 
@@ -105,6 +106,7 @@ class Waiter:
     lost: Callable[[], object] = lambda: None
     """Called when its seat is lost."""
     seat: Seat | None = None
+    joined_s: float = 0.0
     taken_s: float = 0.0
     never: bool = False
     """No replica that serves now could ever hold it."""
@@ -125,6 +127,8 @@ class Lane:
     """Mean time that a request occupies its place; 0 until one has ended."""
     places: int = 0
     """Requests that its replicas worked on at once when there last were any."""
+    left_s: float = -math.inf
+    """When it last had some."""
 
 
 class RoutingTable:
@@ -146,7 +150,8 @@ class RoutingTable:
         self.now_s = now_s
         self.on_need = on_need
         """A request found no replica: called for the first that waits for an LLM, and
-        whenever as many again do, so that a flood does not drown the controller."""
+        whenever as many again do, so that a flood does not drown the controller. Or a
+        replica has fallen idle on GPUs that somebody waits for (`watch`)."""
         self.eta = eta
         """(p50, p90) seconds until an LLM without replicas serves; infinite: not
         foreseen."""
@@ -161,6 +166,7 @@ class RoutingTable:
         self._lock = threading.Lock()
         self._lanes: dict[str, Lane] = {}
         self._leaving: set[Seat] = set()
+        self._watched: frozenset[GpuId] = frozenset()
 
     # For the owner of the replicas.
 
@@ -174,6 +180,8 @@ class RoutingTable:
                 for seat in lane.seats
             }
             for lane in self._lanes.values():
+                if lane.seats:
+                    lane.left_s = now_s
                 lane.seats = []
             for replica in sorted(replicas, key=lambda r: r.id):
                 seat = old.pop((replica.id, replica.url), None)
@@ -230,6 +238,23 @@ class RoutingTable:
             counts = {llm: self._waiting(llm, now_s) for llm in self._lanes}
             return {llm: count for llm, count in counts.items() if count}
 
+    def unserved_since_s(self) -> Mapping[str, float]:
+        """Of LLMs that `waiting` has and no replica serves: since when."""
+        with self._lock:
+            now_s = self.now_s()
+            found = {}
+            for llm, lane in self._lanes.items():
+                if not lane.seats and self._waiting(llm, now_s):
+                    since = [waiter.joined_s for waiter in lane.queue]
+                    since += [at_s for at_s, s in lane.refused if now_s <= at_s + s]
+                    found[llm] = max(lane.left_s, min(since))
+            return found
+
+    def watch(self, gpus: frozenset[GpuId]) -> None:
+        """`on_need` whenever the last request of a replica on one of ``gpus`` has ended."""
+        with self._lock:
+            self._watched = gpus
+
     # For the gateway.
 
     def routable(self, llm: str | None = None) -> int:
@@ -277,7 +302,7 @@ class RoutingTable:
     def join(self, waiter: Waiter) -> None:
         """Queue up; `Waiter.wake` tells when there is an answer, which may be at once."""
         with self._lock:
-            now_s = self.now_s()
+            waiter.joined_s = now_s = self.now_s()
             self._lane(waiter.llm).queue[waiter] = None
             told = self._serve(waiter.llm)
             called = waiter.seat is None and not waiter.never
@@ -321,8 +346,12 @@ class RoutingTable:
             weight = MEMORY if lane.request_s else 1.0
             lane.request_s += weight * (took_s - lane.request_s)
             told = self._serve(waiter.llm)
+            idle = seat.idle_since_s is not None and seat in lane.seats
+            awaited = idle and not self._watched.isdisjoint(seat.replica.id.gpus)
         for wake in told:
             wake()
+        if awaited:
+            self.on_need()
 
     def shun(self, waiter: Waiter, reason: str) -> None:
         """Its replica failed the request: ask it nothing for `SHUN_S`. The gateway calls

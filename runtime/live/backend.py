@@ -60,6 +60,10 @@ class Routes(Protocol):
 
     def waiting(self) -> Mapping[str, int]: ...
 
+    def unserved_since_s(self) -> Mapping[str, float]: ...
+
+    def watch(self, gpus: frozenset[GpuId]) -> None: ...
+
 
 class LiveBackend:
     """A `Backend` over the agents of ``nodes``."""
@@ -165,6 +169,7 @@ class LiveBackend:
                             phase=phase,
                             in_flight=works if serves else 0,
                             idle_since_s=idle.get(key) if idles else None,
+                            served_since_s=node.served_since_s.get(key),
                             spare_bytes=spare.get(key, 0),
                         )
                     )
@@ -172,6 +177,7 @@ class LiveBackend:
             now_s=now_s,
             replicas=tuple(replicas),
             waiting=self.table.waiting(),
+            unserved_since_s=self.table.unserved_since_s(),
             lost_gpus=frozenset(lost),
             busy=frozenset(busy),
         )
@@ -181,6 +187,9 @@ class LiveBackend:
             for action in actions:
                 self._order(action.kind, action.replica)
             self._publish()
+
+    def watch(self, gpus: frozenset[GpuId]) -> None:
+        self.table.watch(gpus)
 
     def keep(self, copies: Sequence[HostCopy]) -> None:
         """Whose weights the plan wants in host memory; agents know within a second."""
@@ -291,7 +300,7 @@ class LiveBackend:
                 done = [k for k, o in node.pending.items() if o.step <= report.step]
                 for key in done:
                     del node.pending[key]
-            node.report, node.at_s = report, now_s
+            node.take(report, now_s)
             node.lost = False
             self._publish()
             # One that serves is never dropped: it has failed, and will answer nobody.

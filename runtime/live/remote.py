@@ -51,6 +51,8 @@ class Remote:
     pending: dict[ReplicaId, Order] = field(default_factory=dict)
     """The last order on each replica, until a report has it."""
 
+    served_since_s: dict[ReplicaId, float] = field(default_factory=dict)
+    """When each became ACTIVE last, as far as this controller, or the agent, knows."""
     keeps: tuple[str, ...] = ()
     """LLMs whose weights its host memory is to keep."""
 
@@ -62,6 +64,22 @@ class Remote:
     def order(self, order: Order) -> None:
         self.pending[order.replica] = order
         self.queue.put(order)
+
+    def take(self, report: NodeReport, now_s: float) -> None:
+        """``report`` has come: see who has become ACTIVE, and who is gone."""
+        known, rows = (
+            self.served_since_s,
+            () if self.report is None else self.report.rows,
+        )
+        served = {row.id for row in rows if row.phase == "ACTIVE"}
+        self.served_since_s = {}
+        for row in report.rows:
+            if row.phase == "ACTIVE" and row.id not in served:
+                age_s = row.age_s if self.report is None else 0.0
+                self.served_since_s[row.id] = now_s - age_s
+            elif row.phase in ("ACTIVE", "DRAINING", "WARM") and row.id in known:
+                self.served_since_s[row.id] = known[row.id]
+        self.report, self.at_s = report, now_s
 
     def phases(self) -> Iterator[tuple[ReplicaId, Phase, bool]]:
         """Replicas of a node that answers, as if the orders on their way had come: id,

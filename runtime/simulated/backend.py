@@ -19,6 +19,7 @@ from foreserve.models.faults import Fault, check_faults
 from foreserve.models.observed import Observed, ObservedReplica, Phase
 from foreserve.models.placement import Action, Placement, ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
+from foreserve.models.specs import GpuId
 from foreserve.runtime.clock import VirtualClock
 from foreserve.runtime.journal import Faulted, PhaseChange, Recorder
 from foreserve.runtime.ledger import Ledger, phase_bytes
@@ -47,6 +48,8 @@ class _Replica:
     """Whose weights are in memory that it has lent."""
     factor: float = 1.0
     """By which its iterations take longer now."""
+    served_since_s: float | None = None
+    """When it became ACTIVE last."""
 
 
 class SimulatedBackend:
@@ -103,6 +106,7 @@ class SimulatedBackend:
             now_s=self.clock.now_s(),
             replicas=tuple(self._observed(r) for r in self._replicas.values()),
             waiting=self.serving.waiting(),
+            unserved_since_s=self.serving.unserved_since_s(),
             lost_gpus=self.health.lost_gpus,
         )
 
@@ -120,6 +124,7 @@ class SimulatedBackend:
             phase=replica.phase,
             in_flight=in_flight,
             idle_since_s=idle_since_s,
+            served_since_s=replica.served_since_s,
             spare_bytes=spare_bytes,
         )
 
@@ -140,6 +145,9 @@ class SimulatedBackend:
                 self.serving.withdraw(key)
                 if not self.serving.in_flight(key):
                     self._move(replica, "WARM")
+
+    def watch(self, gpus: frozenset[GpuId]) -> None:
+        self.serving.watch(gpus)
 
     def lose(self, key: ReplicaId) -> None:
         """The replica vanishes. Its requests go back to the head of the queue and start
@@ -254,6 +262,7 @@ class SimulatedBackend:
             self._serve(replica)
 
     def _serve(self, replica: _Replica) -> None:
+        replica.served_since_s = self.clock.now_s()
         replica.factor = self.health.factor(replica.id.gpus[0].node)
         self.serving.open(replica.id, replica.option, replica.factor)
         self._couple(replica.id.gpus[0].node)

@@ -195,5 +195,7 @@ def run(s: State, until_s: float) -> None:
                     top.emptied = e
                 else:
                     engine.idle_since_s = now_s
+                    if engine.watched:
+                        top.woken = True
         if top.woken or top.revoked or top.emptied != NONE:
             return

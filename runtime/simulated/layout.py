@@ -92,6 +92,7 @@ ENGINE = np.dtype(
         ("life", "i8"),  # what its owner calls it
         ("in_flight", "i8"),
         ("idle_since_s", "f8"),
+        ("watched", "?"),  # `run` stops when it falls idle
         ("preemptions", "i8"),
         ("blocks", "i8"),
         ("free", "i8"),

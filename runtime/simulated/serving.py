@@ -18,6 +18,7 @@ from foreserve.models.gaps import gap_bin
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.models.serving import ServingRules
+from foreserve.models.specs import GpuId
 from foreserve.runtime.clock import VirtualClock
 from foreserve.runtime.journal import Recorder, RequestEnds, RequestTable, Served
 from foreserve.runtime.router import NEVER, choose
@@ -59,6 +60,9 @@ class Serving:
         self._engine: dict[ReplicaId, int] = {}
         self._of_engine: dict[int, tuple[ReplicaId, ReplicaOption]] = {}
         state = self.engines.state
+        self._watched: frozenset[GpuId] = frozenset()
+        self._left_s: dict[int, float] = {}
+        """By LLM: when a replica of it last ceased to take requests."""
         self._told = 0
         """Requests whose end the journal knows."""
         self._lives: list[ReplicaId] = []
@@ -90,6 +94,18 @@ class Serving:
         """Requests by LLM that nobody has taken; LLMs without any are absent."""
         queue = self.engines.state.queue.tolist()
         return {llm: queue[index] for llm, index in self._llms.items() if queue[index]}
+
+    def unserved_since_s(self) -> dict[str, float]:
+        """Of LLMs for which requests wait while no replica takes any: since when."""
+        state = self.engines.state
+        return {
+            llm: max(
+                float(state.arrival_s[state.jobs[state.queue_first[index]]["request"]]),
+                self._left_s.get(index, -math.inf),
+            )
+            for llm, index in self._llms.items()
+            if state.queue[index] and not self._takers(index)
+        }
 
     def in_flight(self, key: ReplicaId) -> int:
         """Requests that the replica works on; 0 if it does not serve."""
@@ -130,6 +146,7 @@ class Serving:
                 speed=speed,
             )
             self._of_engine[e] = key, option
+            self.engines.row(e)["watched"] = not self._watched.isdisjoint(key.gpus)
         self.serve_queue(llm)
 
     def _share(self, key: ReplicaId) -> None:
@@ -162,8 +179,15 @@ class Serving:
         self._schedule(key)
         return member
 
+    def watch(self, gpus: frozenset[GpuId]) -> None:
+        """Have the controller look again when a replica falls idle on one of them."""
+        self._watched = gpus
+        for key, e in self._engine.items():
+            self.engines.row(e)["watched"] = not gpus.isdisjoint(key.gpus)
+
     def withdraw(self, key: ReplicaId) -> None:
         """The replica takes no more requests."""
+        self._left_s[self._llms[key.llm]] = self.clock.now_s()
         if key in self._engine:
             self.engines.withdraw(self._engine[key])
         elif member := self._groups.member(key):
@@ -172,6 +196,8 @@ class Serving:
     def close(self, key: ReplicaId) -> None:
         """The replica serves no more. What it had goes back to the head of its LLM's queue
         to start anew: what was streamed of it is lost."""
+        if self._takes(key):
+            self._left_s[self._llms[key.llm]] = self.clock.now_s()
         if key in self._engine:
             e = self._engine.pop(key)
             del self._of_engine[e]
@@ -183,6 +209,12 @@ class Serving:
             there = any(True for _ in self._groups.members(member.llm))
             self.engines.state.foreign[member.llm] = there
             self._schedule(key)
+
+    def _takes(self, key: ReplicaId) -> bool:
+        if key in self._engine:
+            return bool(self.engines.row(self._engine[key])["lane"] != NONE)
+        member = self._groups.member(key)
+        return member is not None and member.takes
 
     def set_speed(self, key: ReplicaId, factor: float) -> None:
         """From its next iteration on, iterations take ``factor`` times the cost model's;
@@ -274,6 +306,8 @@ class Serving:
                 member.idle_since_s = now_s
                 if not member.takes:
                     self._emptied(member.id)
+                elif not self._watched.isdisjoint(key.gpus):
+                    self.clock.wake()
         if self.engines.top["woken"]:
             self.engines.top["woken"] = False
             self.clock.wake()
