@@ -146,6 +146,9 @@ class FakeCuda:
     def cuMemAddressReserve(
         self, size: int, alignment: int, address: int, flags: int
     ) -> tuple[Any, ...]:
+        alignment = alignment or GRANULE
+        if size % GRANULE or alignment & (alignment - 1):
+            return BAD, None
         self._next = -(-self._next // alignment) * alignment
         found = self._next
         self._next += size + alignment

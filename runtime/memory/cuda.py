@@ -137,7 +137,8 @@ class CudaMemory:
 
     def reserve(self, num_bytes: int) -> int:
         self._enter()
-        return int(self.call("cuMemAddressReserve", num_bytes, self.page_bytes, 0, 0))
+        # Aligned as the driver does it: a stated alignment has to be a power of two.
+        return int(self.call("cuMemAddressReserve", num_bytes, 0, 0, 0))
 
     def free(self, address: int, num_bytes: int) -> None:
         self._enter()
@@ -162,7 +163,12 @@ class CudaMemory:
         if num_bytes:
             self._enter()
             self.call("cuCtxSynchronize")
-            self.call("cuMemUnmap", address, num_bytes)
+            try:
+                self.call("cuMemUnmap", address, num_bytes)
+            except CudaFailed:
+                # The manual may be read so that each mapping takes a call of its own.
+                for at in range(address, address + num_bytes, self.page_bytes):
+                    self.call("cuMemUnmap", at, self.page_bytes)
 
     def span(self, address: int, num_bytes: int) -> Span:
         return DeviceSpan(address, num_bytes)

@@ -225,7 +225,8 @@ def _moved(
     on_gpu = torch.device(device).type == "cuda"
     staged = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=on_gpu)
     np.concatenate(parts, out=staged.numpy())
-    return staged.to(device, non_blocking=True).split(sizes)
+    moved: tuple[torch.Tensor, ...] = staged.to(device, non_blocking=True).split(sizes)
+    return moved
 
 
 def _bundle(

@@ -2,6 +2,7 @@
 
 A communication group is made when an LLM is loaded, so taking it into use costs no
 rendezvous. Any processes may form one, and be in several: none is of one size for its life.
+What GPUs add up goes through host memory.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ class Ranks:
         return cls(part, host, store)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
-        self._group.allreduce([values]).wait()
-        return values
+        here = values.cpu()  # Itself, where that is where it is.
+        self._group.allreduce([here]).wait()
+        return here.to(values.device)
 
     def join(self, values: torch.Tensor) -> torch.Tensor:
-        values = values.contiguous()
-        parts = [torch.empty_like(values) for _ in range(self.part.size)]
-        self._group.allgather([parts], [values]).wait()
-        return torch.cat(parts, dim=-1)
+        here = values.contiguous().cpu()
+        parts = [torch.empty_like(here) for _ in range(self.part.size)]
+        self._group.allgather([parts], [here]).wait()
+        return torch.cat(parts, dim=-1).to(values.device)
 
 
 _WITHIN = timedelta(seconds=WITHIN_S)
