@@ -279,7 +279,9 @@ class Supervised:
         return pid
 
     def guard(self, node: str) -> int:
-        (record,) = (self.state / node).glob("*.process.json")
+        """Of the engine server; the store of weights has one of its own."""
+        files = (self.state / node).glob("*.process.json")
+        (record,) = (file for file in files if not file.name.startswith("store"))
         session: int = json.loads(record.read_text())["session"]
         return session
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from foreserve.models.placement import replica_id
 from foreserve.models.specs import GpuId
-from foreserve.runtime.engines.base import EngineFailed, maker
+from foreserve.runtime.engines.base import EngineFailed, keep, maker
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("httptools", reason="engine servers need the extra 'serve'")
@@ -21,10 +22,12 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("torch", reason="the paged engine needs torch")
 pytest.importorskip("transformers", reason="compared with transformers")
 
+from foreserve.runtime.engines import paged  # noqa: E402
 from foreserve.runtime.engines.paged import (  # noqa: E402
     PagedSettings,
     close_servers,
     server_of,
+    store_of,
 )
 from tests.paged_llms import Llm  # noqa: E402
 from tests.test_engines_simulated import option  # noqa: E402
@@ -173,8 +176,8 @@ def test_what_is_refused(engines):
         api.create(model="qwen3", prompt="x")
     with pytest.raises(openai.BadRequestError, match="not JSON"):
         client(engine).post("/completions", cast_to=object, content=b"{")
-    with pytest.raises(openai.BadRequestError, match="logit_bias"):
-        api.create(model="llama", prompt="x", logit_bias={"5": 1})
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        api.create(model="llama", prompt="x", suffix="y")
     with pytest.raises(openai.BadRequestError, match="does not have"):
         api.create(model="llama", prompt=[10_000])
     engine.quiesce()
@@ -233,8 +236,6 @@ def test_a_client_that_leaves_is_cancelled(engines):
 def test_loads_that_fail(settings, tmp_path):
     """A checkpoint that is not there, one that is cut off, one for which the pool has no
     room: one line says so, nothing stays in the pool, and the next load is as ever."""
-    from dataclasses import replace
-
     from foreserve.runtime.engines import tiny
 
     before = used(settings)
@@ -258,38 +259,88 @@ def test_loads_that_fail(settings, tmp_path):
     assert used(settings) == before
 
 
-def test_the_server_is_killed(tmp_path, llms):
-    """All engines of its GPUs are dead at once; the next start makes a new server, whose
-    answers are the same; engines on other GPUs have a server of their own."""
+def test_the_server_is_killed(tmp_path, llms, monkeypatch):
+    """Two GPUs' servers that load one LLM at once read it once; there is room in host
+    memory for one, and the plan keeps it there. All engines of a server that is killed are
+    dead at once; the next start makes a new server, which has the weights without reading
+    them, and its answers are the same. Another LLM finds no room, and is read past the
+    store: its answers are those of transformers. A store that is killed takes no server
+    with it, and one that hangs is ended: the next load has a new one. Nothing is left of
+    any of them."""
     settings = PagedSettings(
-        folder=tmp_path,
+        folder=tmp_path / ("long" * 20),
         pool_bytes=8 * 2**20,
         page_bytes=PAGE,
+        host_bytes=3 * 2**20,
         checkpoints={name: str(llm.folder) for name, llm in llms.items()},
         stop_grace_s=1.0,
         answers_within_s=10.0,
     )
+    others, names = [GPU, GpuId(node="n0", index=1)], os.listdir("/dev/shm")
+    keep("foreserve.runtime.engines.paged", settings, ["llama", "unknown"])
     try:
-        first = make("llama", settings)
-        first.start()
+        both = [make("llama", settings, (gpu,)) for gpu in others]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda engine: engine.start(), both))
+        store = store_of(settings)
+        once = len(llms["llama"].memory)
+        assert store.look(10.0) == {"held_bytes": once, "read_bytes": once}
+        first, elsewhere = both
         child = server_of(settings, GPU).child
-        (server,) = (pid for pid in child.pids() if pid != child.session)
-        os.kill(server, signal.SIGKILL)
+        os.kill(process_of(child), signal.SIGKILL)
         while child.running():
             threading.Event().wait(0.01)
         assert not first.alive()
+        assert elsewhere.alive()
         with pytest.raises(EngineFailed, match="ended"):
             first.activate()
         second = make("llama", settings)
         second.start()
         second.activate()
-        assert second._answer == first._answer
+        assert second._answer == first._answer == elsewhere._answer
         assert not first.alive()
         first.stop()
         assert second.alive()
+        third = make("qwen3", settings)
+        third.start()
+        third.activate()
+        assert store.look(10.0) == {"held_bytes": once, "read_bytes": once}
+        says(third, llms["qwen3"])
+        os.kill(process_of(store.child), signal.SIGKILL)
+        while store.child.running():
+            threading.Event().wait(0.01)
+        says(second, llms["llama"])
+        third.stop()
+        fourth = make("gemma2", settings)
+        fourth.start()
+        newer = store_of(settings)
+        assert newer.look(10.0)["read_bytes"] == len(llms["gemma2"].memory)
+        os.kill(process_of(newer.child), signal.SIGSTOP)
+        monkeypatch.setattr(paged, "START_S", 0.0)
+        newest = store_of(replace(settings, answers_within_s=0.2), ask=True)
+        assert newer.child.pids() == []
+        fourth.activate()
+        says(fourth, llms["gemma2"])
+        assert newest.look(10.0) == {"held_bytes": 0, "read_bytes": 0}
+        assert os.listdir("/dev/shm") == names
     finally:
-        close_servers(tmp_path)
-    assert child.pids() == []
+        close_servers(settings.folder)
+    for gone in (child, store.child, newest.child):
+        assert gone.pids() == []
+
+
+def process_of(child) -> int:
+    (pid,) = (pid for pid in child.pids() if pid != child.session)
+    return pid
+
+
+def says(engine, llm):
+    """What transformers says."""
+    told = client(engine).completions.create(
+        model=engine.served_name, prompt=[5, 6, 7], max_tokens=8, temperature=0
+    )
+    assert words_of(llm, llm.told([5, 6, 7], 8)).startswith(told.choices[0].text)
+    assert told.choices[0].text
 
 
 def test_nothing_here_needs_torch():

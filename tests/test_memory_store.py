@@ -262,6 +262,25 @@ def test_a_shard_is_read_once_and_goes_when_there_is_no_room():
     store.close()
 
 
+def test_what_is_to_be_kept_goes_last():
+    """Of a (kept, and the least recently used) and b, b makes room for c; d, which needs
+    all of it, would need a's room: there is none, until a is kept no more."""
+    store = HostStore(300, _shards)
+    store.keep(["a:"])
+    for key in ("a:100", "b:200", "c:200"):
+        own = store.open(key)
+        assert own is not None
+        own.close()
+    assert ("a:100" in store, "b:200" in store, "c:200" in store) == (True, False, True)
+    assert store.open("d:300") is None
+    store.keep([])
+    own = store.open("d:300")
+    assert own is not None
+    own.close()
+    assert store.held_bytes == 300
+    store.close()
+
+
 def test_a_read_that_fails_leaves_nothing_and_is_tried_again():
     """Its room is free again, the error is the reader's own, and a second read works."""
     fails = [True]

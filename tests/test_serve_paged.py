@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -65,7 +67,16 @@ def test_real_llms_are_switched(tmp_path, capsys):
                     told.append(f"{name}: {took_s:.2f} s")
     with capsys.disabled():
         print("\n" + ", ".join(told))  # noqa: T201
-    left = subprocess.run(
-        ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False
+    # Guards end what was theirs when the agents have ended.
+    until_s, pause = monotonic() + 10.0, threading.Event()
+    while left := _running(tmp_path):
+        assert monotonic() < until_s, left
+        pause.wait(0.05)
+
+
+def _running(folder: Path) -> list[str]:
+    """Processes that name it."""
+    found = subprocess.run(
+        ["pgrep", "-f", str(folder)], capture_output=True, text=True, check=False
     )
-    assert not left.stdout.split()
+    return found.stdout.split()

@@ -7,7 +7,7 @@ and `stop` may come at any time, also while another call is under way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -21,6 +21,10 @@ from foreserve.models.problem import ReplicaOption
 
 class EngineFailed(ForeserveError):
     """An engine did not do what it was asked to; one line says why. Stop it then."""
+
+
+class NoRoom(EngineFailed):
+    """What nobody waits for found no room, for now; nothing is wrong with the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +93,11 @@ class Engine(Protocol):
         """Process up, weights loaded, a known answer recorded: WARM, not routable."""
         ...
 
+    def hurry(self) -> None:
+        """Requests wait for it: `start`, under way or to come, may take from others what
+        else it would wait for. Any number of calls from any thread; quick."""
+        ...
+
     def activate(self) -> None:
         """Wake it if it sleeps, and have it give the known answer: ACTIVE."""
         ...
@@ -139,6 +148,14 @@ def prepare(module: str, settings: EngineSettings) -> None:
     if ahead is not None:
         with suppress(EngineFailed, OSError):
             ahead(settings)
+
+
+def keep(module: str, settings: EngineSettings, llms: Collection[str]) -> None:
+    """Have the weights of these stay in host memory before others, where engines of that
+    module keep any there themselves (its own ``keep``). Returns at once."""
+    told = getattr(import_module(module), "keep", None)
+    if told is not None:
+        told(settings, llms)
 
 
 def maker(kind: str) -> MakeEngine:

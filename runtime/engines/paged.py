@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from foreserve.runtime.engines.calls import known_question
 from foreserve.runtime.engines.hosted import HostedEngine, HostServer
 from foreserve.runtime.engines.process import Child
 from foreserve.runtime.memory.node_store import RemoteStore, StoreGone, listen
+from foreserve.runtime.paged.shards import keys_of
 
 STORE = "store.sock"
 """In the settings' folder."""
@@ -49,8 +51,17 @@ class PagedSettings(EngineSettings):
     """Whose turn it is (`runtime.scheduler.POLICIES`)."""
     chunk_tokens: int = 512
     """Of prompts, in one iteration."""
+    swap_bytes: int = 4 * 1024**3
+    """Most host memory of a GPU's server for KV caches of requests that must leave it,
+    beside that for weights; given as it is needed, on CUDA at the start. 0: they are
+    computed again."""
     python: str = field(default_factory=lambda: sys.executable)
     """The interpreter that has torch and tokenizers."""
+    load_loss: float = 0.05
+    """Share of the time between tokens that loads may cost which nobody waits for;
+    infinite: they are not held back."""
+    room_within_s: float = 30.0
+    """A load that nobody waits for waits so long for memory that requests do not need."""
     threads: int = 1
     """Of its arithmetic."""
     load_within_s: float = 600.0
@@ -69,6 +80,9 @@ class PagedServer(HostServer):
                 *("--dtype", settings.dtype),
                 *("--policy", settings.policy),
                 *("--chunk-tokens", str(settings.chunk_tokens)),
+                *("--swap-bytes", str(settings.swap_bytes)),
+                *("--load-loss", str(settings.load_loss)),
+                *("--room-within", str(settings.room_within_s)),
                 *("--threads", str(settings.threads)),
             ],
             settings,
@@ -108,6 +122,12 @@ class NodeStore:
                 pass_fds=[fd],
             )
         self._link = RemoteStore(path)
+        self.keep(_kept.get(settings.folder, ()))
+
+    def keep(self, checkpoints: Sequence[Path]) -> None:
+        """These go last. Returns at once."""
+        with suppress(StoreGone):
+            self._link.keep([keys_of(folder) for folder in checkpoints])
 
     def look(self, within_s: float) -> dict[str, int]:
         """As `RemoteStore.look`."""
@@ -116,6 +136,7 @@ class NodeStore:
 
 _servers: dict[tuple[Path, GpuId], PagedServer] = {}
 _stores: dict[Path, NodeStore] = {}
+_kept: dict[Path, Sequence[Path]] = {}
 _lock = threading.Lock()
 _store_lock = threading.Lock()
 
@@ -149,6 +170,15 @@ def server_of(settings: PagedSettings, gpu: GpuId) -> PagedServer:
         return server
 
 
+def keep(settings: PagedSettings, llms: Collection[str]) -> None:
+    """As `base.keep`; a store that is started later is told, too."""
+    known = settings.checkpoints
+    _kept[settings.folder] = [Path(known[llm]) for llm in llms if llm in known]
+    store = _stores.get(settings.folder)
+    if store is not None:
+        store.keep(_kept[settings.folder])
+
+
 def close_servers(folder: Path) -> None:
     """End the servers that belong to ``folder``, and all engines in them; its store."""
     with _lock:
@@ -172,7 +202,7 @@ class PagedEngine(HostedEngine):
     ) -> None:
         super().__init__(option, replica, lambda: self._servers()[0])
         self.settings = settings
-        self._answer = ""
+        self._answer, self._urgent = "", False
         self._followers: list[PagedServer] = []
 
     def start(self) -> None:
@@ -182,10 +212,17 @@ class PagedEngine(HostedEngine):
         except OSError as error:
             raise EngineFailed(f"no server: {error}") from error
         self.begin(self._spec() | {"followers": self._doors()})
+        if self._urgent:
+            self.hurry()
         self._call("POST", "load", wait_s=self.settings.load_within_s)
         self._call("POST", "wake_up")
         self._answer = self._ask()
         self.quiesce()
+
+    def hurry(self) -> None:
+        self._urgent = True
+        with suppress(EngineFailed):  # Not made yet: `start` says so.
+            self._call("POST", "hurry")
 
     def activate(self) -> None:
         with suppress(OSError):

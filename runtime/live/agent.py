@@ -65,11 +65,14 @@ class NodeAgent:
         patience: Patience | None = None,
         place: Place | None = None,
         files: Files = lambda llm: (),
+        keep: Callable[[tuple[str, ...]], None] = lambda llms: None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """``place`` goes into reports, ``facts`` into the log's line of this start;
-        ``files`` as for `HostStore`."""
+        ``files`` as for `HostStore`. ``keep`` is told whose weights are to stay in host
+        memory, for engines that keep them there themselves."""
         self.node, self._fleet, self._make, self._log = node, fleet, make, log
+        self._keep = keep
         self._clock: Clock = clock or SystemClock()
         self._patience, self._place = patience or Patience(), place or Place()
         self._gpus = fleet.cluster.node_by_name[node].gpu_ids()
@@ -169,6 +172,7 @@ class NodeAgent:
         has it. Those of which there are files are brought in while nothing loads."""
         with self._changed:
             if generation == self._generation:
+                self._keep(llms)
                 self._store.keep(llms)
                 if self._store.missing() and not self._bringing:
                     self._bringing = True

@@ -31,6 +31,7 @@ from foreserve.runtime.engines.base import (
     Engine,
     EngineSettings,
     MakeEngine,
+    keep,
     prepare,
 )
 from foreserve.runtime.engines.process import reap
@@ -118,6 +119,7 @@ def make_agent(setup: NodeSetup) -> NodeAgent:
         patience=setup.patience,
         place=Place(pid=pid, binding=binding, key=setup.settings.key),
         files=partial(weights_of, setup.settings),
+        keep=partial(keep, module, setup.settings),
         facts={
             "date": datetime.now(UTC).isoformat(),
             "pid": pid,

@@ -12,8 +12,9 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from foreserve.models.errors import ForeserveError
 from foreserve.runtime.memory.safetensors import Stopped
 from foreserve.runtime.memory.store import LOOK_S, HostStore, Shared, Stop, StoreFailed
 
-MOST_KEY_BYTES = 64 * 1024
+MOST_ASKED_BYTES = 16 * 1024**2
+SILENT_S = 5.0
+"""Between two questions, of who waits for a read, whether the store is still alive, and
+how long it may take to say so."""
 
 
 class StoreGone(StoreFailed):
@@ -76,9 +80,11 @@ class StoreServer:
     def _serve(self, client: socket.socket) -> None:
         try:
             with client, client.makefile("rb") as lines:
-                asked = json.loads(lines.readline(MOST_KEY_BYTES))
+                asked = json.loads(lines.readline(MOST_ASKED_BYTES))
                 if "key" in asked:
                     self._lend(client, str(asked["key"]))
+                elif "keep" in asked:
+                    self._store.keep(list(map(str, asked["keep"])))
                 else:
                     _send(client, self._told())
         except (OSError, ValueError, TypeError):
@@ -135,8 +141,16 @@ class RemoteStore:
     def open(self, key: str, stop: Stop = lambda: False) -> Shared | None:
         """As `Store.open`; raises `StoreFailed` with the store's reason, `StoreGone`."""
         link = self._ask({"key": key})
+        looks = count(1)
+
+        def check() -> None:
+            if stop():
+                raise Stopped(f"{key}: not wanted any more")
+            if next(looks) % int(SILENT_S / LOOK_S) == 0:
+                self.look(SILENT_S)
+
         try:
-            told, fds = _told(link, lambda: _check(key, stop))
+            told, fds = _told(link, check)
             if "num_bytes" in told:
                 return Shared(fds[0], told["num_bytes"], link.close)
             if told["error"] is not None:
@@ -155,6 +169,10 @@ class RemoteStore:
                 raise StoreGone(f"the node's store said nothing for {within_s:g} s")
             return _told(link, lambda: None)[0]
 
+    def keep(self, prefixes: Sequence[str]) -> None:
+        """As `HostStore.keep`; does not wait for it. Raises `StoreGone`."""
+        self._ask({"keep": list(prefixes)}).close()
+
     def close(self) -> None:
         """What was opened is closed by who has opened it."""
 
@@ -170,12 +188,9 @@ class RemoteStore:
         return link
 
 
-def _check(key: str, stop: Stop) -> None:
-    if stop():
-        raise Stopped(f"{key}: not wanted any more")
-
-
-def _told(link: socket.socket, check: Any) -> tuple[dict[str, Any], list[int]]:
+def _told(
+    link: socket.socket, check: Callable[[], None]
+) -> tuple[dict[str, Any], list[int]]:
     """Its answer; ``check`` is called while there is none."""
     try:
         while not _says(link, LOOK_S):

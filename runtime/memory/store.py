@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -95,6 +95,7 @@ class HostStore:
         """File descriptors, of shards that are here as a whole."""
         self._filling: dict[str, int] = {}
         """How many wait for each read under way, but for who reads."""
+        self._kept: tuple[str, ...] = ()
         self._changed = threading.Condition()
         self.read_bytes = 0
         """From storage so far, of shards that were read to their end."""
@@ -107,6 +108,11 @@ class HostStore:
     def __contains__(self, key: str) -> bool:
         with self._changed:
             return key in self._images
+
+    def keep(self, prefixes: Sequence[str]) -> None:
+        """Shards whose keys begin with one of these go only for each other."""
+        with self._changed:
+            self._kept = tuple(prefixes)
 
     def open(self, key: str, stop: Stop = lambda: False) -> Shared | None:
         """As `Store.open`."""
@@ -127,6 +133,11 @@ class HostStore:
         with self._changed:
             while key in self._filling:
                 self._wait_for_read(key, stop)
+            self._ram.keep = frozenset(
+                known
+                for known in (*self._ram.reserved, key)
+                if known.startswith(self._kept)
+            )
             whole = self._ram.open(key, num_bytes)
             self._drop_images()
             if whole:

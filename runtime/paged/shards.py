@@ -31,6 +31,11 @@ def key_of(folder: Path, dtype: str, part: Part) -> str:
     return json.dumps([str(folder), dtype, part.rank, part.size, _state(folder)])
 
 
+def keys_of(folder: Path) -> str:
+    """What all keys of that checkpoint begin with."""
+    return f"[{json.dumps(str(folder.resolve()))}, "
+
+
 def _state(folder: Path) -> str:
     """Of the files: another one if any has changed."""
     seen = []
