@@ -396,6 +396,7 @@ async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) 
             device=given.device,
             store=RemoteStore(given.store),
             rules=Rules(max_prompt_tokens=given.chunk_tokens, patience=given.patience),
+            swap_bytes=given.swap_bytes,
         ),
         listener.getsockname()[0],
         key,
@@ -420,6 +421,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk-tokens", type=int, default=512)
+    parser.add_argument("--swap-bytes", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

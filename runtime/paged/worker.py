@@ -23,11 +23,12 @@ from foreserve.models.cost import IterationTime
 from foreserve.models.errors import ForeserveError, InvalidInput
 from foreserve.runtime.clock import Clock
 from foreserve.runtime.memory.books import Pages
-from foreserve.runtime.memory.kv import KvNeeds, KvSpace
+from foreserve.runtime.memory.kv import Keeper, KvNeeds, KvSpace
 from foreserve.runtime.memory.loading import Link
 from foreserve.runtime.memory.pool import PagePool
 from foreserve.runtime.memory.store import Store
 from foreserve.runtime.memory.streaming import Sources
+from foreserve.runtime.memory.swap import Swap
 from foreserve.runtime.memory.weights import NotResident, Shelf, Weights
 from foreserve.runtime.paged.config import DecoderConfig, read_config
 from foreserve.runtime.paged.decoder import Alone, Decoder, Peers
@@ -118,10 +119,12 @@ class Worker:
         store: Store,
         device: str = "cpu",
         rules: Rules | None = None,
+        swap_bytes: int = 0,
         on_step: Callable[[], None] = lambda: None,
         on_death: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         """``store``: of the node. ``device``: torch's name of where the pool is.
+        ``swap_bytes``: of host memory at most, for KV of requests that must leave.
         ``on_step`` is called after each iteration, and ``on_death`` when one failed, both
         by the loop's thread; nothing runs after that."""
         self.pool, self.dtype, self.device = pool, dtype, device
@@ -132,7 +135,19 @@ class Worker:
         self._sources = Sources(store, shard, pool.memory)
         self.space = KvSpace([pool.books], pool.page_bytes, borrower=self.shelf)
         window = tensor(pool.window_span()).view(pool.capacity, pool.page_bytes)
-        self.group = Group(self.space, window, policy, clock.now_s, rules)
+        self.swap: Swap | None = None
+        if swap_bytes >= pool.page_bytes:
+            self.swap = Swap(pool, swap_bytes, clock.now_s)
+        self._keeper = Keeper(self.space)
+        self.group = Group(
+            self.space,
+            window,
+            policy,
+            clock.now_s,
+            rules,
+            self.swap,
+            self._keeper.want,
+        )
         """For the loop's thread."""
         self._asked: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -191,8 +206,11 @@ class Worker:
         self._thread.join()
         for resident in self._residents.values():
             resident.leaving.set()
+        self._keeper.close()
         self.link.close()
         self._sources.close()
+        if self.swap is not None:
+            self.swap.close()
 
     # --- weights -------------------------------------------------------------------
 

@@ -118,6 +118,8 @@ def _paged(
         host_bytes=min(node.host_ram_bytes for node in cluster.nodes),
         checkpoints=checkpoints,
     )
+    if not fleet.serving.swapping:
+        settings = replace(settings, swap_bytes=0)
     if python is not None:
         return replace(settings, python=python)
     if find_spec("torch") is None or find_spec("tokenizers") is None:
