@@ -78,8 +78,9 @@ class Told:
 
 def test_a_thousand_requests_to_five_llms(tmp_path, capsys):
     """Weights of five LLMs and the KV of bursts need twice the pool: LLMs go and come back,
-    pages run out, and weights of WARM LLMs are taken back for KV. Every answer is the one
-    that its LLM gives alone; at the end all pages are free."""
+    pages run out, weights of WARM LLMs are taken back for KV; that of who is preempted is
+    swapped, as long as 40 pages on the host have room, or else computed again. Every answer
+    is the one that its LLM gives alone; at the end all pages are free."""
     llms = [Llm(tmp_path / family, family) for family in FAMILIES]
     need = sum(-(-len(llm.memory) // PAGE) for llm in llms) + KV_PAGES
     pool = PagePool(PosixMemory(PAGE, need // 2))
@@ -98,6 +99,7 @@ def test_a_thousand_requests_to_five_llms(tmp_path, capsys):
         dtype="float32",
         store=HostStore(1 << 30, shard),
         rules=Rules(max_prompt_tokens=64, max_num_seqs=256),
+        swap_bytes=40 * PAGE,
         on_death=die,
     )
     residents: dict[int, Resident] = {}
@@ -160,19 +162,20 @@ def test_a_thousand_requests_to_five_llms(tmp_path, capsys):
             left.acquire()
         assert not died
         asked += burst
-    preempted = worker.group.preemptions
+    preempted, swapped = worker.group.preemptions, worker.group.swaps
     revoked = worker.shelf.revoked_pages
     for resident in list(residents.values()):
         worker.drop(resident)
     assert pool.free == pool.capacity
+    assert worker.swap.host.books.held == 0
     worker.close()
     for llm in range(5):
         mine = [one for one in asked if one.llm == llm]
         for one, answer in zip(mine, alone(llms[llm], mine), strict=True):
             assert one.reason == "length"
             assert one.tokens == answer
-    assert preempted > 0
+    assert preempted > swapped > 0
     assert revoked > 0
     with capsys.disabled():
         lines = "\n  ".join(told.lines[-12:])
-        sys.stdout.write(f"\n  {lines}\n  {preempted=} {revoked=}\n")
+        sys.stdout.write(f"\n  {lines}\n  {preempted=} {swapped=} {revoked=}\n")
