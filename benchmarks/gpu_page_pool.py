@@ -1,6 +1,6 @@
 """The page pool on an NVIDIA GPU: creating, mapping, loading. It has not been run yet.
 
-    PYTHONPATH=src python benchmarks/gpu_page_pool.py [--gib 16] [--out FILE]
+    PYTHONPATH=src python benchmarks/gpu_page_pool.py [--gib 16] [--out FOLDER]
 
 Needs numpy and cuda-bindings, and neither torch nor the package's other dependencies; says
 so in one line where there is no GPU. With shards of ``--gib`` (16: Llama-3.1-8B and a bit),
@@ -9,27 +9,26 @@ each number the median of 7 and all of them in the file:
 1. physical pages of 2 MiB: created, mapped and unmapped, one by one and in one batch;
 2. host to GPU: one plain copy from pinned memory into mapped pages, and a load through a
    `Link` in the same run, in turns, with pages mapped ahead of the copies or all before;
+   whether what arrived is what was sent, and whether other threads run meanwhile;
 3. bringing back the last tenth of a shard that was dropped; pinning weights and viewing
    them (the memory's part of WARM -> ACTIVE); revoking 64 pages while a load is under way;
 4. KV pages to the host and back.
 
-Writes benchmarks/results/gpu_page_pool.json with date and device.
+Writes gpu_page_pool.json into benchmarks/results (or FOLDER) after each part, with date
+and device. ``--check`` runs all of it through a made-up driver, and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import statistics
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_record import FOLDER, Record, spread, timed
 
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.memory.cuda import CudaFailed, CudaMemory, load_driver
@@ -40,21 +39,6 @@ from foreserve.runtime.memory.weights import Shelf, Weights
 
 MIB, GIB = 1 << 20, 1 << 30
 REPEATS = 7
-RESULT = Path(__file__).parent / "results" / "gpu_page_pool.json"
-
-
-def timed(work: Callable[[], object]) -> float:
-    begin_s = time.perf_counter()
-    work()
-    return time.perf_counter() - begin_s
-
-
-def spread(seconds: list[float], factor: float) -> dict[str, Any]:
-    values = [value * factor for value in seconds]
-    return {
-        "median": round(statistics.median(values), 4),
-        "all": [round(value, 4) for value in values],
-    }
 
 
 def mapping(pool: PagePool, pages: int) -> dict[str, Any]:
@@ -75,11 +59,8 @@ def mapping(pool: PagePool, pages: int) -> dict[str, Any]:
 
 
 def loading(pool: PagePool, source: np.ndarray) -> dict[str, Any]:
-    """GB/s for the copies, milliseconds for the rest."""
+    """GB/s."""
     size, memory = len(source), pool.memory
-    begin_s = time.perf_counter()
-    memory.pin(source.ctypes.data, size)
-    pinned_s = time.perf_counter() - begin_s
     times: dict[str, list[float]] = {}
     for _ in range(REPEATS):
         plain = pool.reserve(size)
@@ -98,12 +79,54 @@ def loading(pool: PagePool, source: np.ndarray) -> dict[str, Any]:
             times.setdefault(f"load, chunks of {chunk} MiB", []).append(took_s)
             weights.close()
             link.close()
-    rates = {
+    return {
         name: spread([1 / seconds for seconds in taken], size / 1e9)
         for name, taken in times.items()
     }
-    memory.unpin(source.ctypes.data)
-    return {"gb_per_s": rates, "pin_host_memory_s": round(pinned_s, 3)}
+
+
+def arriving(pool: PagePool, source: np.ndarray) -> str:
+    """What a load brought is what was sent, read back page by page."""
+    link, weights, memory = Link(SystemClock()), Weights(pool, len(source)), pool.memory
+    load(weights, link, source)
+    step, there = 64 * pool.page_bytes, np.empty(64 * pool.page_bytes, np.uint8)
+    wrong = 0
+    # Every eighth stretch, and the last.
+    begins = {*range(0, len(source), 8 * step), len(source) // step * step}
+    for at in begins:
+        size = min(step, len(source) - at)
+        with weights.slot.using(at, size) as address:
+            memory.fetch(there.ctypes.data, address, size).wait()
+        wrong += int((there[:size] != source[at : at + size]).sum())
+    weights.close()
+    link.close()
+    return f"{wrong} bytes differ in {len(begins)} stretches of {step}"
+
+
+def lock(pool: PagePool, source: np.ndarray) -> str:
+    """Whether another thread gets on while this one waits for a copy."""
+    plain, counted, done = pool.reserve(len(source)), [0], threading.Event()
+    pool.map(plain, plain.num_pages)
+
+    def count() -> None:
+        while not done.is_set():
+            counted[0] += 1
+
+    counter = threading.Thread(target=count)
+    with plain.using(0, len(source)) as address:
+        counter.start()
+        begun = counted[0]
+        took_s = timed(
+            lambda: pool.memory.copy(address, source.ctypes.data, len(source)).wait()
+        )
+        during = counted[0] - begun
+        begun = counted[0]
+        threading.Event().wait(took_s)
+        after = counted[0] - begun
+    done.set()
+    counter.join()
+    plain.release()
+    return f"{during} turns of a thread during a copy, {after} during as long a sleep"
 
 
 def load(weights: Weights, link: Link, source: np.ndarray) -> None:
@@ -112,14 +135,13 @@ def load(weights: Weights, link: Link, source: np.ndarray) -> None:
     loading = weights.load(link, source.ctypes.data, pages)
     loading.ended.wait()
     if loading.end != "done":
-        raise SystemExit(f"the load {loading.end}: {loading.error}")
+        raise RuntimeError(f"the load {loading.end}: {loading.error}")
     weights.settle()
 
 
 def switching(pool: PagePool, source: np.ndarray) -> dict[str, Any]:
     """Milliseconds."""
-    memory, shelf = pool.memory, Shelf()
-    memory.pin(source.ctypes.data, len(source))
+    shelf = Shelf()
     link, weights = Link(SystemClock()), Weights(pool, len(source))
     shelf.put("warm", [weights])
     times: dict[str, list[float]] = {}
@@ -150,7 +172,6 @@ def switching(pool: PagePool, source: np.ndarray) -> dict[str, Any]:
         weights.drop(weights.held_pages)
     link.close()
     shelf.take("warm")
-    memory.unpin(source.ctypes.data)
     return {name: spread(taken, 1e3) for name, taken in times.items()}
 
 
@@ -176,62 +197,65 @@ def swapping(pool: PagePool, pages: int) -> dict[str, Any]:
     }
 
 
-def measure(driver: Any, shard_bytes: int, page_bytes: int) -> dict[str, Any]:
+def measure(
+    driver: Any, shard_bytes: int, page_bytes: int, record: Record
+) -> dict[str, Any]:
     """Everything; ``driver``: the bindings."""
     pages = -(-shard_bytes // page_bytes)
     begin_s = time.perf_counter()
     memory = CudaMemory(page_bytes, pages + pages // 4 + 4, driver=driver)
     created_s = time.perf_counter() - begin_s
     pool = PagePool(memory)
+    begin_s = time.perf_counter()
     pool.window()
+    window_s = time.perf_counter() - begin_s
     source = np.empty(shard_bytes, np.uint8)
-    source[:] = np.resize(np.arange(251, dtype=np.uint8), shard_bytes)
-    found = {
+    block = np.resize(np.arange(251, dtype=np.uint8), 251 * 4096)
+    for at in range(0, shard_bytes, len(block)):
+        source[at : at + len(block)] = block[: shard_bytes - at]
+    record.found |= {
         "page_bytes": page_bytes,
         "shard_bytes": shard_bytes,
         "create_us_per_page": round(created_s / memory.num_pages * 1e6, 3),
-        "mapping_us_per_page": mapping(pool, pages),
-        "loading": loading(pool, source),
-        "switching_ms": switching(pool, source),
-        "swapping_gb_per_s": swapping(pool, max(1, pages // 16)),
+        "window_us_per_page": round(window_s / memory.num_pages * 1e6, 3),
     }
-    pool.close()
-    return found
-
-
-def device_name(driver: Any) -> str:
-    error, name = driver.cuDeviceGetName(96, 0)
-    return name.split(b"\0")[0].decode() if int(error) == 0 else "unknown"
+    record.part("mapping_us_per_page", lambda: mapping(pool, pages))
+    address = source.ctypes.data
+    record.part(
+        "pin_host_memory_s", lambda: timed(lambda: memory.pin(address, shard_bytes))
+    )
+    record.part("loading_gb_per_s", lambda: loading(pool, source))
+    record.part("interpreter_lock", lambda: lock(pool, source))
+    record.part("bytes_arrive", lambda: arriving(pool, source))
+    record.part("switching_ms", lambda: switching(pool, source))
+    record.part("swapping_gb_per_s", lambda: swapping(pool, max(1, pages // 16)))
+    record.part("unpin_s", lambda: timed(lambda: memory.unpin(address)))
+    record.part("close_s", lambda: timed(pool.close))
+    return record.found
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The page pool on a GPU.")
     parser.add_argument("--gib", type=float, default=16.0, help="bytes of a shard")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--check", action="store_true")
     chosen = parser.parse_args(arguments)
+    if chosen.check:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from tests.fake_cuda import GRANULE, FakeCuda
+
+        record = Record("gpu_page_pool", None)
+        measure(FakeCuda(), 64 * GRANULE - 5, GRANULE, record)
+        return record.end()
     try:
         driver = load_driver()
         CudaMemory(2 * MIB, 1, driver=driver).close()
     except CudaFailed as error:
         sys.stdout.write(f"skipped, no GPU to measure on: {error}\n")
         return 0
-    found = measure(driver, int(chosen.gib * GIB), 2 * MIB)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    document = {
-        "command": f"python benchmarks/gpu_page_pool.py --gib {chosen.gib:g}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
-        "device": device_name(driver),
-        **found,
-    }
-    chosen.out.write_text(json.dumps(document, indent=1) + "\n")
-    sys.stdout.write(json.dumps(document, indent=1) + "\n")
-    return 0
+    record = Record("gpu_page_pool", chosen.out)
+    measure(driver, int(chosen.gib * GIB), 2 * MIB, record)
+    return record.end()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -476,8 +477,9 @@ def test_each_thread_says_which_gpu_it_means():
     pool.close()
 
 
-def _gpu_benchmark() -> ModuleType:
+def _gpu_benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parent.parent / "benchmarks" / "gpu_page_pool.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("gpu_page_pool", path)
     assert spec is not None
     assert spec.loader is not None
@@ -486,19 +488,42 @@ def _gpu_benchmark() -> ModuleType:
     return module
 
 
-def test_the_benchmark_for_gpus_runs_where_there_is_a_driver(monkeypatch):
+def test_the_benchmark_for_gpus_runs_where_there_is_a_driver(monkeypatch, tmp_path):
     """All its parts run through the made-up driver and leave nothing there; what they
     measure of it means nothing."""
-    module = _gpu_benchmark()
+    module = _gpu_benchmark(monkeypatch)
     monkeypatch.setattr(module, "REPEATS", 2)
-    driver = FakeCuda()
-    found = module.measure(driver, 64 * PAGE - 5, PAGE)
+    driver, record = FakeCuda(), module.Record("x", tmp_path)
+    found = module.measure(driver, 64 * PAGE - 5, PAGE, record)
     assert len(found["mapping_us_per_page"]) == 4
-    assert found["loading"]["gb_per_s"]["plain pinned copy"]["median"] > 0
+    assert found["loading_gb_per_s"]["plain pinned copy"]["median"] > 0
+    assert found["bytes_arrive"].startswith("0 bytes differ")
     assert len(found["switching_ms"]) == 3
     assert set(found["swapping_gb_per_s"]) == {"out", "back"}
     left = (driver.handles, driver.reserved, driver.mapped, driver.pinned)
     assert left == ({}, {}, {}, {})
+    assert record.errors == 0
+
+
+def test_a_part_of_a_benchmark_that_fails_loses_itself_alone(monkeypatch, tmp_path):
+    """The driver refuses rights once: the first part's error is in the file, and the
+    numbers of the others are."""
+    module = _gpu_benchmark(monkeypatch)
+    monkeypatch.setattr(module, "REPEATS", 1)
+    driver, record = FakeCuda(), module.Record("x", tmp_path)
+
+    class Failing(module.PagePool):
+        def window(self) -> int:
+            address = super().window()
+            driver.fail_at = "cuMemSetAccess"
+            return address
+
+    monkeypatch.setattr(module, "PagePool", Failing)
+    module.measure(driver, 64 * PAGE, PAGE, record)
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert "cuMemSetAccess" in written["mapping_us_per_page"]["error"]
+    assert written["loading_gb_per_s"]["plain pinned copy"]["median"] > 0
+    assert record.errors == 1
 
 
 def test_the_benchmark_for_gpus_says_that_there_is_none(monkeypatch, capsys, tmp_path):
@@ -507,9 +532,9 @@ def test_the_benchmark_for_gpus_says_that_there_is_none(monkeypatch, capsys, tmp
     def none() -> None:
         raise CudaFailed("no CUDA driver: not here")
 
-    module = _gpu_benchmark()
+    module = _gpu_benchmark(monkeypatch)
     monkeypatch.setattr(module, "load_driver", none)
-    assert module.main(["--out", str(tmp_path / "out.json")]) == 0
+    assert module.main(["--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert said == "skipped, no GPU to measure on: no CUDA driver: not here\n"
-    assert not (tmp_path / "out.json").exists()
+    assert not list(tmp_path.iterdir())
