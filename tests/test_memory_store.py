@@ -398,6 +398,52 @@ def test_other_processes_map_what_the_store_has(tmp_path):
         remote.look(0.01)
     child.stdin.close()
     child.stdout.close()
+    remote.close()
+    store.close()
+
+
+def test_what_is_not_used_stays_open_until_the_store_wants_it(tmp_path):
+    """What was closed is had again at the same address, still pinned, and without asking;
+    the store learns that it was used. While it is in use there is no room for another that
+    needs it all; unused, it is given back when somebody else asks, the least recently used
+    first, or when the store ends: unpinned, then unmapped."""
+    store = HostStore(300, _shards)
+    server = StoreServer(store, listen(tmp_path / "store"))
+    mine, other = (RemoteStore(tmp_path / "store") for _ in range(2))
+    story: list[str] = []
+
+    def use(key: str) -> int:
+        own = mine.open(key)
+        assert own is not None
+        own.once(lambda: story.append(f"pin {key}"), lambda: story.append(f"un {key}"))
+        own.close()
+        own.close()
+        return own.address
+
+    where = use("a:100")
+    use("b:200")
+    assert use("a:100") == where
+    assert story == ["pin a:100", "pin b:200"]
+    _until(lambda: list(store._ram.held) == ["b:200", "a:100"])
+    c = other.open("c:200")
+    assert c is not None
+    assert story == ["pin a:100", "pin b:200", "un b:200"]
+    own = mine.open("a:100")
+    assert own is not None
+    _until(lambda: store._uses["a:100"] == 1)
+    assert other.open("d:100") is None
+    own.close()
+    _until(lambda: store._uses["a:100"] == 0)
+    d = other.open("d:100")
+    assert d is not None
+    assert story[3:] == ["un a:100"]
+    c.close()
+    server.close()
+    _until(lambda: not other._held)
+    assert bytes(d.array()) == b"d" * 100
+    d.close()
+    mine.close()
+    other.close()
     store.close()
 
 
@@ -457,6 +503,7 @@ def test_a_read_ends_when_nobody_waits_for_it(tmp_path):
     assert own is not None
     assert (own.array().tolist(), slow.reads) == (list(range(64)), ["a", "a"])
     own.close()
+    remote.close()
     server.close()
     store.close()
 
@@ -530,8 +577,8 @@ def test_a_stream_reads_no_more_than_its_buffers(link):
 
 
 def test_a_stream_that_fails_makes_its_load_fail(link):
-    """What the reader says is what the load says; its prefix stays, and the link goes on
-    with others, also while a stream has nothing for it."""
+    """What the reader says is what the load says, and nothing that was not read is there;
+    the link goes on with others, also while a stream has nothing for it."""
     pool, slow = PagePool(PosixMemory(PAGE, 8)), Slow()
 
     def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
@@ -545,7 +592,8 @@ def test_a_stream_that_fails_makes_its_load_fail(link):
     assert load.ended.wait(SOON_S)
     torn.close()
     first.settle()
-    assert (load.end, load.error, first.resident_bytes) == ("failed", "cut off", PAGE)
+    assert (load.end, load.error) == ("failed", "cut off")
+    assert first.resident_bytes <= PAGE
     waiting, other = Weights(pool, 64), Weights(pool, 2 * PAGE)
     stream = Stream(slow.shards("a")[1], 64, link.look)
     held = _load(waiting, link, stream)

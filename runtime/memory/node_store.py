@@ -2,7 +2,8 @@
 
 A connection is one shard: who wants it says its key, and gets its descriptor. It is his
 until he closes the connection or is gone, however he went; who leaves before has cancelled.
-What he has mapped stays his, also if the store ends.
+What he does not copy from any more he keeps open all the same, mapped (and pinned, for a
+GPU) for the next time, until the store asks for it, or ends.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from foreserve.models.errors import ForeserveError
 from foreserve.runtime.memory.safetensors import Stopped
 from foreserve.runtime.memory.store import LOOK_S, HostStore, Shared, Stop, StoreFailed
 
+BACK, UNUSED, AGAIN = b"<", b".", b">"
+"""What is said of a shard: close it when you can; nobody uses it here, and then again."""
 MOST_ASKED_BYTES = 16 * 1024**2
 SILENT_S = 5.0
 """Between two questions, of who waits for a read, whether the store is still alive, and
@@ -99,7 +102,12 @@ class StoreServer:
         }
 
     def _lend(self, client: socket.socket, key: str) -> None:
-        """Until it leaves: it says nothing more, so what can be read is its end."""
+        """Until it leaves. Before it has an answer what can be read is its end."""
+
+        def back() -> None:
+            with suppress(OSError):
+                client.send(BACK, socket.MSG_DONTWAIT)
+
         try:
             image = self._store.lend(key, lambda: _says(client, 0.0))
         except Stopped:
@@ -116,9 +124,13 @@ class StoreServer:
                 _send(client, {"num_bytes": num_bytes}, fd)
             finally:
                 os.close(fd)
-            client.recv(1)
+            while said := client.recv(1):
+                if said == UNUSED:
+                    self._store.unused(key, back)
+                else:
+                    self._store.used_again(key, back)
         finally:
-            self._store.give_back(key)
+            self._store.give_back(key, back)
 
     def close(self) -> None:
         """Answers nobody any more; what processes have mapped stays theirs."""
@@ -131,15 +143,60 @@ class StoreServer:
                 client.shutdown(socket.SHUT_RDWR)
 
 
+class _Held:
+    """A shard that this process has open, in use or not."""
+
+    def __init__(self, key: str, shared: Shared, link: socket.socket) -> None:
+        self.key, self.shared, self.link = key, shared, link
+        self.users = 1
+        self.wanted = False
+        """By the store, or it is gone."""
+
+    def say(self, what: bytes) -> None:
+        """To the store, if it is there."""
+        with suppress(OSError):
+            self.link.send(what, socket.MSG_DONTWAIT)
+
+
+class _Use:
+    """One use of what is held: an `Opened`."""
+
+    def __init__(self, held: _Held, done: Callable[[_Held], None]) -> None:
+        self.address, self.num_bytes = held.shared.address, held.shared.num_bytes
+        self.array, self.once = held.shared.array, held.shared.once
+        self._held, self._done = held, done
+
+    def close(self) -> None:
+        """Any number of calls."""
+        done, self._done = self._done, lambda _: None
+        done(self._held)
+
+
 class RemoteStore:
     """The node's store, as another process sees it: a `Store`. Any thread. It need not be
     there yet, and may be another one each time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._held: dict[str, _Held] = {}
+        """By key, those that may be used again."""
+        self._links: dict[int, _Held] = {}
+        self._lock = threading.Lock()
+        self._watched = select.epoll()
+        self._end = os.eventfd(0)
+        self._watched.register(self._end, select.EPOLLIN)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
 
-    def open(self, key: str, stop: Stop = lambda: False) -> Shared | None:
+    def open(self, key: str, stop: Stop = lambda: False) -> _Use | None:
         """As `Store.open`; raises `StoreFailed` with the store's reason, `StoreGone`."""
+        with self._lock:
+            held = self._held.get(key)
+            if held is not None:
+                held.users += 1
+                if held.users == 1:
+                    held.say(AGAIN)
+                return _Use(held, self._used)
         link = self._ask({"key": key})
         looks = count(1)
 
@@ -150,9 +207,12 @@ class RemoteStore:
                 self.look(SILENT_S)
 
         try:
-            told, fds = _told(link, check)
+            told, more, fds = _told(link, check)
             if "num_bytes" in told:
-                return Shared(fds[0], told["num_bytes"], link.close)
+                shared = Shared(fds[0], told["num_bytes"], link.close)
+                held = _Held(key, shared, link)
+                self._hold(held, wanted=bool(more))
+                return _Use(held, self._used)
             if told["error"] is not None:
                 raise StoreFailed(told["error"])
         except BaseException:
@@ -160,6 +220,40 @@ class RemoteStore:
             raise
         link.close()
         return None
+
+    def _hold(self, held: _Held, *, wanted: bool) -> None:
+        with self._lock:
+            # Two threads may have asked at once: one copy is enough for later.
+            held.wanted = wanted or held.key in self._held
+            if not held.wanted:
+                self._held[held.key] = held
+                self._links[held.link.fileno()] = held
+                self._watched.register(held.link, select.EPOLLIN)
+
+    def _used(self, held: _Held) -> None:
+        with self._lock:
+            held.users -= 1
+            if held.users:
+                return
+            if not held.wanted:
+                held.say(UNUSED)
+                return
+        held.shared.close()
+
+    def _watch(self) -> None:
+        """Close what the store wants back, or has left behind, when nobody uses it."""
+        while True:
+            for number, _ in self._watched.poll():
+                with self._lock:
+                    if number == self._end:
+                        return
+                    held = self._links.pop(number)
+                    self._watched.unregister(number)
+                    del self._held[held.key]
+                    held.wanted = True
+                    if held.users:
+                        continue
+                held.shared.close()
 
     def look(self, within_s: float) -> dict[str, int]:
         """``held_bytes`` now, ``read_bytes`` so far. Raises `StoreGone`, also if it does
@@ -174,7 +268,19 @@ class RemoteStore:
         self._ask({"keep": list(prefixes)}).close()
 
     def close(self) -> None:
-        """What was opened is closed by who has opened it."""
+        """Nothing is kept open any more; what is in use is closed by who has opened it."""
+        os.eventfd_write(self._end, 1)
+        self._watcher.join()
+        with self._lock:
+            unused = [held for held in self._held.values() if not held.users]
+            for held in self._held.values():
+                held.wanted = True
+            self._held.clear()
+            self._links.clear()
+        for held in unused:
+            held.shared.close()
+        self._watched.close()
+        os.close(self._end)
 
     def _ask(self, asked: dict[str, Any]) -> socket.socket:
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -190,8 +296,8 @@ class RemoteStore:
 
 def _told(
     link: socket.socket, check: Callable[[], None]
-) -> tuple[dict[str, Any], list[int]]:
-    """Its answer; ``check`` is called while there is none."""
+) -> tuple[dict[str, Any], bytes, list[int]]:
+    """Its answer, and what came behind it; ``check`` is called while there is none."""
     try:
         while not _says(link, LOOK_S):
             check()
@@ -200,7 +306,8 @@ def _told(
         raise StoreGone(f"the node's store is gone: {error}") from error
     if not data:
         raise StoreGone("the node's store is gone")
-    return json.loads(data), fds
+    line, _, more = data.partition(b"\n")
+    return json.loads(line), more, fds
 
 
 def _says(peer: socket.socket, within_s: float) -> bool:

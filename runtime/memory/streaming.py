@@ -61,11 +61,11 @@ class Stream:
                 self._begin = self._ready = self._copied = offset_bytes
                 self._thread = threading.Thread(target=self._read, daemon=True)
                 self._thread.start()
-            if self._error:
-                raise StreamFailed(self._error)
             window, inside = divmod(offset_bytes - self._begin, self._window_bytes)
             place = (window % self._windows) * self._window_bytes + inside
             ready = min(self._ready - offset_bytes, self._window_bytes - inside)
+            if ready <= 0 and self._error:
+                raise StreamFailed(self._error)
             return self.address + place, max(0, ready)
 
     def copied(self, num_bytes: int) -> None:
@@ -121,8 +121,15 @@ class Sources:
         with suppress(StoreGone):
             shared = self._store.open(key, stop)
         if shared is not None:
-            with closing(shared), self._pinned(shared.address, shared.num_bytes):
-                yield Whole(shared.address, shared.num_bytes)
+            address, num_bytes = shared.address, shared.num_bytes
+            with closing(shared):
+                # Where the machine does not let us, copies are slower.
+                with suppress(ForeserveError):
+                    shared.once(
+                        lambda: self._memory.pin(address, num_bytes),
+                        lambda: self._unpin(address),
+                    )
+                yield Whole(address, num_bytes)
             return
         num_bytes, fill = self._shards(key)
         stream = Stream(fill, num_bytes, look)
@@ -131,16 +138,19 @@ class Sources:
 
     @contextmanager
     def _pinned(self, address: int, num_bytes: int) -> Iterator[None]:
-        """Where the machine lets us; without, copies are slower."""
-        pinned = False
-        with suppress(ForeserveError):
+        try:
             self._memory.pin(address, num_bytes)
-            pinned = True
+        except ForeserveError:
+            yield
+            return
         try:
             yield
         finally:
-            if pinned:
-                self._memory.unpin(address)
+            self._unpin(address)
+
+    def _unpin(self, address: int) -> None:
+        with suppress(ForeserveError):  # There is nothing else to be done about it.
+            self._memory.unpin(address)
 
     def close(self) -> None:
         self._store.close()
