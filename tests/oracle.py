@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, permutations
+from math import inf
 
 from foreserve.models import referee
 from foreserve.models.placement import HostCopy, Placement, Replica
@@ -43,24 +44,27 @@ def best(problem: Problem, most: int = 2_000) -> tuple[float, Schedule] | None:
                 referee.TERMS[label](problem, epoch, bare, placement) for label in terms
             )
             own.append((cost, placement))
-        before = costs.items() if epoch else [(problem.initial, (0.0, ()))]
+        before = [(problem.initial, (0.0, ()))]
+        if epoch:
+            before = sorted(costs.items(), key=lambda pair: pair[1][0])
         now: dict[Placement, tuple[float, Schedule]] = {}
+        least = inf
         for cost, placement in own:
-            ways = [
-                (
-                    spent
-                    + cost
-                    + referee.o4_switching(problem, epoch, last, placement),
-                    (*schedule, placement),
-                )
-                for last, (spent, schedule) in before
-                if not any(
+            if epoch < problem.num_epochs - 1:
+                least = inf  # of this placement; in the last epoch of all
+            for last, (spent, schedule) in before:
+                if spent + cost >= least:
+                    break  # Nor is what follows: switching costs nothing at best.
+                if any(
                     any(row(problem, epoch, last, placement))
                     for row in referee.MOVING_ROWS.values()
-                )
-            ]
-            if ways:
-                now[placement] = min(ways, key=lambda pair: pair[0])
+                ):
+                    continue
+                switching = referee.o4_switching(problem, epoch, last, placement)
+                assert switching >= 0
+                if spent + cost + switching < least:
+                    least = spent + cost + switching
+                    now[placement] = (least, (*schedule, placement))
         costs = now
     if not costs:
         return None
