@@ -69,6 +69,8 @@ class Arrivals:
         self.llms, self.epoch_s = tuple(llms), epoch_s
         self.dropped = ""
         """Why what was in the file is not used; "" where it is, or there is none."""
+        self.broken = False
+        """Whether that is because it could not be read; it has another name then."""
         self.late = 0
         """Requests that came too late to be counted."""
         self._busy_s, self._path = busy_s, path
@@ -247,6 +249,7 @@ class Arrivals:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             path.replace(path.with_name(path.name + ".broken"))
             self.dropped = f"{path.name} cannot be read: {error}"
+            self.broken = True
             return
         if epoch_s != self.epoch_s:
             self.dropped = f"{path.name} counts in epochs of {epoch_s:g} s"

@@ -152,8 +152,9 @@ def test_it_stops_when_told_and_leaves_nothing_behind(served: Served) -> None:
 
 def test_after_a_kill_the_next_start_finds_the_engines(served: Served) -> None:
     """SIGKILL to the whole front, which leaves its plan in pieces: agents and engines live
-    on, the next start sets the file aside and serves the LLM without loading it again. No
-    epoch ends meanwhile, which might want it elsewhere."""
+    on, the next start sets the file aside and serves the LLM without loading it again, in
+    mode ``recommend``, which it says why. No epoch ends meanwhile, which might want it
+    elsewhere."""
     assert served.ask("small")[0] == 200
     served.process.kill()
     served.process.wait(10.0)
@@ -163,7 +164,10 @@ def test_after_a_kill_the_next_start_finds_the_engines(served: Served) -> None:
     lines = (served.folder / "st/journal.jsonl").read_text().splitlines()
     loads = [line for line in lines if '"LOADING"' in line and '"small"' in line]
     assert len(loads) == 1
-    assert (served.folder / "st/plan.broken").exists()
+    assert (served.folder / "st/plan.json.broken").exists()
+    seen = served.status()
+    assert seen["mode"] == "recommend"
+    assert [line.partition(":")[0] for line in seen["amiss"]] == ["plan.json"]
 
 
 def test_epochs_that_do_not_fit_the_history_end_the_start(tmp_path) -> None:

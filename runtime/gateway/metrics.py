@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -160,6 +160,38 @@ class Metrics:
 
     def _counter(self, name: str, labels: tuple[str, ...]) -> Counter:
         return Counter(name, _help(name), labels, registry=self.registry)
+
+
+class Modes(Collector):
+    """The mode in which plans are made, and what has made it fall."""
+
+    def __init__(
+        self,
+        modes: Sequence[str],
+        mode: Callable[[], str],
+        notes: Callable[[], Mapping[str, str]],
+    ) -> None:
+        """``notes``: what is amiss, by what it is about."""
+        self._modes, self._mode, self._notes = modes, mode, notes
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        mode = GaugeMetricFamily(
+            "foreserve_mode", "1 for the mode of planning.", labels=["mode"]
+        )
+        for name in self._modes:
+            mode.add_metric([name], float(name == self._mode()))
+        yield mode
+        amiss = GaugeMetricFamily(
+            "foreserve_state_amiss",
+            "1 for what could not be read or written, or failed.",
+            labels=["what"],
+        )
+        for what in sorted(self._notes()):
+            amiss.add_metric([what], 1.0)
+        yield amiss
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []
 
 
 class DriftMetrics:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,17 @@ class LiveJournal:
     an earlier process took with it are ended by the next one that opens the file.
     """
 
-    def __init__(self, path: Path, *also: Recorder) -> None:
-        """``also`` are told of each event, once it is written."""
-        self._also = also
+    def __init__(
+        self,
+        path: Path,
+        *also: Recorder,
+        failed: Callable[[Exception], object] | None = None,
+    ) -> None:
+        """``also`` are told of each event, once it is written. What cannot be written, or
+        fails while it is told, goes to ``failed``, if there is such; else it is raised."""
+        self._also, self._failed = also, failed
         left, at_s = _left_open(path)
-        self._log = path.open("a", encoding="utf-8")
+        self._log = path.open("ab", buffering=0)
         self._lock = threading.Lock()
         self._requests = 0
         for accepted in left:
@@ -93,12 +100,25 @@ class LiveJournal:
     def record(self, event: Event | RequestEnds) -> None:
         if isinstance(event, RequestEnds):
             return
-        line = line_of(event)
-        with self._lock:
-            self._log.write(line + "\n")
-            self._log.flush()
+        line = f"{line_of(event)}\n".encode()
+        try:
+            with self._lock:
+                written = self._log.write(line)
+                if written < len(line):  # no half lines
+                    self._log.truncate(self._log.tell() - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._amiss(error)
         for recorder in self._also:
-            recorder.record(event)
+            try:
+                recorder.record(event)
+            except Exception as error:
+                self._amiss(error)
+
+    def _amiss(self, error: Exception) -> None:
+        if self._failed is None:
+            raise error
+        self._failed(error)
 
     def accepted(self, llm: str, at_s: float, input_tokens: int) -> int:
         """A request will be answered; its number in this run."""

@@ -16,6 +16,12 @@ from foreserve.models.codec import dump_json, write_text
 from foreserve.runtime.clock import SystemClock
 
 
+def check_clock(path: Path) -> None:
+    """Raise one of a few errors unless the file tells of a clock."""
+    known = json.loads(path.read_text())
+    float(known["wall_s"]) + float(known["clock_s"])
+
+
 def unix_s() -> float:
     return datetime.now(UTC).timestamp()
 

@@ -56,7 +56,9 @@ class Books:
             since_s=self._kept.first_s,
             path=folder / "arrivals.npz",
         )
-        if self.arrivals.dropped:
+        self.lost = self.arrivals.dropped if self.arrivals.broken else ""
+        """Why what had come before cannot be read."""
+        if self.arrivals.dropped and not self.lost:
             log.warning("forecasts begin anew: %s", self.arrivals.dropped)
         self._drift = Drift(
             fleet,

@@ -153,7 +153,10 @@ def drain(
         return _told(done, f"{name} {what}", as_json)
     receipt = _follow(folder, done["action"], quiet=as_json)
     if receipt["state"] != "done":
-        raise ForeserveError(f"{name}: {receipt['state']} by another change")
+        why = (
+            "by another change" if receipt["state"] == "superseded" else "if it is done"
+        )
+        raise ForeserveError(f"{name}: {receipt['state']} {why}")
     return _told(receipt, f"{name} is drained, in {receipt['took_s']:.1f} s", as_json)
 
 

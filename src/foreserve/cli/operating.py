@@ -167,6 +167,12 @@ class Operating(Overview):
         return self.policy.mode
 
     def set_mode(self, mode: Mode) -> Mapping[str, Any]:
+        if mode == "automatic":
+            try:
+                self.folder.check()
+            except InvalidInput as error:
+                raise Refused(f"no automatic mode: {error}") from None
+        self.folder.clear()
         self.policy.set_mode(mode)
         return {**self._begin("mode", mode), "mode": mode}
 
@@ -185,7 +191,11 @@ class Operating(Overview):
         **options: Any,
     ) -> Mapping[str, Any]:
         return self.receipts.begin(
-            what, subject, observed or self.policy.observed, **options
+            what,
+            subject,
+            observed or self.policy.observed,
+            generation=self.policy.generation,
+            **options,
         )
 
     def _check(self, change: Change) -> None:

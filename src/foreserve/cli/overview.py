@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foreserve.cli import views
+from foreserve.cli.state import State
 from foreserve.models.codec import to_plain
 from foreserve.models.placement import Placement
 from foreserve.models.problem import Fleet
@@ -47,6 +48,7 @@ class Overview:
     """Of an LLM, as the gateway tells it."""
     failed: Callable[[], BaseException | None]
     """What ended the controller, if it was not asked to end."""
+    folder: State
     drifted: Callable[[], Mapping[str, Any]] = dict
     """Reports of plan against actual."""
     time_scale: float = 1.0
@@ -64,6 +66,7 @@ class Overview:
             "generation": self.policy.generation,
             "plan_id": self.policy.plan_id,
             "failed": None if failed is None else str(failed),
+            "amiss": list(self.folder.notes.values()),
             "refused": None if refused is None else list(refused.violations),
             "nodes": [
                 {

@@ -13,14 +13,17 @@ import secrets
 import threading
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from foreserve.cli.agents import agents_of
 from foreserve.cli.books import Books
 from foreserve.cli.operating import Operating
-from foreserve.cli.receipts import Receipts
+from foreserve.cli.receipts import Receipts, read_receipts
+from foreserve.cli.state import State, Steady
 from foreserve.models.codec import (
     dump_json,
     from_json,
@@ -29,7 +32,6 @@ from foreserve.models.codec import (
     to_json,
     write_text,
 )
-from foreserve.models.errors import InvalidInput
 from foreserve.models.observed import Observed
 from foreserve.models.plan import Plan
 from foreserve.models.problem import Fleet
@@ -45,14 +47,14 @@ from foreserve.runtime.gateway.feed import Feed
 from foreserve.runtime.gateway.gateway import Gateway, Settings
 from foreserve.runtime.gateway.job import ServedLlm
 from foreserve.runtime.gateway.keys import ApiKey, hashed
-from foreserve.runtime.gateway.metrics import DriftMetrics
+from foreserve.runtime.gateway.metrics import DriftMetrics, Modes
 from foreserve.runtime.gateway.server import Server
 from foreserve.runtime.gateway.table import RequestRecord, RoutingTable
 from foreserve.runtime.journal import Started
 from foreserve.runtime.live.awake import always_awake, awake_while_loading
 from foreserve.runtime.live.backend import LiveBackend
-from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.journal import LiveJournal
+from foreserve.runtime.live.since import check_clock
 from foreserve.runtime.timeline import Timeline
 from foreserve.traces.trace import Demand
 
@@ -109,11 +111,15 @@ class Serving:
             fleet = awake_while_loading(fleet)
         self.fleet, self.options = fleet, options
         folder = options.folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock_file = IntentLog(folder / "controller.log")
+        self.state = state = State(folder)
+        self._lock_file = state.intents("controller.log")
+        state.check_lines("journal.jsonl")
+        state.read("clock.json", check_clock)
         self.books = Books(
             folder, fleet, epoch_s=scenario.epoch, rate=options.time_scale
         )
+        if self.books.lost:
+            state.note("arrivals.npz", self.books.lost)
         self.clock = self.books.clock
         self.feed = Feed()
         self.timeline = Timeline(
@@ -121,9 +127,18 @@ class Serving:
             keep_s=max(SHOWN_S * options.time_scale, SHOWN_EPOCHS * scenario.epoch),
             recent_s=LATELY_S * options.time_scale,
         )
-        self.receipts = Receipts(fleet, self.clock.now_s)
+        self.receipts = Receipts(
+            fleet,
+            self.clock.now_s,
+            state.read("receipts.json", read_receipts) or (),
+            partial(self._write, "receipts.json"),
+        )
         self.journal = LiveJournal(
-            folder / "journal.jsonl", self.timeline, self.feed, self.books
+            folder / "journal.jsonl",
+            self.timeline,
+            self.feed,
+            self.books,
+            failed=lambda error: state.note("journal", error),
         )
         self.table = RoutingTable(
             self.clock.now_s,
@@ -149,6 +164,7 @@ class Serving:
             journal=self.journal,
         )
         self.table.eta = self.backend.eta
+        last_plan, wishes = self._last_plan(), self._last_wishes()
         self.policy = LivePolicy(
             scenario=scenario,
             fleet=fleet,
@@ -157,15 +173,18 @@ class Serving:
             now_s=self.clock.now_s,
             mode=options.mode,
             history=history,
-            first=first or self._last_plan(),
+            first=first or last_plan,
             keep_alive_s=options.keep_alive_s,
             adopted=self._keep,
-            wishes=self._last_wishes(),
+            wishes=wishes,
             wished=self._keep_wishes,
             saw=self._saw,
         )
+        state.on_note = self._less
+        if state.notes:
+            self._less()
         self.controller = Controller(
-            policy=self.policy,
+            policy=Steady(self.policy, state),
             backend=self.backend,
             clock=self.clock,
             fleet=fleet,
@@ -185,6 +204,9 @@ class Serving:
             plan_id=lambda: self.policy.plan_id,
             state=self._state,
         )
+        self.gateway.metrics.registry.register(
+            Modes(get_args(Mode), lambda: self.policy.mode, lambda: dict(state.notes))
+        )
         self.failed: BaseException | None = None
         """What ended the controller, if it was not asked to end."""
         self.operator = Operating(
@@ -197,6 +219,7 @@ class Serving:
             receipts=self.receipts,
             state=self.gateway.state,
             failed=lambda: self.failed,
+            folder=state,
             drifted=self.books.drift,
             time_scale=options.time_scale,
         )
@@ -278,39 +301,42 @@ class Serving:
             self.timeline.sample(self.clock.now_s(), self.table.waiting(), in_flight)
 
     def _saw(self, observed: Observed) -> None:
-        self.timeline.saw(observed)
-        self.receipts.saw(observed)
+        self.state.try_("timeline", lambda: self.timeline.saw(observed))
+        self.state.try_("receipts", lambda: self.receipts.saw(observed))
 
     def _ended(self, record: RequestRecord) -> None:
         self.journal.ended(record)
-        self.books.ended(record)
+        self.state.try_("arrivals", lambda: self.books.ended(record))
+
+    def _less(self) -> None:
+        """What is kept, or what watches, has failed: nothing is planned on its word."""
+        if self.policy.mode == "automatic":
+            self.policy.set_mode("recommend")
 
     def _keep(self, plan: Plan) -> None:
         """The plan that is carried out from now on, for whoever starts again."""
-        write_text(self.options.folder / "plan.json", to_json(plan))
+        self._write("plan.json", to_json(plan))
         self.books.adopt(plan)
         now_s = self.clock.now_s()
         self.timeline.planned(now_s, plan.at(now_s).demand)
 
     def _keep_wishes(self, wishes: Wishes) -> None:
         """What the operator wants, likewise."""
-        write_text(self.options.folder / "wishes.json", to_json(wishes))
+        self._write("wishes.json", to_json(wishes))
+
+    def _write(self, name: str, text: str) -> None:
+        self.state.try_(name, lambda: write_text(self.state.path(name), text))
 
     def _last_wishes(self) -> Wishes:
-        path = self.options.folder / "wishes.json"
-        return from_json(Wishes, read_text(path)) if path.exists() else Wishes()
+        found = self.state.read(
+            "wishes.json", lambda path: from_json(Wishes, read_text(path))
+        )
+        return found or Wishes()
 
     def _last_plan(self) -> Plan | None:
-        path = self.options.folder / "plan.json"
-        if not path.exists():
-            return None
-        try:
-            plan = load_plan(path)
-        except InvalidInput:
-            # Set aside: what is there is served on, and planned anew.
-            path.replace(path.with_suffix(".broken"))
-            return None
-        return plan if plan.fleet == self.fleet else None
+        """What is there is served on, and planned anew, if that cannot be read."""
+        plan = self.state.read("plan.json", load_plan)
+        return plan if plan is not None and plan.fleet == self.fleet else None
 
     def _state(self, llm: str) -> str:
         """Of an LLM that nobody serves now."""

@@ -44,6 +44,8 @@ def _head(view: View) -> Text:
     text.append("  up ", "dim").append(_time(view["now_s"]))
     if view["failed"]:
         text.append(f"\nthe controller ended: {view['failed']}", "bold red")
+    for line in view.get("amiss", ()):
+        text.append(f"\namiss: {line}", "red")
     for fault in view["refused"] or ():
         text.append(f"\nrefused: {fault}", "red")
     return text
