@@ -52,7 +52,7 @@ class Stand:
     """A group over a pool of its own, and what its listeners heard."""
 
     def __init__(
-        self, llms, pages, policy="db-mean", swap=None, borrower=None, **rules
+        self, llms, pages, policy="db-mean", swap=None, borrower=None, usual=1, **rules
     ):
         """``swap``: pages on the host, and what copying takes at a time."""
         self.pool = PagePool(PosixMemory(PAGE_BYTES, pages))
@@ -75,7 +75,7 @@ class Stand:
             self.swap,
             self.wanted.append,
         )
-        self.services = {llm.folder: self.group.add(hosted(llm)) for llm in llms}
+        self.services = {llm.folder: self.group.add(hosted(llm, usual)) for llm in llms}
 
     def ask(self, llm, prompt, tokens=ANSWER, stop_after=None, **how):
         heard = Heard(stop_after)
@@ -113,7 +113,7 @@ class Heard:
         self.reason = reason
 
 
-def hosted(llm) -> Hosted:
+def hosted(llm, usual=1) -> Hosted:
     return Hosted(
         llm=llm.config.family,
         decoder=llm.decoder,
@@ -125,7 +125,7 @@ def hosted(llm) -> Hosted:
             token_bytes=llm.config.kv_token_bytes(4),
             input_tokens=30.0,
             output_tokens=ANSWER,
-            usual_output_tokens=1,
+            usual_output_tokens=usual,
         ),
         reference_s=0.02 if llm.config.family == "llama" else 0.2,
     )
@@ -216,6 +216,34 @@ def test_who_is_swapped(llms):
     taken.release()
     stand.run()
     assert third.tokens == first.told([7] * 70, ANSWER)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "round-robin", "db-mean", "mlfq"])
+def test_a_burst_leaves_another_llm_its_floor(llms, policy):
+    """Ten requests of one LLM are promised eleven pages each of 40; its quota is 22. Three
+    have joined when another LLM is asked for as much, which is its floor. Whoever of the
+    burst joins from then on leaves it that, and it is never preempted. (Whose turn it is
+    remains the policy's.)"""
+    crowd, small = llms[:2]
+    stand = Stand([crowd, small], 40, policy, usual=ANSWER)
+    burst = [stand.ask(crowd, [7 + n] * 30) for n in range(10)]
+    for _ in range(4):
+        stand.group.step()
+    crowded, other = (stand.services[llm.folder] for llm in (crowd, small))
+    assert (stand.space.floor(other), stand.space.used()) == (11, 27)
+    assert stand.space.quotas[crowded] == pytest.approx(22)
+    heard = stand.ask(small, [5] * 30)
+    before = {one for one in burst if one.job.resident}
+    while heard.reason is None:
+        stand.group.step()
+        now = {one for one in burst if one.job.resident}
+        if now - before:
+            assert sum(max(one.job.pages, one.job.promise) for one in now) <= 22
+        before = now
+    assert heard.job.preemptions == 0
+    stand.run()
+    for llm, one in ((small, heard), *((crowd, one) for one in burst)):
+        assert one.tokens == llm.after_each(one.job.prompt, one.tokens)
 
 
 class Slow(Loan):
