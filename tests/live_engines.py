@@ -37,7 +37,7 @@ class WaitingEngine:
         self.served_name, self.max_num_seqs = replica.llm, option.concurrency
         self.room_tokens = 1000
         self.capabilities = Capabilities(real_sleep=settings.real_sleep)
-        self.up = self.hangs = self.stubborn = False
+        self.up = self.hangs = self.stubborn = self.hurried = False
         self.gives_up_bytes = 0 if settings.seed is None else 8
         self._stopped = threading.Event()
         seed = settings.seed
@@ -63,6 +63,9 @@ class WaitingEngine:
 
     def quiesce(self) -> None:
         self._take(self.option.activate_s)
+
+    def hurry(self) -> None:
+        self.hurried = True
 
     def shrink(self) -> int:
         return self.gives_up_bytes

@@ -24,6 +24,9 @@ def known_question(served_name: str) -> dict[str, Any]:
 class NoAnswer(Exception):
     """The server did not answer in time, broke off, or answered an error."""
 
+    status = 0
+    """Of the error that it answered."""
+
 
 class NotInTime(NoAnswer):
     """It may yet answer, or hang."""
@@ -56,7 +59,9 @@ def call(
     finally:
         connection.close()
     if answer.status != 200:
-        raise NoAnswer(f"{method} {path}: {answer.status}: {_message(told)}")
+        refused = NoAnswer(f"{method} {path}: {answer.status}: {_message(told)}")
+        refused.status = answer.status
+        raise refused
     return told
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
-from foreserve.runtime.engines.base import EngineFailed, EngineSettings
+from foreserve.runtime.engines.base import EngineFailed, EngineSettings, NoRoom
 from foreserve.runtime.engines.calls import NoAnswer, NotInTime, call
 from foreserve.runtime.engines.process import Child
 
 KEY = "FORESERVE_ENGINE_KEY"
 """Variable that tells the server its key: others may read command lines."""
+NO_ROOM = 507
+"""Status of a load that found no room for now."""
 
 
 class HostServer:
@@ -73,7 +75,8 @@ class HostServer:
             what = str(error)
             if not self.child.running():
                 what = f"the server has ended: {self.child.why()}"
-            raise EngineFailed(f"{self._name} engine: {what}") from error
+            kind = NoRoom if error.status == NO_ROOM else EngineFailed
+            raise kind(f"{self._name} engine: {what}") from error
 
     def hangs(self) -> bool:
         """Whether it runs, and does not say so in time."""
@@ -130,6 +133,9 @@ class HostedEngine:
             self._node = node
             made = node.call("POST", "/engines", spec, wait_s=30.0)
             self._number = made["number"]
+
+    def hurry(self) -> None:
+        """Nothing to do: loads do not wait for each other."""
 
     def quiesce(self) -> None:
         self._call("POST", "sleep?level=1")

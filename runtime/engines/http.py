@@ -20,7 +20,7 @@ REASONS = {
     405: b"Method Not Allowed",
 }
 REASONS |= {413: b"Content Too Large", 500: b"Internal Server Error"}
-REASONS |= {503: b"Service Unavailable"}
+REASONS |= {503: b"Service Unavailable", 507: b"Insufficient Storage"}
 
 
 class HttpConnection(asyncio.Protocol):

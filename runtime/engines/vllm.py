@@ -143,6 +143,9 @@ class VllmEngine:
         sleeps = device == "cuda" and self._fall_asleep()
         self.capabilities = Capabilities(real_sleep=sleeps)
 
+    def hurry(self) -> None:
+        """Nothing to do: it has its memory from its start."""
+
     def activate(self) -> None:
         if self.capabilities.real_sleep:
             self._call("POST", "/wake_up?tags=kv_cache")

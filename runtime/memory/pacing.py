@@ -109,6 +109,11 @@ class Pacer:
     _paused: Ratios = field(default_factory=dict)
     """In the pause before that window."""
 
+    @property
+    def paces(self) -> bool:
+        """Whether there was an iteration beside a load since it was idle."""
+        return self._copies is not None
+
     def ran(
         self, took_s: float, now_s: float, llm: int = 0, planned_s: float = 0.0
     ) -> None:

@@ -81,7 +81,7 @@ class Engine:
             kept=True,
         )
         self.resident: Resident | None = None
-        self.loaded = self.gone = False
+        self.loaded = self.gone = self.urgent = False
         self.lock = threading.Lock()
         """Of these two: a load may end as the engine does."""
         self.series = Series(self.name)

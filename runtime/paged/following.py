@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from foreserve.models.cost import IterationTime
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.paged.layout import Part
+from foreserve.runtime.paged.loads import NoRoom
 from foreserve.runtime.paged.mirror import Mirror, Share
 from foreserve.runtime.paged.peers import WITHIN_S, Ranks, meeting
 
@@ -48,6 +49,8 @@ class Followers:
         """``ports``: of the followers' `Door`s, in order of their GPUs."""
         self._host = host
         self._links: list[Connection] = []
+        self._hurried = False
+        """Since the last `fetch`."""
         self.part = Part(rank=0, size=len(ports) + 1)
         try:
             for port in ports:
@@ -74,17 +77,33 @@ class Followers:
         self._all()
         return ranks
 
-    def fetch(self) -> None:
-        """They load their shards; `settle` waits for it."""
+    def fetch(self, *, urgent: bool) -> None:
+        """They load their shards; `settle` waits for it. ``urgent``: requests wait."""
+        self._hurried = urgent
         for link in self._links:
-            self._send(link, do="fetch")
+            self._send(link, do="fetch", urgent=urgent)
 
-    def settle(self, leaving: threading.Event) -> None:
+    def hurry(self) -> None:
+        """Requests wait for it now."""
+        if not self._hurried:
+            self._hurried = True
+            for link in self._links:
+                self._send(link, do="hurry")
+
+    def settle(self, leaving: threading.Event, urgent: threading.Event) -> None:
         for link in self._links:
             while not link.poll(0.01):
                 if leaving.is_set():
                     raise FollowerFailed("cancelled")
+                if urgent.is_set():
+                    self.hurry()
             self._told(link)
+
+    def keep(self) -> bool:
+        """Whether all shards are there still; those that are stay."""
+        for link in self._links:
+            self._send(link, do="keep")
+        return all([self._told(link)["whole"] for link in self._links])
 
     def wake(self) -> None:
         for link in self._links:
@@ -146,7 +165,7 @@ class Followers:
         except (OSError, EOFError) as error:
             raise FollowerFailed("a follower is gone") from error
         if "error" in told:
-            raise FollowerFailed(told["error"])
+            raise (NoRoom if told["no_room"] else FollowerFailed)(told["error"])
         return told
 
 
@@ -196,11 +215,16 @@ class Following:
             request = asked["request"]
             self._worker.ask(lambda: self._mirror().release(request)).result()
             return
+        if do == "hurry":
+            return  # What was to be hurried has come.
+        if do == "keep":
+            self._say({"whole": self._worker.settle(self._known())})
+            return
         told: dict[str, Any] = {}
         try:
             self._changes[do](**asked)
         except (ForeserveError, RuntimeError) as error:
-            told = {"error": str(error)}
+            told = {"error": str(error), "no_room": isinstance(error, NoRoom)}
         self._say(told)
 
     def _begin(self, service: dict[str, Any], rank: int, size: int) -> None:
@@ -218,20 +242,26 @@ class Following:
         resident = self._known()
         resident.peers = Ranks.join_at(resident.part, host, port)
 
-    def _fetch(self) -> None:
-        """Cancelled when the leader says anything, or is gone."""
+    def _fetch(self, urgent: bool) -> None:
+        """Cancelled when the leader is gone; all that it may say meanwhile is that it is
+        urgent."""
         resident, done = self._known(), threading.Event()
+        if urgent:
+            resident.urgent.set()
 
         def watch() -> None:
-            while not done.wait(0.01):
-                if self._link.poll(0):
-                    resident.leaving.set()
-                    return
+            try:
+                while not done.wait(0.01):
+                    if self._link.poll(0):
+                        self._link.recv_bytes()
+                        resident.urgent.set()
+            except (EOFError, OSError):
+                resident.leaving.set()
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            self._worker.fetch(resident)
+            self._worker.bring(resident)
         finally:
             done.set()
             watcher.join()

@@ -80,7 +80,7 @@ class Mirror:
             )
             for share in shares
         ]
-        self._group.compute(self._service, work)
+        self._group.follow(self._service, work)
 
     def release(self, request: int) -> None:
         gone = self._requests.pop(request, None)

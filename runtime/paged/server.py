@@ -28,7 +28,7 @@ import torch
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines.bodies import Refused, Telling, object_of, telling
-from foreserve.runtime.engines.hosted import KEY
+from foreserve.runtime.engines.hosted import KEY, NO_ROOM
 from foreserve.runtime.engines.http import HttpConnection
 from foreserve.runtime.memory.cuda import CudaMemory
 from foreserve.runtime.memory.node_store import RemoteStore
@@ -39,8 +39,9 @@ from foreserve.runtime.paged.asked import understand
 from foreserve.runtime.paged.following import Door, Followers
 from foreserve.runtime.paged.jobs import Job, Reason, TooLong
 from foreserve.runtime.paged.layout import Part
+from foreserve.runtime.paged.loads import LoadFailed, NoRoom
 from foreserve.runtime.paged.text import Speech
-from foreserve.runtime.paged.worker import LoadFailed, Worker
+from foreserve.runtime.paged.worker import Worker
 from foreserve.runtime.scheduler import POLICIES
 from foreserve.runtime.turns import Rules
 
@@ -173,7 +174,12 @@ class Connection(HttpConnection):
         elif (method, path) == ("POST", "load"):
             self._outside(lambda: self._load(engine))
         elif (method, path) == ("GET", "memory"):
-            self.json({"bytes": self._held(engine)})
+            self.json(self._memory(engine))
+        elif (method, path) == ("POST", "hurry"):
+            engine.urgent = True
+            if engine.resident is not None:
+                node.worker.hurry(engine.resident)
+            self.json({})
         elif not engine.loaded:
             raise Refused(503, "the engine is still loading")
         elif (method, path) in plain:
@@ -197,9 +203,15 @@ class Connection(HttpConnection):
     def _awake(self, engine: Engine) -> bool:
         return engine.resident is not None and engine.resident.number is not None
 
-    def _held(self, engine: Engine) -> int:
-        resident = engine.resident
-        return 0 if resident is None else self.node.worker.held_bytes(resident)
+    def _memory(self, engine: Engine) -> dict[str, int]:
+        """What it holds, and what its load waits for."""
+        worker, resident = self.node.worker, engine.resident
+        if resident is None:
+            return {"bytes": 0, "waits_for_bytes": 0}
+        return {
+            "bytes": worker.held_bytes(resident),
+            "waits_for_bytes": resident.waits_pages * worker.pool.page_bytes,
+        }
 
     def _needs(self, engine: Engine) -> int:
         """KV memory that its requests hold, or may come to hold."""
@@ -224,6 +236,8 @@ class Connection(HttpConnection):
         ports = engine.followers
         part = Part(rank=0, size=len(ports) + 1)
         resident = engine.resident = worker.begin(engine.service, part)
+        if engine.urgent:
+            worker.hurry(resident)
         try:
             if ports:
                 worker.lead(resident, self.node.gather(ports))
@@ -263,7 +277,8 @@ class Connection(HttpConnection):
             if failed is None:
                 self.json({})
             elif isinstance(failed, ForeserveError):
-                self.refuse(Refused(500, str(failed)))
+                status = NO_ROOM if isinstance(failed, NoRoom) else 500
+                self.refuse(Refused(status, str(failed)))
             else:
                 traceback.print_exception(failed, file=sys.stderr)
                 self.refuse(Refused(500, f"{type(failed).__name__}: {failed}"))
@@ -396,6 +411,8 @@ async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) 
             device=given.device,
             store=RemoteStore(given.store),
             rules=Rules(max_prompt_tokens=given.chunk_tokens, patience=given.patience),
+            most_loss=given.load_loss,
+            room_within_s=given.room_within,
             swap_bytes=given.swap_bytes,
         ),
         listener.getsockname()[0],
@@ -422,6 +439,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--swap-bytes", type=int, default=0)
+    parser.add_argument("--load-loss", type=float, default=0.05)
+    parser.add_argument("--room-within", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

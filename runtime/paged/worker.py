@@ -9,11 +9,11 @@ mapped and no byte to be moved unless some of its weights were taken back for KV
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,32 +22,29 @@ from typing import TypeVar
 from foreserve.models.cost import IterationTime
 from foreserve.models.errors import ForeserveError, InvalidInput
 from foreserve.runtime.clock import Clock
-from foreserve.runtime.memory.books import Pages
 from foreserve.runtime.memory.kv import Keeper, KvNeeds, KvSpace
 from foreserve.runtime.memory.loading import Link
+from foreserve.runtime.memory.pacing import Pacer
 from foreserve.runtime.memory.pool import PagePool
 from foreserve.runtime.memory.store import Store
 from foreserve.runtime.memory.streaming import Sources
 from foreserve.runtime.memory.swap import Swap
-from foreserve.runtime.memory.weights import NotResident, Shelf, Weights
+from foreserve.runtime.memory.weights import Shelf, Weights
 from foreserve.runtime.paged.config import DecoderConfig, read_config
 from foreserve.runtime.paged.decoder import Alone, Decoder, Peers
 from foreserve.runtime.paged.following import FollowerFailed, Followers
 from foreserve.runtime.paged.group import Group, Hosted
 from foreserve.runtime.paged.layout import ITEM_BYTES, Layout, Part, lay_out
 from foreserve.runtime.paged.loading import tensor, views
+from foreserve.runtime.paged.loads import LoadFailed, Loads
 from foreserve.runtime.paged.shards import key_of, shard
 from foreserve.runtime.paged.text import Words
 from foreserve.runtime.scheduler import Policy
 from foreserve.runtime.turns import Rules
 
 T = TypeVar("T")
-TRIES = 8
-"""To have weights whole while requests of others take them back for KV."""
-
-
-class LoadFailed(ForeserveError):
-    """Weights did not arrive; one line says why."""
+IDLE_S = 0.05
+"""After which nobody is served, also where another process leads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +82,13 @@ class Resident:
         self.layout: Layout = lay_out(self.config, dtype, part)
         self.words = Words(service.folder)
         self.leaving = threading.Event()
-        """Nobody waits for its load any more."""
+        """It is not to be loaded any more."""
+        self.urgent = threading.Event()
+        """Requests wait for it."""
+        self.waits_pages = 0
+        """That its load lacks, while it waits for memory."""
+        self.settled = False
+        """Its weights are there, to stay."""
         self.number: int | None = None
         """In the group; None while it is not ACTIVE."""
         self.lock = threading.RLock()
@@ -120,11 +123,15 @@ class Worker:
         device: str = "cpu",
         rules: Rules | None = None,
         swap_bytes: int = 0,
+        room_within_s: float = 30.0,
+        most_loss: float = 0.05,
         on_step: Callable[[], None] = lambda: None,
         on_death: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         """``store``: of the node. ``device``: torch's name of where the pool is.
         ``swap_bytes``: of host memory at most, for KV of requests that must leave.
+        ``room_within_s``: a load that nobody waits for waits so long for spare memory.
+        ``most_loss``: of the time between tokens, to such loads; infinite: all of it.
         ``on_step`` is called after each iteration, and ``on_death`` when one failed, both
         by the loop's thread; nothing runs after that."""
         self.pool, self.dtype, self.device = pool, dtype, device
@@ -149,6 +156,18 @@ class Worker:
             self._keeper.want,
         )
         """For the loop's thread."""
+        self._pacer = Pacer(self.link, most_loss)
+        if most_loss < math.inf:
+            self.group.pacer = self._pacer
+        self._loads = Loads(
+            self,
+            space=self.space,
+            shelf=self.shelf,
+            group=self.group,
+            link=self.link,
+            sources=self._sources,
+            room_within_s=room_within_s,
+        )
         self._asked: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -185,7 +204,9 @@ class Worker:
             while True:
                 with self._changed:
                     while not (self._asked or self._closed or self.group.busy):
-                        self._changed.wait()
+                        paced = self._pacer.paces
+                        if not self._changed.wait(IDLE_S if paced else None):
+                            self._pacer.idle()
                     if self._closed:
                         return
                     actions = tuple(self._asked)
@@ -237,45 +258,31 @@ class Worker:
             )
         self._residents[service.llm] = resident
         self.shelf.put(service.llm, [Weights(self.pool, resident.layout.num_bytes)])
-        if service.kept:
-            self.shelf.keep(service.llm)
         return resident
 
     def fetch(self, resident: Resident, *, urgent: bool = False) -> None:
         """Bring what is missing of its weights; blocks. Raises `LoadFailed`, also when
-        `leaving` is set meanwhile."""
-        (weights,) = self.shelf.shards(resident.service.llm)
-        if weights.complete:
-            return
-        if resident.followers is not None:
-            resident.followers.fetch()
-        self._fetch(resident, weights, urgent)
-        if resident.followers is not None:
-            resident.followers.settle(resident.leaving)
+        `leaving` is set meanwhile. ``urgent``: requests wait for it."""
+        if urgent:
+            resident.urgent.set()
+        self._loads.fetch(resident)
+
+    def hurry(self, resident: Resident) -> None:
+        """Requests wait for it now, and for its load."""
+        resident.urgent.set()
+
+    def bring(self, resident: Resident) -> None:
+        """`fetch`, of a shard whose leader says when it is to stay (`settle`)."""
+        self._loads.bring(resident)
+
+    def settle(self, resident: Resident) -> bool:
+        """Whether its weights are there; those of a kept one stay then."""
+        return self._loads.settle(resident)
 
     def lead(self, resident: Resident, followers: Followers) -> None:
         """It has shards in other processes, too; before it is fetched."""
         resident.followers = followers
         resident.peers = followers.begin(resident.service)
-
-    def _fetch(self, resident: Resident, weights: Weights, urgent: bool) -> None:
-        key, leaving = resident.shard_key, resident.leaving.is_set
-        with self._sources.open(key, self.link.look, leaving) as source:
-            pages = self.ask(lambda: self._room(weights)).result()
-            if pages is None:
-                raise LoadFailed(
-                    f"{resident.service.llm}: {weights.missing_pages} pages are "
-                    f"missing, {self.pool.free} free"
-                )
-            load = weights.load(self.link, source, pages, urgent=urgent)
-            while not load.ended.wait(0.01):
-                if resident.leaving.is_set():
-                    self.link.cancel(load)
-            weights.settle()
-            if load.end != "done":
-                raise LoadFailed(
-                    f"{resident.service.llm}: the load was {load.end} {load.error}"
-                )
 
     def drop(self, resident: Resident) -> None:
         """Give all up: its requests are aborted, its memory is free."""
@@ -287,14 +294,6 @@ class Worker:
                 resident.followers.close()
             self.shelf.take(resident.service.llm)
             del self._residents[resident.service.llm]
-
-    def _room(self, weights: Weights) -> Pages | None:
-        """In the loop's thread: pages for what is missing, taken from requests if need
-        be, which will compute again."""
-        count = weights.missing_pages
-        if not self.group.make_room(count):
-            return None
-        return self.pool.books.take(count, top=True)
 
     # --- states --------------------------------------------------------------------
 
@@ -309,13 +308,12 @@ class Worker:
 
     def _enter(self, resident: Resident) -> int:
         service = resident.service
-        for _ in range(TRIES):
+        self.shelf.keep(service.llm)  # Nobody takes some of it back in between.
+        try:
             self.fetch(resident, urgent=True)
-            with suppress(NotResident):  # KV took some of it back in between.
-                self.ask(lambda: self._pin(service.llm)).result()
-                break
-        else:
-            raise LoadFailed(f"{service.llm}: its weights were taken back each time")
+            self.ask(lambda: self._pin(service.llm)).result()
+        finally:
+            self.shelf.lend(service.llm)
         if resident.followers is not None:
             try:
                 resident.followers.wake()
