@@ -23,6 +23,7 @@ from foreserve.models.specs import GpuId
 from foreserve.runtime.clock import VirtualClock
 from foreserve.runtime.journal import Faulted, PhaseChange, Recorder
 from foreserve.runtime.ledger import Ledger, phase_bytes
+from foreserve.runtime.live.patience import Failures, Patience
 from foreserve.runtime.simulated.faults import Health
 from foreserve.runtime.simulated.loads import Loads
 from foreserve.runtime.simulated.serving import Serving
@@ -88,6 +89,8 @@ class SimulatedBackend:
         self._timers: dict[str, float] = {}
         """By node: for when its links' next event is scheduled."""
         self.health = Health(fleet.cluster)
+        self._failures = Failures(Patience(), clock.now_s)
+        """Of loads: as agents do, they wait longer each time."""
         self.serving = Serving(
             fleet, trace, clock, journal, first_request, self._emptied, self._revoked
         )
@@ -108,6 +111,7 @@ class SimulatedBackend:
             waiting=self.serving.waiting(),
             unserved_since_s=self.serving.unserved_since_s(),
             lost_gpus=self.health.lost_gpus,
+            busy=frozenset(t.id for t in self._failures.told() if t.retry_in_s > 0),
         )
 
     def _observed(self, replica: _Replica) -> ObservedReplica:
@@ -360,6 +364,15 @@ class SimulatedBackend:
         for key in self.loads.advance(node, now_s):
             failed = self.health.load_fails(key)
             replica = self._replicas[key]
+            if failed:
+                # Not given up: nobody is there who would forgive it.
+                self._failures.note(key, "a fault", ever=True)
+                again_s = max(
+                    t.retry_in_s for t in self._failures.told() if t.id == key
+                )
+                self.clock.schedule(now_s + again_s, self.clock.wake)
+            else:
+                self._failures.forget(key)
             self._move(replica, None if failed else "WARM", lost=failed, ended=True)
         self._couple(node)
 
