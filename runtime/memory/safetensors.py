@@ -30,8 +30,10 @@ ITEM_BYTES: Mapping[str, int] = {
 DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What shards are laid out in, by torch's names."""
 MOST_HEADER_BYTES = 100 * 1024**2
-STEP_BYTES = 16 * 1024**2
-"""Copied between two looks at whether to stop."""
+STEP_BYTES = 4 * 1024**2
+"""Copied between two looks at whether to stop; more would need fresh memory each time."""
+LEAST_READ_BYTES = 4096
+"""Of a row: where less of it is wanted, all of it is read."""
 
 Raw = NDArray[Any]
 Span = tuple[int, int]
@@ -132,7 +134,7 @@ class Checkpoint:
         with stored.file.open("rb", buffering=0) as file:
             if width == stored.row_size:
                 _read(file, found, at + first * row_bytes)
-            elif 2 * width < stored.row_size:
+            elif 2 * width < stored.row_size and width * size >= LEAST_READ_BYTES:
                 for row, part in enumerate(found, first):
                     _read(file, part, at + row * row_bytes + left * size)
             else:
