@@ -67,6 +67,7 @@ def test_wrong_types_are_refused_or_forwarded(fields, path):
         ({"prompt": [5, 6, 7], "max_tokens": 10}, 13, 13),
         ({"prompt": [[5, 6], [7]], "max_tokens": 10}, 12, 12),
         ({"prompt": ["x"], "max_tokens": 10, "n": 3}, 11, 31),
+        ({"prompt": [5, 6, 7], "max_tokens": 0, "echo": True}, 3, 3),
     ],
 )
 def test_tokens(fields, exact, likely):

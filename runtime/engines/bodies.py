@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ def object_of(body: bytes) -> dict[str, Any]:
     """A body that has to be a JSON object."""
     try:
         value = json.loads(body)
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise Refused(400, f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Refused(400, "expected a JSON object")
@@ -58,39 +58,89 @@ def _content(message: Any) -> str:
     return content
 
 
+NULL = b"null"
+
+
 @dataclass(slots=True, kw_only=True)
 class Telling:
-    """How one answer is written, streamed or whole. Texts are as they stand in JSON."""
+    """How an answer is written, streamed or whole. Texts are as they stand in JSON."""
 
-    head: bytes
-    """Of every chunk, up to the text."""
-    tail: bytes
-    """Of every chunk but the last one with text, from the text on."""
+    opening: bytes
+    """Of every chunk, or of the whole answer, up to its choices."""
     chat: bool
     stream: bool
     usage: bool
     """The stream ends with what was used."""
+    choices: int = 1
     begun: bool = False
 
-    def say(self, text: bytes) -> bytes:
-        """A piece of a stream, of which more will come."""
-        return self._begin() + chunk(self.head + text + self.tail)
+    def say(
+        self,
+        text: bytes,
+        *,
+        index: int = 0,
+        reason: str | None = None,
+        logprobs: bytes = NULL,
+        calls: bytes = b"",
+    ) -> bytes:
+        """A piece of a stream; the last one of its choice has a ``reason``."""
+        told = self.choice(
+            text, index=index, reason=reason, logprobs=logprobs, calls=calls
+        )
+        return self._begin() + self._event(told)
 
-    def end(self, text: bytes, reason: str, more: Mapping[str, Any]) -> bytes:
-        """The last piece of a stream, or the body of a whole answer; ``more`` goes into
-        the body or the last chunk (``usage`` and what else there is to tell)."""
-        reason_json = b'"finish_reason":"%s"' % reason.encode()
-        last = self.tail.replace(b'"finish_reason":null', reason_json)
+    def choice(
+        self,
+        text: bytes,
+        *,
+        index: int = 0,
+        reason: str | None = None,
+        logprobs: bytes = NULL,
+        calls: bytes = b"",
+    ) -> bytes:
+        """One choice, or a piece of it; ``calls`` of tools, as JSON with commas."""
+        said = b'"text":"%b"' % text
+        if self.chat:
+            parts = [] if self.stream else [b'"role":"assistant"']
+            if text or not calls:
+                parts.append(b'"content":"%b"' % text)
+            elif not self.stream:
+                parts.append(b'"content":null')
+            if calls:
+                parts.append(b'"tool_calls":[%b]' % calls)
+            where = b"delta" if self.stream else b"message"
+            said = b'"%b":{%b}' % (where, b",".join(parts))
+        ended = NULL if reason is None else b'"%b"' % reason.encode()
+        return b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}' % (
+            index,
+            said,
+            logprobs,
+            ended,
+        )
+
+    def whole(self, choices: Sequence[bytes], more: Mapping[str, Any]) -> bytes:
+        """The body of an answer; ``more`` stands beside its choices (``usage`` and what
+        else there is to tell)."""
         extra = json.dumps(more).encode()
-        if not self.stream:
-            return self.head + text + last + b"," + extra[1:]
-        parts = [self._begin(), chunk(self.head + text + last)]
+        return b"%b%b],%b" % (self.opening, b",".join(choices), extra[1:])
+
+    def close(self, more: Mapping[str, Any]) -> bytes:
+        """The end of a stream whose choices have ended."""
+        parts = [self._begin()]
         if self.usage:
-            opening = self.head[: self.head.index(b'"choices":')]
-            parts.append(chunk(opening + b'"choices":[],' + extra[1:] + b"\n\n"))
+            parts.append(chunk(b"data: %b\n\n" % self.whole([], more)))
         parts.append(chunk(b"data: [DONE]\n\n"))
         parts.append(b"0\r\n\r\n")
         return b"".join(parts)
+
+    def end(self, text: bytes, reason: str, more: Mapping[str, Any]) -> bytes:
+        """The rest of an answer of one choice, streamed or whole."""
+        if self.stream:
+            return self.say(text, reason=reason) + self.close(more)
+        return self.whole([self.choice(text, reason=reason)], more)
+
+    def _event(self, choice: bytes) -> bytes:
+        return chunk(b"data: %b%b]}\n\n" % (self.opening, choice))
 
     def _begin(self) -> bytes:
         if self.begun:
@@ -102,48 +152,35 @@ class Telling:
         )
         if not self.chat:
             return head
-        role = self.head.replace(b'"delta":{', b'"delta":{"role":"assistant",')
-        return head + chunk(role + self.tail)
+        role = (
+            b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
+            b'"finish_reason":null}'
+        )
+        return head + b"".join(self._event(role % i) for i in range(self.choices))
 
 
 def telling(
-    served_name: str, number: str, chat: bool, asked: dict[str, Any]
+    served_name: str,
+    number: str,
+    chat: bool,
+    asked: Mapping[str, Any],
+    choices: int = 1,
 ) -> Telling:
     """What goes with the request ``asked``."""
     stream = bool(asked.get("stream"))
-    head, tail = frame(served_name, number, chat, stream)
     options = asked.get("stream_options") or {}
+    ident = f"{'chatcmpl' if chat else 'cmpl'}-{number}"
+    kind = "chat.completion" if chat else "text_completion"
+    if stream and chat:
+        kind += ".chunk"
+    opening = (
+        f'{{"id":"{ident}","object":"{kind}","created":0,'
+        f'"model":{json.dumps(served_name)},"choices":['
+    )
     return Telling(
-        head=head,
-        tail=tail,
+        opening=opening.encode(),
         chat=chat,
         stream=stream,
         usage=bool(options.get("include_usage")),
+        choices=choices,
     )
-
-
-def frame(
-    served_name: str, number: str, chat: bool, stream: bool
-) -> tuple[bytes, bytes]:
-    """What stands before and after the text in a chunk, or in the whole answer."""
-    name = json.dumps(served_name)
-    ident = f"{'chatcmpl' if chat else 'cmpl'}-{number}"
-    kind = "chat.completion" if chat else "text_completion"
-    if stream:
-        kind += ".chunk" if chat else ""
-    opening = (
-        f'{{"id":"{ident}","object":"{kind}","created":0,"model":{name},"choices":['
-    )
-    if not chat:
-        head, tail = '{"index":0,"text":"', '","logprobs":null,"finish_reason":null}]'
-    elif stream:
-        head, tail = (
-            '{"index":0,"delta":{"content":"',
-            '"},"logprobs":null,"finish_reason":null}]',
-        )
-    else:
-        head = '{"index":0,"message":{"role":"assistant","content":"'
-        tail = '"},"logprobs":null,"finish_reason":null}]'
-    if stream:
-        return f"data: {opening}{head}".encode(), f"{tail}}}\n\n".encode()
-    return f"{opening}{head}".encode(), tail.encode()

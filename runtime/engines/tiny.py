@@ -142,11 +142,11 @@ def vocabulary() -> dict[str, int]:
     """Token -> id: all bytes, words of two and three syllables, and the special tokens."""
     words = [first + second for first in SYLLABLES for second in SYLLABLES]
     words += [f"{word}{word[:2]}" for word in words]
-    tokens = [*_byte_letters(), *("\u0120" + word for word in words), *SPECIAL]
+    tokens = [*byte_letters(), *("\u0120" + word for word in words), *SPECIAL]
     return {token: number for number, token in enumerate(tokens)}
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The letter that stands for each byte in byte-level tokenizers (GPT-2's table):
     printable ones for themselves, the others from 256 on."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}

@@ -47,7 +47,12 @@ def read_call(path: str, body: bytes) -> Call:
     options = _optional(fields, "stream_options", dict) or {}
     wants_usage = _optional(options, "include_usage", bool) or False
     choices = _count(fields, "n") or 1
-    limits = _count(fields, "max_tokens"), _count(fields, "max_completion_tokens")
+    # Who asks what the LLM thinks of a prompt may want no answer.
+    least = 0 if fields.get("echo") is True else 1
+    limits = (
+        _count(fields, "max_tokens", least),
+        _count(fields, "max_completion_tokens", least),
+    )
     output_tokens = max((limit for limit in limits if limit), default=0)
     if path.endswith("/chat/completions"):
         messages = fields.get("messages")
@@ -137,11 +142,11 @@ def _optional(fields: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _count(fields: Mapping[str, Any], name: str) -> int | None:
+def _count(fields: Mapping[str, Any], name: str, least: int = 1) -> int | None:
     value = fields.get(name)
     if value is None:
         return None
-    if type(value) is not int or not 1 <= value < 2**31:
+    if type(value) is not int or not least <= value < 2**31:
         raise invalid(None, f"{name!r} must be a positive integer.", name)
     return value
 

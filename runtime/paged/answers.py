@@ -4,60 +4,96 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreserve.models.cost import IterationTime
-from foreserve.runtime.engines.bodies import Telling
 from foreserve.runtime.engines.series import Series
 from foreserve.runtime.paged.jobs import Job, Reason
+from foreserve.runtime.paged.logprobs import Placed
 from foreserve.runtime.paged.text import Speech
 from foreserve.runtime.paged.worker import Resident, Service, Worker
 
 if TYPE_CHECKING:
-    from foreserve.runtime.paged.server import Connection
+    from foreserve.runtime.paged.exchange import Exchange
+
+
+@dataclass(slots=True, kw_only=True)
+class News:
+    """What is new of an answer."""
+
+    text: str = ""
+    placed: list[Placed] = field(default_factory=list)
+    reason: Reason | None = None
+    """How it ended."""
+    given: int = 0
+    """Tokens so far."""
+    last_s: float = 0.0
+    """When the last one came."""
 
 
 class Answer:
-    """A request that is being answered: a `group.Listener`."""
+    """One choice of a request that is being answered: a `group.Listener`."""
 
     def __init__(
         self,
-        connection: Connection,
+        exchange: Exchange,
         engine: Engine,
-        telling: Telling,
         speech: Speech,
         news: list[Answer],
+        *,
+        mute: bool = False,
     ) -> None:
-        """``news``: of the worker's thread, where answers go of which there is some."""
-        self.connection, self.engine = connection, engine
-        self.telling, self._speech, self._news = telling, speech, news
+        """``news``: of the worker's thread, where answers go of which there is some.
+        ``mute``: only the prompt was asked for; its token is not told."""
+        self.exchange, self.engine = exchange, engine
+        self._speech, self._all_news, self._mute = speech, news, mute
         self.job: Job
-        self._text = ""
-        self._reason: Reason | None = None
-        self._noted = False
+        self.given = 0
+        """Tokens, as far as the event loop has heard."""
+        self._news: News | None = None
 
     # --- the worker's thread -------------------------------------------------------------
 
     def token(self, token: int) -> bool:
-        self._text += self._speech.add(token)
-        self._note()
+        news, scores = self._note(), self.job.scores
+        if self._mute:
+            return False
+        if scores is not None:
+            news.placed.append((self._speech.size, scores))
+        news.text += self._speech.add(token)
         return self._speech.stopped
 
     def end(self, reason: Reason) -> None:
-        self._text += self._speech.end()
-        self._reason = reason
-        self._note()
+        news = self._note()
+        news.text += self._speech.end()
+        news.reason = reason
 
-    def take(self) -> tuple[str, Reason | None, int, float]:
-        """What is new: text, how it ended, tokens so far, when the last one came."""
-        text, self._text, self._noted = self._text, "", False
-        return text, self._reason, self.job.given, self.job.last_s
+    def take(self) -> News:
+        """What is new since the last time."""
+        news, self._news = self._news, None
+        assert news is not None
+        news.given = 0 if self._mute else self.job.given
+        news.last_s = self.job.last_s
+        return news
 
-    def _note(self) -> None:
-        if not self._noted:
-            self._noted = True
-            self._news.append(self)
+    # --- the event loop ------------------------------------------------------------------
+
+    def hear(self, news: News) -> None:
+        self.given = news.given
+        self.engine.heard(self, news.given, news.last_s)
+        if news.reason is not None:
+            self.engine.ended(self, news.reason, news.given, news.last_s)
+        self.exchange.hear(self, news)
+
+    # -------------------------------------------------------------------------------------
+
+    def _note(self) -> News:
+        if self._news is None:
+            self._news = News()
+            self._all_news.append(self)
+        return self._news
 
 
 class Engine:

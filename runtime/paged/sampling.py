@@ -159,7 +159,8 @@ class Scores:
     """Log probabilities where one token was told."""
 
     token: int
-    own: float
+    own: float | None
+    """None: nothing comes before it."""
     top: tuple[tuple[int, float], ...]
     """Of the likeliest, best first."""
 

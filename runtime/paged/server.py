@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -27,20 +26,19 @@ import torch
 
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.clock import SystemClock
-from foreserve.runtime.engines.bodies import Refused, Telling, object_of, telling
+from foreserve.runtime.engines.bodies import Refused, object_of
 from foreserve.runtime.engines.hosted import KEY, NO_ROOM
 from foreserve.runtime.engines.http import HttpConnection
 from foreserve.runtime.memory.cuda import CudaMemory
 from foreserve.runtime.memory.node_store import RemoteStore
 from foreserve.runtime.memory.pool import Memory, PagePool
 from foreserve.runtime.memory.posix import PosixMemory
-from foreserve.runtime.paged.answers import Answer, Engine
+from foreserve.runtime.paged.answers import Answer, Engine, News
 from foreserve.runtime.paged.asked import understand
+from foreserve.runtime.paged.exchange import Exchange
 from foreserve.runtime.paged.following import Door, Followers
-from foreserve.runtime.paged.jobs import Job, Reason, TooLong
 from foreserve.runtime.paged.layout import Part
 from foreserve.runtime.paged.loads import LoadFailed, NoRoom
-from foreserve.runtime.paged.text import Speech
 from foreserve.runtime.paged.worker import Worker
 from foreserve.runtime.scheduler import POLICIES
 from foreserve.runtime.turns import Rules
@@ -59,7 +57,8 @@ class Node:
         """``host``: where it listens."""
         self.loop = loop
         self._host, self._key = host, key
-        self._news: list[Answer] = []
+        self.news: list[Answer] = []
+        """For the worker's thread: answers of which there is some."""
         self.worker = make(on_step=self._stepped, on_death=_die)
         self.door = Door(self.worker, host, key)
         self.engines: dict[int, Engine] = {}
@@ -70,39 +69,35 @@ class Node:
     def gather(self, ports: Sequence[int]) -> Followers:
         return Followers(self._host, ports, self._key)
 
-    def submit(self, answer: Answer, job: Job) -> None:
-        answer.job = job
-        job.listener = answer
-        self.worker.ask(lambda: self.worker.group.submit(job)).add_done_callback(
-            partial(self._submitted, answer)
-        )
+    def submit(self, exchange: Exchange) -> None:
+        def submit() -> None:
+            group, jobs = self.worker.group, [one.job for one in exchange.answers]
+            for i, job in enumerate(jobs):
+                try:
+                    group.submit(job)
+                except BaseException:
+                    for other in jobs[:i]:
+                        group.cancel(other)
+                    raise
 
-    def new_answer(
-        self, connection: Connection, engine: Engine, told: Telling, speech: Speech
-    ) -> Answer:
-        return Answer(connection, engine, told, speech, self._news)
+        self.worker.ask(submit).add_done_callback(partial(self._submitted, exchange))
 
-    def _submitted(self, answer: Answer, done: Future[None]) -> None:
+    def _submitted(self, exchange: Exchange, done: Future[None]) -> None:
         """In the worker's thread."""
         error = done.exception()
         if error is not None:
-            self.loop.call_soon_threadsafe(answer.connection.reject, answer, error)
+            self.loop.call_soon_threadsafe(exchange.reject, error)
 
     def _stepped(self) -> None:
         """In the worker's thread: hand over what was said."""
-        if self._news:
-            told = [(answer, *answer.take()) for answer in self._news]
-            self._news.clear()
+        if self.news:
+            told = [(answer, answer.take()) for answer in self.news]
+            self.news.clear()
             self.loop.call_soon_threadsafe(self._deliver, told)
 
-    def _deliver(
-        self, told: list[tuple[Answer, str, Reason | None, int, float]]
-    ) -> None:
-        for answer, text, reason, given, now_s in told:
-            answer.engine.heard(answer, given, now_s)
-            if reason is not None:
-                answer.engine.ended(answer, reason, given, now_s)
-            answer.connection.hear(answer, text, reason, given)
+    def _deliver(self, told: list[tuple[Answer, News]]) -> None:
+        for answer, news in told:
+            answer.hear(news)
 
     def outside(
         self, action: Callable[[], object], done: Callable[[BaseException | None], None]
@@ -121,19 +116,18 @@ class Connection(HttpConnection):
     def __init__(self, node: Node, key: bytes) -> None:
         super().__init__(key)
         self.node = node
-        self._answer: Answer | None = None
-        self._texts: list[str] = []
+        self.exchange: Exchange | None = None
+        """Requests for tokens that it waits for."""
         self._waits = False
 
     @property
     def occupied(self) -> bool:
-        return self._waits or self._answer is not None
+        return self._waits or self.exchange is not None
 
     def left(self) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            worker = self.node.worker
-            worker.ask(lambda: worker.group.cancel(answer.job))
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.cancel()
 
     # --- routes --------------------------------------------------------------------------
 
@@ -297,92 +291,17 @@ class Connection(HttpConnection):
         wanted = understand(
             asked, resident.words, resident.config.vocabulary, chat=chat
         )
-        room, prompt = engine.room(resident), len(wanted.tokens)
-        most = wanted.most_tokens or max(1, room - prompt)
-        if prompt + most > room:
-            raise Refused(
-                400,
-                f"{prompt} prompt tokens and {most} more do not fit into {room}",
-                "context_length_exceeded",
-            )
         node.answers += 1
-        told = telling(engine.name, f"{engine.number}-{node.answers}", chat, asked)
-        speech = Speech(resident.words, wanted.stops, keep_stop=wanted.keep_stop)
-        answer = node.new_answer(self, engine, told, speech)
-        seed = wanted.sampling.seed
-        ends = () if wanted.ignore_end else resident.config.end_tokens
-        job = Job(
-            service=resident.number,
-            prompt=wanted.tokens,
-            most_tokens=most,
-            listener=answer,
-            arrival_s=node.worker.now_s(),
-            sampling=wanted.sampling,
-            chance=node.chance.spawn(1)[0]
-            if seed is None
-            else np.random.default_rng(seed % 2**64),
-            ends=frozenset((*ends, *wanted.stop_tokens)),
+        self.exchange = Exchange(
+            self,
+            engine,
+            resident,
+            wanted,
+            asked,
+            f"{engine.number}-{node.answers}",
+            chat=chat,
         )
-        self._answer, self._texts = answer, []
-        node.submit(answer, job)
-
-    def reject(self, answer: Answer, error: BaseException) -> None:
-        """The group did not take it."""
-        if answer is not self._answer:
-            return
-        self._answer = None
-        if isinstance(error, TooLong):
-            self.refuse(Refused(400, str(error), "context_length_exceeded"))
-        else:  # Asleep by now.
-            self.refuse(Refused(503, "the engine sleeps"))
-
-    def hear(
-        self, answer: Answer, text: str, reason: Reason | None, given: int
-    ) -> None:
-        """There is news of an answer."""
-        if answer is not self._answer:
-            return
-        if reason == "abort":
-            self.abort()
-            return
-        if answer.telling.stream:
-            if reason is None:
-                if text:
-                    self.transport.write(answer.telling.say(_escaped(text)))
-                return
-        else:
-            self._texts.append(text)
-            if reason is None:
-                return
-            text = "".join(self._texts)
-        self._answer = None
-        job = answer.job
-        prompt = len(job.prompt)
-        more = {
-            "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": given,
-                "total_tokens": prompt + given,
-            },
-            "paged": {
-                "arrival_s": job.arrival_s,
-                "joined_s": job.joined_s,
-                "first_token_s": job.first_s,
-                "end_s": job.last_s,
-                "preemptions": job.preemptions,
-            },
-        }
-        told = answer.telling.end(_escaped(text), reason, more)
-        if not answer.telling.stream:
-            self.send(200, told)
-            return
-        self.transport.write(told)
-        self.rest()
-
-
-def _escaped(text: str) -> bytes:
-    """As it stands between the quotes in JSON."""
-    return json.dumps(text)[1:-1].encode()
+        node.submit(self.exchange)
 
 
 def _die(error: BaseException) -> None:
@@ -411,9 +330,9 @@ async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) 
             device=given.device,
             store=RemoteStore(given.store),
             rules=Rules(max_prompt_tokens=given.chunk_tokens, patience=given.patience),
+            swap_bytes=given.swap_bytes,
             most_loss=given.load_loss,
             room_within_s=given.room_within,
-            swap_bytes=given.swap_bytes,
         ),
         listener.getsockname()[0],
         key,

@@ -7,6 +7,7 @@ turn out to be the beginning of a stop string.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from foreserve.models.errors import InvalidInput
+from foreserve.runtime.engines.tiny import byte_letters
+
+_BYTES = {letter: byte for byte, letter in enumerate(byte_letters())}
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Words:
@@ -35,18 +40,53 @@ class Words:
         self._config: dict[str, Any] = (
             json.loads(stated.read_text()) if stated.exists() else {}
         )
+        self._decoder = bytes(self.tokenizer.decoder.__getstate__() or b"")
+        self._added: dict[int, bytes] = {
+            token: added.content.encode()
+            for token, added in self.tokenizer.get_added_tokens_decoder().items()
+        }
+        self._raw: dict[int, bytes] = {}
 
     def tokens(self, text: str, *, special: bool = True) -> list[int]:
-        """``special``: with what the tokenizer puts around every text."""
-        found: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        """``special``: with what the tokenizer puts around every text. Raises
+        `InvalidInput` if there is half a character in it."""
+        try:
+            found: list[int] = self.tokenizer.encode(
+                text, add_special_tokens=special
+            ).ids
+        except TypeError as error:
+            raise InvalidInput("a text that is no Unicode", field="prompt") from error
         return found
 
     def text(self, tokens: Sequence[int]) -> str:
         """Without special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def raw(self, token: int) -> bytes:
+        """What it stands for, be it part of a character; special ones by their names."""
+        found = self._raw.get(token)
+        if found is None:
+            found = self._raw[token] = self._spell(token)
+        return found
+
+    def _spell(self, token: int) -> bytes:
+        added = self._added.get(token)
+        if added is not None:
+            return added
+        text = self.tokenizer.id_to_token(token)
+        if text is None:  # The LLM has more than its tokenizer.
+            return b""
+        if b'"ByteLevel"' in self._decoder and all(letter in _BYTES for letter in text):
+            return bytes(_BYTES[letter] for letter in text)
+        if b'"ByteFallback"' in self._decoder and (found := _BYTE.fullmatch(text)):
+            return bytes([int(found[1], 16)])
+        return str(text).replace("\u2581", " ").encode()
+
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        more: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Tokens of a conversation up to where the answer begins; ``more`` is what else
         the template may use. Raises `InvalidInput` if it does not take the messages."""
@@ -57,14 +97,22 @@ class Words:
         }
         try:
             text = self._template.render(
-                messages=messages, add_generation_prompt=True, **names, **more
+                {
+                    **names,
+                    **more,
+                    "messages": messages,
+                    "tools": tools,
+                    "documents": None,
+                    "add_generation_prompt": True,
+                }
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # Of programs in files, which may do anything.
             raise InvalidInput(f"chat template: {error}", field="messages") from error
         return self.tokens(text, special=False)
 
     @cached_property
-    def _template(self) -> Template:
+    def template_text(self) -> str:
+        """Of the chat template; raises `InvalidInput` if there is none."""
         path = self._folder / "chat_template.jinja"
         text = path.read_text() if path.exists() else self._config.get("chat_template")
         if isinstance(text, list):
@@ -73,7 +121,10 @@ class Words:
             raise InvalidInput(
                 "this LLM has no chat template", hint="ask /v1/completions"
             )
+        return str(text)
 
+    @cached_property
+    def _template(self) -> Template:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
@@ -88,7 +139,7 @@ class Words:
             value, ensure_ascii=False, indent=indent
         )
         try:
-            return env.from_string(text)
+            return env.from_string(self.template_text)
         except TemplateError as error:
             raise InvalidInput(
                 f"chat template: {error}", file=str(self._folder)
@@ -104,8 +155,11 @@ class Speech:
         stops: Sequence[str] = (),
         *,
         keep_stop: bool = False,
+        deaf: int = 0,
     ) -> None:
-        """``stops``: strings that end it; they are not said unless ``keep_stop``."""
+        """``stops``: strings that end it, but none that is over after ``deaf`` tokens;
+        they are not said unless ``keep_stop``."""
+        self._deaf = deaf
         self._words, self._stops, self._keep_stop = words, tuple(stops), keep_stop
         self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
@@ -113,6 +167,11 @@ class Speech:
         self._said = 0
         self.stopped = False
         """A stop string came."""
+
+    @property
+    def size(self) -> int:
+        """Letters known so far: where the next token begins."""
+        return len(self._text)
 
     def add(self, token: int) -> str:
         """What may be said now that ``token`` has come."""
@@ -148,6 +207,8 @@ class Speech:
     def _grow(self, more: str) -> None:
         known = len(self._text)
         self._text += more
+        if len(self._tokens) <= self._deaf:
+            return
         found: list[tuple[int, int]] = []
         for stop in self._stops:
             # It may have begun in what is there already.
