@@ -121,7 +121,7 @@ class Controller:
         way."""
         if not observed.waiting:
             return frozenset()
-        coming = {action.llm for action in actions if action.kind != "drop"}
+        coming = {a.llm for a in actions if a.kind in ("load", "activate")}
         coming |= {
             replica.llm
             for replica in observed.replicas

@@ -129,6 +129,49 @@ def test_a_request_in_need_wakes_the_controller(made):
     run.table.release(waiter)
 
 
+def test_agents_know_for_what_requests_wait(made):
+    """c is loaded while a request waits for it, so its agent is told with the order; a's
+    load, which nobody waits for, is hurried when somebody does."""
+    run = made(load_s=1.0)
+    waiters = [
+        Waiter(llm=llm, exact_tokens=1, likely_tokens=1, wake=lambda: None)
+        for llm in "ca"
+    ]
+    run.table.join(waiters[0])
+    run.want(on("a", 0), on("c", 1))
+    run.until(lambda: len(run.phases()) == 2)
+    assert ENGINES[key("c", 1)].hurried
+    assert not ENGINES[key("a", 0)].hurried
+    run.table.join(waiters[1])
+    run.until(lambda: ENGINES[key("a", 0)].hurried)
+    assert set(run.phases().values()) == {"LOADING"}
+    run.until(lambda: all(waiter.seat is not None for waiter in waiters))
+    for waiter in waiters:
+        run.table.release(waiter)
+
+
+def test_who_falls_idle_is_told_of_while_somebody_waits(made):
+    """c waits, and nothing of it is on its way: the end of a's last request is told, as is
+    since when c has had nobody, and a has served; not once c has left."""
+    run, needs = made(), []
+    run.reach(on("a", 0))
+    waits = Waiter(llm="c", exact_tokens=1, likely_tokens=1, wake=lambda: None)
+    busy = run.request("a")
+    run.table.join(waits)
+    run.until(lambda: gpu(0) in run.table._watched)
+    observed = run.backend.observe()
+    assert observed.unserved_since_s == {"c": waits.joined_s}
+    (a,) = observed.replicas
+    assert 0.0 < a.served_since_s < waits.joined_s
+    run.table.on_need = lambda: needs.append(run.clock.now_s())
+    run.table.release(busy)
+    assert len(needs) == 1
+    run.table.leave(waits)
+    run.until(lambda: not run.table._watched)
+    run.table.release(run.request("a"))
+    assert len(needs) == 1
+
+
 def test_a_dead_engine_is_replaced(made):
     """It leaves the table within a moment, counts as lost, and is loaded anew."""
     run = made()
