@@ -10,7 +10,12 @@ import numpy as np
 
 from foreserve.models.placement import ReplicaId
 from foreserve.models.problem import ReplicaOption
-from foreserve.runtime.engines.base import Capabilities, EngineFailed, EngineSettings
+from foreserve.runtime.engines.base import (
+    Capabilities,
+    EngineFailed,
+    EngineSettings,
+    NoRoom,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +24,8 @@ class Waiting(EngineSettings):
 
     load_fails: dict[str, int] = field(default_factory=dict)
     """How many loads of it fail in each agent's life."""
+    no_room: bool = False
+    """That is what they fail for."""
     real_sleep: bool = True
     seed: int | None = None
     """Set: of every seven calls one fails."""
@@ -55,7 +62,8 @@ class WaitingEngine:
         done = FAILED.get((self.settings.folder, self.replica.llm), 0)
         if done < self.settings.load_fails.get(self.replica.llm, 0):
             FAILED[self.settings.folder, self.replica.llm] = done + 1
-            raise EngineFailed("no such weights")
+            failed = NoRoom if self.settings.no_room else EngineFailed
+            raise failed("no such weights")
         self.up = True
 
     def activate(self) -> None:

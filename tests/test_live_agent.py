@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.live_engines import ENGINES, Waiting
 
 A, B, C = (replica_id(llm, (gpu(0),)) for llm in "abc")
 KINDS: tuple[OrderKind, ...]
-KINDS = ("load", "load", "activate", "activate", "demote", "quiesce", "drop")
+KINDS = ("load", "load", "activate", "activate", "demote", "quiesce", "drop", "hurry")
 QUICK = Patience(
     watch_s=0.01, hang_s=0.1, first_retry_s=0.05, tries=3, act_least_s=0.3, act_factor=1
 )
@@ -41,7 +42,7 @@ class Owner:
         self.agent, self.generation, self.step = agent, 1, 0
         agent.hello(1)
 
-    def __call__(self, kind: OrderKind, key: ReplicaId, **changes: int) -> str:
+    def __call__(self, kind: OrderKind, key: ReplicaId, **changes: Any) -> str:
         self.step += 1
         values = {"generation": self.generation, "step": self.step} | changes
         return self.agent.order(Order(kind=kind, replica=key, **values))
@@ -277,6 +278,37 @@ def test_failed_loads_end(made):
     assert trouble.retry_in_s == float("inf")
     owner.agent.forgive(A)
     owner.serve(A)
+
+
+def test_a_load_without_room_is_tried_for_ever(made):
+    """Nothing is wrong with what found no room: after more failures than are borne of
+    others (3) it is tried once more, and comes."""
+    owner = made(load_fails={"a": 5}, no_room=True)
+    for _ in range(5):
+        assert owner("load", A) == ""
+        report = owner.until(lambda r: r.troubles and not r.rows)
+        assert report.troubles[0].retry_in_s <= 0.1
+        owner.until(lambda r: r.troubles[0].retry_in_s == 0.0)
+    assert report.troubles[0].failures == 2
+    owner.serve(A)
+
+
+def test_a_load_is_hurried(made):
+    """Requests begin to wait while it loads: its engine is told, and its row says so. An
+    order that says so tells the engine before it starts. Nothing happens to what does not
+    load."""
+    owner = made(load_s=1.0, patience=replace(QUICK, act_least_s=5.0))
+    assert owner("load", A) == ""
+    assert owner("hurry", A) == ""
+    owner.until(lambda r: r.rows[0].urgent and ENGINES[A].hurried)
+    assert owner.phases() == {"a": "LOADING"}
+    assert owner("load", B, urgent=True) == ""
+    assert ENGINES[B].hurried
+    assert owner("hurry", C) == ""
+    assert set(owner.phases()) == {"a", "b"}
+    owner("drop", A)
+    owner("drop", B)
+    owner.until(lambda r: not r.rows)
 
 
 @pytest.mark.parametrize("fault", ["up", "hangs"])

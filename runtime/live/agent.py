@@ -26,7 +26,7 @@ from foreserve.models.observed import Phase
 from foreserve.models.placement import Kind, ReplicaId
 from foreserve.models.problem import Fleet, ReplicaOption
 from foreserve.runtime.clock import Clock, SystemClock
-from foreserve.runtime.engines.base import Engine
+from foreserve.runtime.engines.base import Engine, NoRoom
 from foreserve.runtime.ledger import Ledger, OverCommitted
 from foreserve.runtime.live.intents import IntentLog
 from foreserve.runtime.live.life import Door, Life, Signs, line_of
@@ -207,6 +207,10 @@ class NodeAgent:
         phase, story = (life.phase, life.story) if life else (None, [])
         if self._closed.is_set() or (life is not None and life.leaving):
             raise ForeserveError(f"{key}: it is being stopped")
+        if order.kind == "hurry":
+            if life is not None and phase == "LOADING" and not life.urgent:
+                self._hurry(life)
+            return
         if order.kind == "quiesce":
             after: Phase | None = "DRAINING"
             if phase != "DRAINING":
@@ -218,6 +222,9 @@ class NodeAgent:
             raise ForeserveError(f"{key}: another action is under way")
         if life is None:
             life = self._new(key, now_s)
+        if order.urgent:
+            life.urgent = True
+            life.engine.hurry()  # Nothing is under way yet.
         held = life.held_bytes
         if after is not None and order.kind != "quiesce":
             held = max(held, life.needs_bytes(after))
@@ -272,6 +279,13 @@ class NodeAgent:
             since_s=now_s,
         )
 
+    def _hurry(self, life: Life) -> None:
+        life.urgent = True
+        self._touch()
+        threading.Thread(
+            target=life.engine.hurry, name=f"hurry-{life.id}", daemon=True
+        ).start()
+
     def _act(self, life: Life, kind: OrderKind) -> None:
         expected_s = life.option.load_s if kind == "load" else life.option.activate_s
         life.acting_since_s = self._now_s()
@@ -296,7 +310,8 @@ class NodeAgent:
             measured = life.engine.memory_bytes()
             door = Door.of(life.engine) if after == "ACTIVE" else Door()
         except Exception as error:  # whatever an engine raises, the replica has failed
-            self._end(life, line_of(error), failed=True)
+            room = isinstance(error, NoRoom)
+            self._end(life, line_of(error), failed=True, ever=room)
             return
         with self._changed:
             if life.leaving or life.acting_since_s is None:
@@ -365,9 +380,10 @@ class NodeAgent:
     # --- ends -------------------------------------------------------------------------
 
     def _end(
-        self, life: Life, reason: str, *, failed: bool = False
+        self, life: Life, reason: str, *, failed: bool = False, ever: bool = False
     ) -> threading.Thread | None:
-        """Have the engine stopped, in a thread; None if that is under way already."""
+        """Have the engine stopped, in a thread; None if that is under way already.
+        ``ever``: it is not to be given up for it."""
         with self._changed:
             if life.leaving:
                 return None
@@ -375,14 +391,14 @@ class NodeAgent:
             self._touch()
             thread = threading.Thread(
                 target=self._stop,
-                args=(life, reason, failed),
+                args=(life, reason, failed, ever),
                 name=f"stop-{life.id}",
                 daemon=True,
             )
             thread.start()
             return thread
 
-    def _stop(self, life: Life, reason: str, failed: bool) -> None:
+    def _stop(self, life: Life, reason: str, failed: bool, ever: bool) -> None:
         """Stop the engine until it is seen to be gone: only then is its memory free."""
         pause = threading.Event()
         while True:
@@ -398,7 +414,7 @@ class NodeAgent:
             if failed:
                 loaded_s = life.story[1][0] if len(life.story) > 1 else now_s
                 settled = now_s - loaded_s >= self._patience.settled_s
-                self._failures.note(life.id, reason, settled=settled)
+                self._failures.note(life.id, reason, settled=settled, ever=ever)
             elif life.phase in ("WARM", "ACTIVE"):
                 self._failures.forget(life.id)
             self._ledger.hold(life.id.gpus, -life.held_bytes)

@@ -145,9 +145,11 @@ class LiveBackend:
 
     def observe(self) -> Observed:
         in_flight, idle = self.table.in_flight(), self.table.idle_since_s()
+        waiting = self.table.waiting()
         with self._lock:
             now_s = self.clock.now_s()
             self._notes.tell(self._journal, now_s)
+            self._hurry(waiting)
             replicas: list[ObservedReplica] = []
             busy: set[ReplicaId] = set()
             lost: set[GpuId] = set()
@@ -176,7 +178,7 @@ class LiveBackend:
         return Observed(
             now_s=now_s,
             replicas=tuple(replicas),
-            waiting=self.table.waiting(),
+            waiting=waiting,
             unserved_since_s=self.table.unserved_since_s(),
             lost_gpus=frozenset(lost),
             busy=frozenset(busy),
@@ -356,9 +358,22 @@ class LiveBackend:
             return
         self._step += 1
         order = Order(
-            generation=self.generation, step=self._step, kind=kind, replica=key
+            generation=self.generation,
+            step=self._step,
+            kind=kind,
+            replica=key,
+            urgent=kind == "load" and bool(self.table.waiting().get(key.llm)),
         )
         node.order(order)
+
+    def _hurry(self, waiting: Mapping[str, int]) -> None:
+        """Tell agents of loads under way for which requests have begun to wait: until
+        then they take spare memory only. With the lock."""
+        for node in self._nodes.values():
+            for row in () if node.here is None else node.here.rows:
+                loads = row.phase == "LOADING" and not (row.urgent or row.leaving)
+                if loads and waiting.get(row.id.llm) and row.id not in node.pending:
+                    self._order("hurry", row.id)
 
     def _send(self, node: Remote) -> None:
         link: Link | None = None

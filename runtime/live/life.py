@@ -44,6 +44,8 @@ class Life:
     held_bytes: int = 0
     story: list[tuple[float, Phase | None]] = field(default_factory=list)
     leaving: bool = False
+    urgent: bool = False
+    """Requests wait for its load."""
     acting_since_s: float | None = None
     """When the action under way began."""
     limit_s: float = math.inf
@@ -77,6 +79,7 @@ class Life:
             spare_bytes=self.spare_bytes,
             measured_bytes=self.measured_bytes,
             acting=self.acting_since_s is not None,
+            urgent=self.urgent,
             leaving=self.leaving,
             url=door.url,
             served_name=door.served_name,

@@ -12,8 +12,9 @@ from foreserve.models.placement import ReplicaId
 from foreserve.models.specs import GpuId
 from foreserve.runtime.live.binding import Binding
 
-OrderKind = Literal["load", "activate", "demote", "quiesce", "drop"]
-"""`Kind`, and quiesce: nothing is in flight any more, so DRAINING may become WARM."""
+OrderKind = Literal["load", "hurry", "activate", "demote", "quiesce", "drop"]
+"""`Kind`; hurry: requests wait for what loads; quiesce: nothing is in flight any more, so
+DRAINING may become WARM."""
 
 
 class LinkLost(ForeserveError):
@@ -42,6 +43,8 @@ class Order:
     """Counts from 1 in each generation."""
     kind: OrderKind
     replica: ReplicaId
+    urgent: bool = False
+    """Of a load: requests wait for its LLM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class Row:
     """As the engine says, where it can, after its last action."""
     acting: bool = False
     """An action is under way."""
+    urgent: bool = False
+    """Its load knows that requests wait for it."""
     leaving: bool = False
     """It is being stopped, and holds its memory until it is seen to be gone."""
     url: str = ""
