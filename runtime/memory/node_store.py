@@ -172,6 +172,37 @@ class _Use:
         done(self._held)
 
 
+class _Watch:
+    """A thread that sees what the store says of what is open."""
+
+    def __init__(self, wanted: Callable[[_Held], None]) -> None:
+        """``wanted`` is called for each one once, unless this is closed before."""
+        self._wanted = wanted
+        self._links: dict[int, _Held] = {}
+        self._poll, self._end = select.epoll(), os.eventfd(0)
+        self._poll.register(self._end, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, held: _Held) -> None:
+        self._links[held.link.fileno()] = held
+        self._poll.register(held.link, select.EPOLLIN)
+
+    def _run(self) -> None:
+        while True:
+            for number, _ in self._poll.poll():
+                if number == self._end:
+                    return
+                self._poll.unregister(number)
+                self._wanted(self._links.pop(number))
+
+    def close(self) -> None:
+        os.eventfd_write(self._end, 1)
+        self._thread.join()
+        self._poll.close()
+        os.close(self._end)
+
+
 class RemoteStore:
     """The node's store, as another process sees it: a `Store`. Any thread. It need not be
     there yet, and may be another one each time."""
@@ -180,13 +211,9 @@ class RemoteStore:
         self._path = path
         self._held: dict[str, _Held] = {}
         """By key, those that may be used again."""
-        self._links: dict[int, _Held] = {}
         self._lock = threading.Lock()
-        self._watched = select.epoll()
-        self._end = os.eventfd(0)
-        self._watched.register(self._end, select.EPOLLIN)
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        self._watch: _Watch | None = None
+        """Since something was opened."""
 
     def open(self, key: str, stop: Stop = lambda: False) -> _Use | None:
         """As `Store.open`; raises `StoreFailed` with the store's reason, `StoreGone`."""
@@ -227,8 +254,8 @@ class RemoteStore:
             held.wanted = wanted or held.key in self._held
             if not held.wanted:
                 self._held[held.key] = held
-                self._links[held.link.fileno()] = held
-                self._watched.register(held.link, select.EPOLLIN)
+                self._watch = self._watch or _Watch(self._wanted)
+                self._watch.add(held)
 
     def _used(self, held: _Held) -> None:
         with self._lock:
@@ -240,20 +267,14 @@ class RemoteStore:
                 return
         held.shared.close()
 
-    def _watch(self) -> None:
-        """Close what the store wants back, or has left behind, when nobody uses it."""
-        while True:
-            for number, _ in self._watched.poll():
-                with self._lock:
-                    if number == self._end:
-                        return
-                    held = self._links.pop(number)
-                    self._watched.unregister(number)
-                    del self._held[held.key]
-                    held.wanted = True
-                    if held.users:
-                        continue
-                held.shared.close()
+    def _wanted(self, held: _Held) -> None:
+        """By the store, or it has left it behind."""
+        with self._lock:
+            self._held.pop(held.key, None)
+            held.wanted = True
+            if held.users:
+                return
+        held.shared.close()
 
     def look(self, within_s: float) -> dict[str, int]:
         """``held_bytes`` now, ``read_bytes`` so far. Raises `StoreGone`, also if it does
@@ -269,18 +290,13 @@ class RemoteStore:
 
     def close(self) -> None:
         """Nothing is kept open any more; what is in use is closed by who has opened it."""
-        os.eventfd_write(self._end, 1)
-        self._watcher.join()
         with self._lock:
-            unused = [held for held in self._held.values() if not held.users]
-            for held in self._held.values():
-                held.wanted = True
-            self._held.clear()
-            self._links.clear()
-        for held in unused:
-            held.shared.close()
-        self._watched.close()
-        os.close(self._end)
+            held, watch = tuple(self._held.values()), self._watch
+            self._watch = None
+        if watch is not None:
+            watch.close()
+        for one in held:
+            self._wanted(one)
 
     def _ask(self, asked: dict[str, Any]) -> socket.socket:
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
