@@ -27,8 +27,19 @@ class Machine:
     random walk does, times noise of its own, times what copies cost while they go on.
     """
 
-    def __init__(self, *, loss: float, noise: float, drift: float, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        loss: float,
+        noise: float,
+        drift: float,
+        seed: int,
+        size: float = math.inf,
+    ) -> None:
+        """``size``: a load is copied beside so many iterations; two later the next one
+        begins."""
         self.loss, self._noise, self._drift = loss, noise, drift
+        self._size, self._left, self._gap = size, size, 0
         self._rng = np.random.default_rng(seed)
         self._pace, self._llm = 0.0, 0
         self.now_s = 0.0
@@ -62,11 +73,17 @@ class Machine:
             loss = self.loss * copies
             if copies:
                 self.begun += 1
+                self._left -= 1
             elif self.ended < self.begun:
                 loss = self.loss / 2  # The last piece is still under way.
             self.ended = self.begun - copies
             took_s = alone_s * (1 + loss)
             self.now_s += took_s
+            if self._left == 0:
+                self.busy, self._gap, self._left = False, 2, self._size
+            elif self._gap:
+                self._gap -= 1
+                self.busy = not self._gap
             lost, beside = lost + loss, beside + copies
             self.pacer.ran(took_s, self.now_s, self._llm, planned_s)
         return lost / iterations, beside / iterations
@@ -118,8 +135,20 @@ def test_the_share_recovers():
     while machine.now_s >= machine._held_until_s:
         machine.run(1)
     machine.busy = False
-    machine.run(1)
+    machine.run(300)
+    assert not machine.pacer.paces
     assert machine._held_until_s == 0.0
+
+
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_short_loads_are_held_like_long_ones(size):
+    """Loads that end after 1, 3 or 20 iterations, one after the other: what one of them
+    cost too much the next one waits for."""
+    machine = Machine(loss=0.4, noise=0.1, drift=0.01, seed=1, size=size)
+    machine.run(1500)
+    lost, beside = machine.run(4000)
+    assert lost <= 0.055
+    assert beside >= 0.05
 
 
 def test_it_does_not_act_on_few_windows():

@@ -98,6 +98,8 @@ class Pacer:
     _ticks: int = 0
     """Iterations in it so far."""
     _most_ticks: int = 0
+    _beside: int = 0
+    """Of them, beside some work of the link's."""
     _usual_s: float = 0.0
     """What iterations take."""
     _ended: int = 0
@@ -111,7 +113,8 @@ class Pacer:
 
     @property
     def paces(self) -> bool:
-        """Whether there was an iteration beside a load since it was idle."""
+        """Whether iterations are to be told: there was one beside a load, and what that
+        cost is not made up for yet."""
         return self._copies is not None
 
     def ran(
@@ -119,8 +122,8 @@ class Pacer:
     ) -> None:
         """An iteration ended now. ``planned_s``: what the cost model says of its batch, so
         that iterations of all sizes can be compared; 0: it is not to be compared."""
-        if not self.link.busy:
-            self.idle()
+        busy = self.link.busy
+        if self._copies is None and not busy:
             return
         took_s = max(took_s, 1e-6)
         usual_s = self._usual_s or took_s
@@ -131,41 +134,48 @@ class Pacer:
             self._enter(True, now_s)
             return
         self._ticks += 1
+        self._beside += not alone
         if planned_s > 0 and alone != self._copies:
             self._seen.setdefault(llm, []).append(took_s / planned_s)
         if not self._copies:
             self.link.hold(now_s + BACKSTOP_S)
-        if self._ticks == self._most_ticks:
-            self._turn(now_s)
+        if self._ticks >= self._most_ticks or (self._copies and not busy):
+            self._turn(busy, now_s)
 
     def idle(self) -> None:
-        """Nobody is served, or nothing loads: copies go as fast as they can."""
+        """Nobody is served, or nothing loads: copies go as fast as they can from now on."""
         if self._copies is not None:
             self._copies = None
             self._copied = self._paused = {}
             self.link.resume()
 
-    def _turn(self, now_s: float) -> None:
-        seen = self._seen
-        if self._copies:
-            self._copied = seen
+    def _turn(self, busy: bool, now_s: float) -> None:
+        """A window or a pause is over. What a load that has ended did not pay for, the
+        next one does."""
+        if not self._copies:
+            self._compare(_both(self._paused, self._seen))
+            self._paused = self._seen
+            self._enter(True, now_s)
+        elif self._beside:
+            self._copied = self._seen
+            self._enter(False, now_s)
+        elif busy:
+            self._enter(True, now_s)
         else:
-            self._compare(_both(self._paused, seen))
-            self._paused = seen
-        self._enter(not self._copies, now_s)
+            self.idle()
 
     def _enter(self, copies: bool, now_s: float) -> None:
-        self._copies, self._ticks, self._seen = copies, 0, {}
         # A number, not a time: whatever ends with a slow iteration looks slow.
         odds = self.share / (1 - self.share)
         unit = max(4.0, self.window_s / self._usual_s)
-        self._most_ticks = math.ceil(unit * max(1.0, odds))
         if copies:
+            self._most_ticks = math.ceil(unit * max(1.0, odds))
             self.link.resume()
         else:
             # One more has met copies: the first of the pause, their end.
-            self._most_ticks = math.ceil((self._most_ticks + 1) / odds)
+            self._most_ticks = math.ceil(max(unit, (self._beside + 1) / odds))
             self.link.hold(now_s + BACKSTOP_S)
+        self._copies, self._ticks, self._beside, self._seen = copies, 0, 0, {}
 
     def _compare(self, paused: Ratios) -> None:
         """What the last window lost against the pauses on both its sides."""

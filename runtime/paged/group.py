@@ -389,7 +389,8 @@ class Group:
         if self.pacer is None:
             return
         planned_s = 0.0
-        if self.pacer.link.busy and all(len(one.tokens) == 1 for one in work):
+        told = self.pacer.paces or self.pacer.link.busy
+        if told and all(len(one.tokens) == 1 for one in work):
             time = self._hosted[service].time
             planned_s = time.decode_s(len(work), sum(one.begin + 1 for one in work))
         self.pacer.ran(took_s, self._now_s(), service, planned_s)
