@@ -20,6 +20,7 @@ import pytest
 from foreserve.models.errors import InvalidInput
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines import tiny
+from foreserve.runtime.memory import node_store
 from foreserve.runtime.memory.cuda import CudaMemory
 from foreserve.runtime.memory.loading import Link, Load, Source, Whole
 from foreserve.runtime.memory.node_store import (
@@ -351,7 +352,7 @@ sys.stdin.read()
 """
 
 
-def test_other_processes_map_what_the_store_has(tmp_path):
+def test_other_processes_map_what_the_store_has(tmp_path, monkeypatch):
     """A second process sees the bytes of the one copy, over a socket of this user's own
     whose path may be long; there is no room for b while it has a. When it is killed, what
     it had open is given back, and a can go. Without a store, or with one that says nothing,
@@ -394,8 +395,11 @@ def test_other_processes_map_what_the_store_has(tmp_path):
     with pytest.raises(StoreGone, match="gone"):
         remote.open("a:100000")
     own.close()
-    with listen(path), pytest.raises(StoreGone, match="said nothing"):
-        remote.look(0.01)
+    monkeypatch.setattr(node_store, "SILENT_S", 0.05)
+    with listen(path):
+        for ask in (lambda: remote.look(0.01), lambda: remote.open("a:100000")):
+            with pytest.raises(StoreGone, match="said nothing"):
+                ask()
     child.stdin.close()
     child.stdout.close()
     remote.close()
