@@ -122,7 +122,6 @@ class NodeStore:
                 pass_fds=[fd],
             )
         self._link = RemoteStore(path)
-        self.keep(_kept.get(settings.folder, ()))
 
     def keep(self, checkpoints: Sequence[Path]) -> None:
         """These go last. Returns at once."""
@@ -143,7 +142,10 @@ _store_lock = threading.Lock()
 
 def store_of(settings: PagedSettings, *, ask: bool = False) -> NodeStore:
     """The store of that folder, started if there is none, or (``ask``) if the one there
-    does not answer."""
+    does not answer, for which this may wait."""
+    store = _stores.get(settings.folder)
+    if store is not None and not ask and store.child.running():
+        return store
     with _store_lock:
         store = _stores.get(settings.folder)
         if store is not None and ask and store.child.running():
@@ -155,6 +157,7 @@ def store_of(settings: PagedSettings, *, ask: bool = False) -> NodeStore:
             if store is not None:
                 store.child.stop()
             store = _stores[settings.folder] = NodeStore(settings)
+            store.keep(_kept.get(settings.folder, ()))
         return store
 
 
