@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -206,4 +207,35 @@ def test_loads_that_fail(settings):
     for engine in full:
         engine.stop()
     awake("qwen", settings, 0, 1).stop()
+    until(lambda: used(settings) == [0, 0])
+
+
+def test_a_load_waits_for_room_on_each_gpu(settings):
+    """Requests have the second GPU: an LLM of both, whose shard fits on the first, waits
+    there; when requests wait for it the follower is told, and takes what it needs."""
+    other = awake("llama", settings, 1)
+    stops = threading.Event()
+
+    def ask(i):
+        while not stops.is_set():
+            complete(other, [3 + i] * 600, 100 + 25 * i)
+
+    engine = make("qwen", settings, 0, 1)
+    with ThreadPoolExecutor(13) as pool, ExitStack() as end:
+        end.callback(stops.set)
+        asking = [pool.submit(ask, i) for i in range(12)]
+        until(lambda: used(settings)[1] > 33 + 8 * 10)
+        starting = pool.submit(engine.start)
+        until(lambda: used(settings)[0] >= 17)
+        with pytest.raises(TimeoutError):
+            starting.result(1.0)
+        engine.hurry()
+        starting.result(20.0)
+        stops.set()
+        for one in asking:
+            one.result(30.0)
+    engine.activate()
+    assert complete(engine, "x", 3).choices[0].text
+    engine.stop()
+    other.stop()
     until(lambda: used(settings) == [0, 0])
