@@ -16,9 +16,6 @@
    20 tokens a second each from then on, and are sent back to the queue when pages run out,
    the last to join first. No cost model: what is counted is how many requests are held.
 
-5. Iterations that read 128 MiB once each (a stand-in for decoding) alone, beside loads of
-   512 MiB at full speed, and beside loads that a `Pacer` holds to a loss of 5 %.
-
 Writes benchmarks/results/page_pool.json; with ``--part`` only what that part found, beside
 what the file has of the others. Takes some minutes.
 """
@@ -44,7 +41,6 @@ from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.memory.books import Books
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
 from foreserve.runtime.memory.loading import Link
-from foreserve.runtime.memory.pacing import Pacer
 from foreserve.runtime.memory.pool import PagePool, Slot
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.memory.rules import first_quotas, tail_waste
@@ -55,7 +51,7 @@ from foreserve.traces.formats import read_trace
 MIB, GIB = 1 << 20, 1 << 30
 PAGE = 2 * MIB
 REPEATS = 7
-PARTS = ("mapping", "copying", "granting", "beside", "held")
+PARTS = ("mapping", "copying", "granting", "held")
 LIBC = ctypes.CDLL(None)
 LIBC.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -234,69 +230,6 @@ def _two(values: list[float]) -> dict[str, float]:
         "p99": round(float(np.quantile(values, 0.99)), 3),
         "most": round(max(values), 3),
     }
-
-
-# --- 5. beside iterations ---------------------------------------------------------------
-
-
-def beside() -> list[dict[str, Any]]:
-    """Milliseconds of iterations, what they lose beside the block alone of their round,
-    and GB/s of the copies: blocks of 60 in turns, since the machine's own pace drifts."""
-    size, count, rounds = 512 * MIB, 60, 12
-    pool = pool_of(size // PAGE)
-    store = HostStore(size, lambda _: (size, _fill))
-    shared = store.open("shard")
-    assert shared is not None
-    numbers = np.ones(32 * MIB, np.float32)
-    expected_s = statistics.median(timed(numbers.sum) for _ in range(count))
-    link, weights = Link(SystemClock(), chunk_bytes=2 * MIB), Weights(pool, size)
-    pacer = Pacer(
-        link, least_bytes_per_s=2e7, first_bytes_per_s=2e8, most_bytes_per_s=1e10
-    )
-    blocks: dict[str, list[tuple[float, float, float]]] = {}
-    for _ in range(rounds):
-        alone_s = 0.0
-        for how in ("alone", "full speed", "paced"):
-            if how == "full speed":
-                pacer.idle()
-            copied, load, times = 0, None, []
-            begin_s = time.perf_counter()
-            for _ in range(count):
-                if how != "alone" and (load is None or load.ended.is_set()):
-                    copied += 0 if load is None else size
-                    weights.drop(weights.held_pages)
-                    pages = pool.books.take(weights.missing_pages, top=True)
-                    assert pages is not None
-                    load = weights.load(link, shared.address, pages)
-                times.append(timed(numbers.sum))
-                if how != "full speed":
-                    pacer.ran(times[-1], expected_s)
-            took_s = time.perf_counter() - begin_s
-            copied += 0 if load is None else load.copied_bytes
-            weights.drop(weights.held_pages)
-            middle_s = statistics.median(times)
-            alone_s = middle_s if how == "alone" else alone_s
-            found = (middle_s, middle_s / alone_s - 1, copied / took_s)
-            blocks.setdefault(how, []).append(found)
-    rows = []
-    for how, found in blocks.items():
-        middle_s, loss, rate = zip(*found, strict=True)
-        rows.append(
-            {
-                "how": how,
-                "iteration_ms": round(statistics.median(middle_s) * 1e3, 3),
-                "loss": round(statistics.median(loss), 4),
-                "loss_by_round": [round(x, 4) for x in loss],
-                "copied_gb_per_s": round(statistics.median(rate) / 1e9, 3),
-            }
-        )
-        click.echo(rows[-1])
-    link.close()
-    weights.close()
-    shared.close()
-    store.close()
-    pool.close()
-    return rows
 
 
 # --- 4. one pool or several ------------------------------------------------------------
@@ -523,7 +456,6 @@ def main(horizon_s: float, part: tuple[str, ...]) -> None:
         "mapping": lambda: [*mapping(False), *mapping(True)],
         "copying": copying,
         "granting": granting,
-        "beside": beside,
         "held": lambda: holding(horizon_s),
     }
     file = Path("benchmarks/results/page_pool.json")
