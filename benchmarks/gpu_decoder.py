@@ -1,30 +1,33 @@
 """Iterations of our decoders on an NVIDIA GPU. It has not been run on one yet.
 
-    PYTHONPATH=src python benchmarks/gpu_decoder.py [--shape 8b|13b] [--out FILE]
+    PYTHONPATH=src python benchmarks/gpu_decoder.py [--shape 8b|13b]
+        [--attention kernels|gather] [--out FOLDER]
 
-Needs torch, and transformers for the comparison; says so in one line where there is no
-GPU. Random weights in the shape of Llama-3.1-8B (or of a 13B-class LLM) in bfloat16, KV
-pages of 2 MiB scattered over what memory is left:
+Needs torch, Triton for ``kernels``, and transformers for the comparison; says so in one
+line where there is no GPU. Random weights in the shape of Llama-3.1-8B (or of a 13B-class
+LLM) in bfloat16, KV pages of 2 MiB scattered over what memory is left:
 
-1. prefill: one prompt of 128 to 8,192 tokens in one iteration;
+1. our kernels against torch's attention over gathered pages, on ragged batches in the
+   shape's own heads; their times for several tiles;
 2. decode: batches of 1 to 256 with 1,024 tokens of context each (fewer where the KV cache
    is too small; said in the file), and of these how long the host prepares;
-3. the cost model's times for the same iterations, where the package's other dependencies
-   are installed;
-4. token for token against transformers: small LLMs of the same kind in float32 (greedy
+3. prefill: one prompt of 128 to 8,192 tokens in one iteration;
+4. the cost model's times for the same iterations;
+5. launches of an iteration, and how long the GPU is busy in it;
+6. token for token against transformers: small LLMs of the same kind in float32 (greedy
    answers, prompts in chunks, pages scattered), and the large one in bfloat16 by the share
    of positions with the same likeliest token and the largest difference of a logit.
 
 Each time is the median of 5 after 2 that do not count, the device waited for. ``--check``
-runs all of it on a CPU with a tiny shape: for the script's own sake, it writes nothing.
-Writes benchmarks/results/gpu_decoder.json with date and device.
+runs all of it on a CPU with a tiny shape (kernels interpreted): for the script's own sake,
+it writes nothing. Writes gpu_decoder-SHAPE-ATTENTION.json into benchmarks/results (or
+FOLDER) after each part, with date and device.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
+import os
 import statistics
 import sys
 import time
@@ -32,18 +35,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+if "--check" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
 try:
     import torch
 except ImportError:
     sys.exit("gpu_decoder: needs torch")
+from gpu_record import FOLDER, Record
 
-from foreserve.runtime.paged.attention import Work, cache_view, plan_step
+from foreserve.runtime.paged.attention import Ragged, Work, cache_view
 from foreserve.runtime.paged.config import DecoderConfig, parse
 from foreserve.runtime.paged.decoder import Decoder
 from foreserve.runtime.paged.layout import lay_out
 from foreserve.runtime.paged.loading import DTYPES, views
 
-RESULT = Path(__file__).parent / "results" / "gpu_decoder.json"
 PAGE_BYTES = 2 << 20
 REPEATS, WARMUPS = 5, 2
 CONTEXT = 1024
@@ -86,7 +91,14 @@ class Llm:
     """A decoder with random weights, and pages in no order."""
 
     def __init__(
-        self, raw: dict[str, Any], dtype: str, device: str, pages: int, page_bytes: int
+        self,
+        raw: dict[str, Any],
+        dtype: str,
+        device: str,
+        pages: int,
+        page_bytes: int,
+        *,
+        kernels: bool,
     ) -> None:
         self.raw, self.device, self.dtype = raw, device, dtype
         self.config: DecoderConfig = parse(raw)
@@ -101,7 +113,7 @@ class Llm:
                 # Sharp enough for answers to vary.
                 sharp = 4 if "qkv" in name or name in ("embedding", "head") else 1
                 weight.normal_(0, sharp * weight.shape[-1] ** -0.5)
-        self.decoder = Decoder(self.config, device=device)
+        self.decoder = Decoder(self.config, device=device, kernels=kernels)
         self.pages = torch.zeros(pages, page_bytes, dtype=torch.uint8, device=device)
         self.cache = cache_view(
             self.pages,
@@ -123,13 +135,7 @@ class Llm:
     def iterate(self, work: Sequence[Work]) -> tuple[torch.Tensor, float]:
         """Logits, and what it took the host to prepare."""
         begin_s = time.perf_counter()
-        step = plan_step(
-            work,
-            tokens_per_page=self.per_page,
-            group=self.decoder.group,
-            windows=self.decoder.windows,
-            device=self.device,
-        )
+        step = self.decoder.plan(work, self.cache)
         prepared_s = time.perf_counter() - begin_s
         return self.decoder(self.weights, self.cache, step), prepared_s
 
@@ -173,7 +179,7 @@ def prefill(llm: Llm, lengths: Sequence[int]) -> list[dict[str, Any]]:
 def decode(llm: Llm, batches: Sequence[int]) -> list[dict[str, Any]]:
     found = []
     for batch in batches:
-        context = CONTEXT
+        context = CONTEXT if llm.device == "cuda" else 64
         while batch * -(-(context + 1) // llm.per_page) > len(llm.order):
             context //= 2
         work = [
@@ -193,17 +199,15 @@ def decode(llm: Llm, batches: Sequence[int]) -> list[dict[str, Any]]:
 def planned(
     shape: str, prompts: list[dict[str, Any]], steps: list[dict[str, Any]]
 ) -> str:
-    """Add the cost model's times; where they come from, or why there are none."""
-    try:
-        from foreserve.models import catalog
-        from foreserve.models.perf.model import Measured
+    """Add the cost model's times; where they come from."""
+    from foreserve.models import catalog
+    from foreserve.models.perf.model import Measured
 
-        name = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
-        time_ = Measured().iteration(
-            catalog.llm(CATALOG[shape]), catalog.gpu(name), tp=1
-        )
-    except Exception as error:
-        return f"none: {type(error).__name__}: {error}"
+    name = "h100"
+    if torch.cuda.is_available() and "H200" in torch.cuda.get_device_name():
+        name = "h200"
+    llm = catalog.llm(CATALOG.get(shape, CATALOG["8b"]))
+    time_ = Measured().iteration(llm, catalog.gpu(name), tp=1)
     for row in prompts:
         tokens = row["tokens"]
         row["planned_ms"] = round(1000 * time_.prefill_s(tokens, tokens**2), 3)
@@ -271,27 +275,194 @@ def reference(llm: Llm) -> Any:
     return other.eval()
 
 
+def agreement(llm: Llm) -> dict[str, Any]:
+    """Kernels against gathered pages on one layer, ragged, with windows and caps; the
+    largest differences, and those of gathering in the LLM's own format from gathering in
+    float32."""
+    config, found = llm.config, {}
+    sizes = [(1, 0), (1, 333), (5, 40), (64, 0), (1, 1000), (130, 77)]
+    if llm.device == "cpu":
+        sizes = [(1, 0), (1, 33), (5, 10)]
+    tables = llm.tables(len(sizes), max(map(sum, sizes)))
+    work = [
+        Work(tokens=[0] * count, begin=begin, table=table)
+        for (count, begin), table in zip(sizes, tables, strict=True)
+    ]
+    heads = llm.decoder.heads
+    kind = llm.cache.dtype
+    total = sum(count for count, _ in sizes)
+    cache = torch.randn(llm.cache[:, 0].shape, device=llm.device, dtype=kind)
+    keys, values = (
+        torch.randn(
+            total, config.kv_heads, config.head_dim, device=llm.device, dtype=kind
+        )
+        for _ in range(2)
+    )
+    queries = torch.randn(total, heads, config.head_dim, device=llm.device, dtype=kind)
+    from foreserve.runtime.paged import kernels
+    from foreserve.runtime.paged.attention import attend, plan_step
+
+    for window, cap in ((None, None), (50, None), (None, 20.0)):
+        how = {"window": window, "scale": config.head_dim**-0.5, "cap": cap}
+        steps = [
+            plan_step(
+                work,
+                tokens_per_page=llm.per_page,
+                group=llm.decoder.group,
+                windows=[window],
+                device=llm.device,
+                kernels=used,
+            )
+            for used in (False, True)
+        ]
+        told = attend(queries, keys, values, cache, steps[0], **how)
+        wide = attend(
+            queries.float(),
+            keys.float(),
+            values.float(),
+            cache.float(),
+            steps[0],
+            **how,
+        )
+        ours = kernels.attend(queries, cache, steps[1].how, **how)
+        norm = wide.norm()
+        found[f"window {window}, cap {cap}"] = {
+            "kernels": float((ours.float() - wide).norm() / norm),
+            "gathered": float((told.float() - wide).norm() / norm),
+            "not_numbers": int((~ours.isfinite()).sum()),
+        }
+    return found
+
+
+def tiles(llm: Llm) -> list[dict[str, Any]]:
+    """Microseconds of attention in one layer, all layers in turns so that no cache helps:
+    for the tile that is used (first) and for others."""
+    from foreserve.runtime.paged import kernels
+
+    usual = kernels._tile
+    heads, dim = llm.decoder.heads, llm.config.head_dim
+    cases = [(1, 1024, 1), (1, 8192, 1), (32, 1024, 1), (128, 1024, 1), (1, 0, 2048)]
+    decode = [(32, 4, 3), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 3)]
+    prompt = [(64, 4, 2), (64, 4, 3), (32, 4, 3), (128, 8, 2)]
+    if llm.device == "cpu":
+        cases, decode, prompt = [(2, 30, 1), (1, 0, 20)], [(32, 4, 2)], []
+    found = []
+    for batch, context, count in cases:
+        tables = llm.tables(batch, context + count)
+        step = llm.decoder.plan(
+            [Work(tokens=[7] * count, begin=context, table=t) for t in tables],
+            llm.cache,
+        )
+        assert isinstance(step.how, Ragged)
+        n = batch * count
+        queries = torch.randn(n, heads, dim, device=llm.device, dtype=llm.cache.dtype)
+        mine = usual(llm.cache.dtype, step.how.rows, dim)
+        for tile in [mine, *(decode if count == 1 else prompt)]:
+            row: dict[str, Any] = {
+                "batch": batch,
+                "context": context,
+                "tokens": count,
+                "columns, warps, stages": tile,
+            }
+            found.append(row)
+            kernels._tile = lambda *_, tile=tile: tile  # type: ignore[assignment]
+            try:
+                row["us"] = round(1e6 * _layers(llm, queries, step.how), 2)
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            finally:
+                kernels._tile = usual
+            if count == 1 and "us" in row:
+                kv = 2 * llm.decoder.kv_heads * dim * llm.cache.element_size()
+                row["gb_per_s"] = round(batch * context * kv / row["us"] / 1e3, 1)
+    return found
+
+
+def _layers(llm: Llm, queries: torch.Tensor, how: Ragged) -> float:
+    """Seconds of attention in one layer."""
+    from foreserve.runtime.paged import kernels
+
+    scale = llm.config.head_dim**-0.5
+    caches = [llm.cache[:, layer] for layer in range(llm.config.layers)]
+
+    def all_layers() -> None:
+        for cache in caches:
+            kernels.attend(queries, cache, how, window=None, scale=scale, cap=None)
+
+    all_layers()
+    wait(llm.device)
+    if llm.device == "cuda":
+        # One launch for all of them, so that the host is not what is measured.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            all_layers()
+        run: Callable[[], None] = graph.replay
+        run()
+        wait(llm.device)
+    else:
+        run = all_layers
+    begin_s = time.perf_counter()
+    for _ in range(5):
+        run()
+    wait(llm.device)
+    return (time.perf_counter() - begin_s) / (5 * len(caches))
+
+
+def launches(llm: Llm, batch: int) -> dict[str, Any]:
+    """Of one decode: kernels, how long they took, and what took longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    context = CONTEXT if llm.device == "cuda" else 20
+    work = [
+        Work(tokens=[7], begin=context, table=table)
+        for table in llm.tables(batch, context + 1)
+    ]
+    llm.iterate(work)
+    wait(llm.device)
+    kinds = [ProfilerActivity.CPU]
+    if llm.device == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+    with profile(activities=kinds) as seen:
+        llm.iterate(work)
+        wait(llm.device)
+    events = seen.events()
+    on_gpu = [e for e in events if "cuda" in str(e.device_type).lower()]
+    busiest: dict[str, float] = {}
+    for event in on_gpu:
+        took_us = event.time_range.elapsed_us()
+        busiest[event.name[:80]] = busiest.get(event.name[:80], 0.0) + took_us
+    longest = sorted(busiest.items(), key=lambda item: -item[1])[:12]
+    return {
+        "batch": batch,
+        "launched": sum("LaunchKernel" in e.name for e in events),
+        "on_gpu": len(on_gpu),
+        "busy_ms": round(sum(busiest.values()) / 1e3, 3),
+        "longest_us": {name: round(us, 1) for name, us in longest},
+        "operations": sum(e.name.startswith("aten::") for e in events),
+    }
+
+
 def equality(large: Llm, device: str) -> dict[str, Any]:
-    try:
-        import transformers
-    except ImportError:
-        return {"skipped": "no transformers"}
-    small = Llm(LLAMA | SHAPES["tiny"], "float32", device, 64, 65536)
+    import transformers
+
+    kernels = large.decoder.kernels is not None
+    small = Llm(LLAMA | SHAPES["tiny"], "float32", device, 64, 65536, kernels=kernels)
+    many = 24 if device == "cuda" or not kernels else 3
     prompts = [[(31 * i + n) % 500 for n in range(5 + 29 * i)] for i in range(6)]
-    answers = greedy(small, prompts, 24)
+    answers = greedy(small, prompts, many)
     other, same = reference(small), 0
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt], device=device)
         told = other.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=24,
+            max_new_tokens=many,
             do_sample=False,
             pad_token_id=0,
             eos_token_id=None,
         )
         same += told[0][len(prompt) :].tolist() == answer
-    tokens = [(37 * n) % 400 for n in range(256)]
+    tokens = [(37 * n) % 400 for n in range(256 if many > 3 else 8)]
     (table,) = large.tables(1, len(tokens))
     ours = [
         large.iterate([Work(tokens=[token], begin=at, table=table)])[0][0]
@@ -311,52 +482,53 @@ def equality(large: Llm, device: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=["8b", "13b"], default="8b")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--attention", choices=["kernels", "gather"], default="kernels")
+    parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
+    kernels = given.attention == "kernels"
+    lengths, batches = [128, 512, 2048, 8192], [1, 2, 4, 8, 16, 32, 64, 128, 256]
     if given.check:
         shape, device, dtype = "tiny", "cpu", "float32"
         pages, page_bytes = 300, 65536
-        lengths, batches = [16, 64], [1, 4, 16]
+        lengths, batches = [16, 64], [1, 4]
     elif not torch.cuda.is_available():
-        sys.exit("gpu_decoder: no CUDA GPU here; nothing was measured")
+        sys.stdout.write("gpu_decoder: no CUDA GPU here; nothing was measured\n")
+        return 0
     else:
         shape, device, dtype = given.shape, "cuda", "bfloat16"
-        raw = parse(LLAMA | SHAPES[shape])
-        weights = lay_out(raw, dtype).num_bytes
+        weights = lay_out(parse(LLAMA | SHAPES[shape]), dtype).num_bytes
         free, _ = torch.cuda.mem_get_info()
         # The rest is for activations, and for transformers' own.
         page_bytes = PAGE_BYTES
         pages = int(0.6 * (free - weights)) // page_bytes
-        lengths = [128, 512, 2048, 8192]
-        batches = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    llm = Llm(LLAMA | SHAPES[shape], dtype, device, pages, page_bytes)
-    prompts, steps = prefill(llm, lengths), decode(llm, batches)
-    found = {
-        "command": f"python benchmarks/gpu_decoder.py --shape {given.shape}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "shape": shape,
-        "dtype": str(DTYPES[dtype]),
-        "page_bytes": page_bytes,
-        "pages": pages,
-        "tokens_per_page": llm.per_page,
-        "prefill": prompts,
-        "decode": steps,
-        "planned": planned(shape, prompts, steps) if device == "cuda" else "none",
-        "equality": equality(llm, device),
-    }
-    text = json.dumps(found, indent=1) + "\n"
-    if given.check:
-        sys.stdout.write(text)
-    else:
-        given.out.parent.mkdir(exist_ok=True)
-        given.out.write_text(text)
+    record = Record(
+        f"gpu_decoder-{shape}-{given.attention}",
+        None if given.check else given.out,
+        shape=shape,
+        attention=given.attention,
+        dtype=str(DTYPES[dtype]),
+        page_bytes=page_bytes,
+        pages=pages,
+    )
+    raw = LLAMA | SHAPES[shape]
+    llm = Llm(raw, dtype, device, pages, page_bytes, kernels=kernels)
+    record.found["tokens_per_page"] = llm.per_page
+    if kernels:
+        record.part("agreement", lambda: agreement(llm))
+    steps = record.part("decode", lambda: decode(llm, batches))
+    prompts = record.part("prefill", lambda: prefill(llm, lengths))
+    record.part("planned", lambda: planned(shape, prompts or [], steps or []))
+    record.part("equality", lambda: equality(llm, device))
+    few = [b for b in (1, 64) if b <= batches[-1]]
+    record.part("launches", lambda: [launches(llm, batch) for batch in few])
+    if kernels:
+        record.part("tiles", lambda: tiles(llm))
+    return record.end()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

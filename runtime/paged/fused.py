@@ -14,7 +14,7 @@ import triton.language as tl
 from foreserve.runtime.paged.attention import Step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "slots"])
 def _turn_kernel(
     queries,
     cache,

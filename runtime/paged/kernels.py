@@ -22,7 +22,8 @@ PROGRAMS = 264
 """Two for each multiprocessor of an H100 or H200."""
 
 
-@triton.jit(do_not_specialize=["queries_n", "window", "splits"])
+# Not compiled again for each alignment of what moves about.
+@triton.jit(do_not_specialize=["tables", "blocks", "queries_n", "window", "splits"])
 def _attend_kernel(
     out,
     most,
