@@ -108,13 +108,8 @@ def conversations(rng: np.random.Generator, count: int) -> list[Job]:
     return jobs
 
 
-@pytest.mark.parametrize("blocks", [40, 60, 100, 5000])
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_engine_finds_shared_prefixes(blocks, seed):
-    """Turns of conversations: with room for all, first tokens, ends and tokens found are
-    those of the reference to the last bit. Where blocks are thrown out the compiled engine
-    knows the order less exactly, and finds within a fifth of all prompt tokens as much."""
+def prefixes_found(seed: int, blocks: int):
+    """Forty turns in so many blocks: jobs and results of the engine and the reference."""
     limits = EngineLimits(max_num_batched_tokens=512, max_num_seqs=8, prefix_tokens=32)
     jobs = conversations(np.random.default_rng(seed), 40)
     kv_tokens = blocks * 16
@@ -123,15 +118,34 @@ def test_engine_finds_shared_prefixes(blocks, seed):
         job.request = number
     again = [dataclasses.replace(job) for job in jobs]
     ends = closed_form(DYADIC, kv_tokens, jobs, limits)
-    expected = per_token(DYADIC, kv_tokens, again, limits)
-    found, exact = jobs[0].found, sum(job.found for job in again)
-    if blocks == 5000:
-        assert (ends, found) == (expected, exact)
-        assert [j.first_token_s for j in jobs] == [j.first_token_s for j in again]
-        assert exact > 0
-    else:
+    return jobs, ends, again, per_token(DYADIC, kv_tokens, again, limits)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_engine_finds_shared_prefixes(seed):
+    """Turns of conversations, with room for all: first tokens, ends and tokens found are
+    those of the reference to the last bit."""
+    jobs, ends, again, expected = prefixes_found(seed, 5000)
+    exact = sum(job.found for job in again)
+    assert (ends, jobs[0].found) == (expected, exact)
+    assert [j.first_token_s for j in jobs] == [j.first_token_s for j in again]
+    assert exact > 0
+
+
+@pytest.mark.parametrize("blocks", [40, 60, 100])
+def test_engine_throws_prefixes_out(blocks):
+    """Where blocks are thrown out the compiled engine knows the order less exactly: in each
+    of these forty cases it finds within a tenth of all prompt tokens as much as the
+    reference, on average within a fortieth."""
+    apart = []
+    for seed in range(40):
+        jobs, _, again, _ = prefixes_found(seed, blocks)
         prompts = sum(job.input_tokens for job in jobs)
-        assert abs(found - exact) <= 0.1 * prompts
+        exact = sum(job.found for job in again)
+        apart.append(abs(jobs[0].found - exact) / prompts)
+    assert max(apart) <= 0.1
+    assert np.mean(apart) <= 0.025
 
 
 DYADIC = IterationTime(
