@@ -97,6 +97,11 @@ class SystemClock:
         self._start_s, self._rate, self._first_s = time.monotonic(), rate, first_s
         self._woken = threading.Event()
 
+    @classmethod
+    def of_machine(cls) -> SystemClock:
+        """Its time is that of others like it, in all processes of this machine."""
+        return cls(first_s=time.monotonic())
+
     def now_s(self) -> float:
         return self._first_s + (time.monotonic() - self._start_s) * self._rate
 

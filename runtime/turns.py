@@ -72,6 +72,15 @@ S = TypeVar("S", bound=Standing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """Memory of a GPU that some of the LLMs use."""
+
+    services: frozenset[int]
+    pages: int
+    """That their requests together have, or could have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn(Generic[S]):
     """What the next iteration does."""
 
@@ -98,8 +107,11 @@ def next_turn(
     pages: int,
     quotas: Mapping[int, float],
     running: Collection[int] = frozenset(),
+    bounds: Sequence[Bound] = (),
 ) -> Turn[S]:
     """The turn at ``now_s`` of one or more requests, each of which fits ``pages`` alone.
+    ``bounds``: of GPUs that not all LLMs here use, beside those that all do; what follows
+    holds on each, and who does not fit somewhere bars those behind it there.
 
     Requests become resident in the order of the policy, as long as what is promised to
     all residents fits the pool and their LLM's room in a batch is not used up; who does
@@ -120,8 +132,10 @@ def next_turn(
     )
     ranks = {s: rank(s.progress) for s in standings}
     ranked = sorted(standings, key=ranks.__getitem__)
+    everyone = frozenset(s.progress.service for s in ranked)
+    rooms = _Rooms([Bound(services=everyone, pages=pages), *bounds])
     joining, evicted = _joining(
-        ranked, policy=policy, rules=rules, pages=pages, quotas=quotas
+        ranked, policy=policy, rules=rules, rooms=rooms, quotas=quotas
     )
     able: dict[int, list[S]] = {}
     for s in ranked:
@@ -136,7 +150,7 @@ def next_turn(
     # Who ranks first decides what it is; others' prompts only where they are wanted.
     to_prompt = bool(prompts) and (rules.eager or able[mine][0] is prompts[0])
     batch = prompts if to_prompt else decodes
-    short = _short(batch, [s for s in ranked if s not in evicted], pages)
+    short = _short(batch, [s for s in ranked if s not in evicted], rooms)
     chosen = {s: None for s in batch if s not in short}
     return Turn(
         service=mine,
@@ -189,17 +203,36 @@ def swaps(kv_bytes: float, link_bytes_per_s: float, recompute_s: float) -> bool:
     return link_bytes_per_s > 0 and 2 * kv_bytes / link_bytes_per_s < recompute_s
 
 
+class _Rooms:
+    """What each bound allows, and which of them an LLM is under."""
+
+    def __init__(self, bounds: Sequence[Bound]) -> None:
+        self.pages = [bound.pages for bound in bounds]
+        services = {service for bound in bounds for service in bound.services}
+        self.of: dict[int, list[int]] = {
+            service: [i for i, b in enumerate(bounds) if service in b.services]
+            for service in services
+        }
+
+    def add(self, sums: list[int], s: Standing, pages: int) -> None:
+        """``pages`` of ``s``, wherever it counts."""
+        for i in self.of[s.progress.service]:
+            sums[i] += pages
+
+
 def _joining(
     ranked: Sequence[S],
     *,
     policy: Policy,
     rules: Rules,
-    pages: int,
+    rooms: _Rooms,
     quotas: Mapping[int, float],
 ) -> tuple[dict[S, None], list[S]]:
     """Who may become resident, and who is evicted for the very first."""
     residents = [s for s in ranked if s.resident]
-    booked = sum(max(s.pages, s.promise) for s in residents)
+    booked = [0] * len(rooms.pages)
+    for s in residents:
+        rooms.add(booked, s, max(s.pages, s.promise))
     used: Counter[int] = Counter()
     for s in residents:
         used[s.progress.service] += s.promise
@@ -213,6 +246,8 @@ def _joining(
     count = Counter(s.progress.service for s in residents)
     first: set[int] = set()
     shut: set[int] = set()
+    barred: set[int] = set()
+    """Bounds that somebody did not fit into."""
     joining: dict[S, None] = {}
     evicted: list[S] = []
     for s in ranked:
@@ -226,32 +261,47 @@ def _joining(
         if not within and wanting - {service}:
             shut.add(service)
             continue
-        promise = min(s.promise, pages)
-        if booked + promise > pages and s is ranked[0] and policy.keeps:
-            evicted = _lowest(residents, booked + promise - pages)
-            booked -= sum(max(v.pages, v.promise) for v in evicted)
-        if booked + promise > pages:
-            break
-        booked += promise
+        mine = rooms.of[service]
+        if not barred.isdisjoint(mine):
+            continue
+        promise = min(s.promise, *(rooms.pages[i] for i in mine))
+        lacking = {
+            i: lack for i in mine if (lack := booked[i] + promise - rooms.pages[i]) > 0
+        }
+        if lacking and s is ranked[0] and policy.keeps:
+            evicted = _lowest(residents, lacking, rooms)
+            lacking = {} if evicted else lacking
+            for v in evicted:
+                rooms.add(booked, v, -max(v.pages, v.promise))
+        if lacking:
+            barred |= lacking.keys()
+            if 0 in barred:
+                break
+            continue
+        rooms.add(booked, s, promise)
         used[service] += s.promise
         count[service] += 1
         joining[s] = None
     return joining, evicted
 
 
-def _lowest(residents: Sequence[S], pages: int) -> list[S]:
-    """Those that rank lowest and free ``pages`` of what is promised, without any LLM's
-    last; none if they cannot."""
+def _lowest(
+    residents: Sequence[S], lacking: Mapping[int, int], rooms: _Rooms
+) -> list[S]:
+    """Those that rank lowest and free what is ``lacking`` of what is promised, by bound,
+    without any LLM's last; none if they cannot."""
     left = Counter(s.progress.service for s in residents)
+    lacks = [lacking.get(i, 0) for i in range(len(rooms.pages))]
     found: list[S] = []
     for s in reversed(residents):
-        if pages <= 0:
+        if max(lacks) <= 0:
             break
-        if left[s.progress.service] > 1:
-            left[s.progress.service] -= 1
-            pages -= max(s.pages, s.promise)
+        service = s.progress.service
+        if left[service] > 1 and any(lacks[i] > 0 for i in rooms.of[service]):
+            left[service] -= 1
+            rooms.add(lacks, s, -max(s.pages, s.promise))
             found.append(s)
-    return found if pages <= 0 else []
+    return found if max(lacks) <= 0 else []
 
 
 def _service(
@@ -295,26 +345,30 @@ def _batches(able: Sequence[S], rules: Rules) -> tuple[list[S], list[S]]:
     return prompts, decodes
 
 
-def _short(batch: Sequence[S], there: Sequence[S], pages: int) -> list[S]:
+def _short(batch: Sequence[S], there: Sequence[S], rooms: _Rooms) -> list[S]:
     """Who must go so that the batch gets its pages: lowest ranks first, an LLM's last one
     and the batch's first after all others."""
     gone: list[S] = []
-    held = sum(s.pages for s in there)
-    need = sum(s.next_pages - s.pages for s in batch)
-    if held + need <= pages:
+    over = [-pages for pages in rooms.pages]
+    for s in there:
+        rooms.add(over, s, s.pages)
+    for s in batch:
+        rooms.add(over, s, s.next_pages - s.pages)
+    if max(over) <= 0:
         return gone
     left = Counter(s.progress.service for s in there if s.resident)
     for spare_last in (True, False):
         for s in reversed(there):
-            if held + need <= pages:
+            if max(over) <= 0:
                 return gone
-            in_batch = s in batch
+            service, in_batch = s.progress.service, s in batch
             if s is batch[0] or s in gone or not (s.resident or in_batch):
                 continue
-            if spare_last and s.resident and left[s.progress.service] == 1:
+            if spare_last and s.resident and left[service] == 1:
                 continue
-            left[s.progress.service] -= s.resident
-            held -= s.pages
-            need -= s.next_pages - s.pages if in_batch else 0
+            if all(over[i] <= 0 for i in rooms.of[service]):
+                continue
+            left[service] -= s.resident
+            rooms.add(over, s, -(s.next_pages if in_batch else s.pages))
             gone.append(s)
     return gone

@@ -23,7 +23,7 @@ from foreserve.runtime.scheduler import (
     finished,
 )
 from foreserve.runtime.simulated.shared import Hosted, Pool, SharedEngine, SharedJob
-from foreserve.runtime.turns import Rules, next_turn, rebalance, swaps
+from foreserve.runtime.turns import Bound, Rules, next_turn, rebalance, swaps
 
 EIGHTH = 0.125
 
@@ -136,6 +136,7 @@ def choose(
     means_s: Sequence[float] = (1.0, 2.0, 4.0),
     quotas: Sequence[float] = (100.0, 100.0, 100.0),
     now_s: float = 10.0,
+    bounds: Sequence[Bound] = (),
     **rules: float,
 ) -> tuple[list[int], list[int], bool]:
     """(batch, evicted, whether prompts)."""
@@ -147,6 +148,7 @@ def choose(
         profiles=[Profile(reference_s=s, decode_s=s) for s in means_s],
         pages=pages,
         quotas=dict(enumerate(quotas)),
+        bounds=bounds,
     )
     batch = [s.number for s in turn.batch]
     return batch, [s.number for s in turn.evicted], turn.prompts
@@ -207,6 +209,22 @@ def test_who_runs_gets_pages_from_the_lowest():
     mate, other = stands(1, here=1, next_pages=1), stands(2, 1, here=1)
     assert choose([grows, mate, other], pages=3) == ([0], [1], False)
     assert choose([grows, other], pages=2) == ([0], [2], False)
+
+
+def test_gpus_that_some_llms_use():
+    """LLM 0 has a second GPU, with two pages that 0 and 1 hold. 2 and 3 do not fit there,
+    but 4 of LLM 1 joins, which does not use it. With three pages there 2 joins. 0 grows
+    there when 1 goes, and not 2, whose LLM is not there, though it ranks lower."""
+    here, mate = stands(0, here=1), stands(1, here=1)
+    both = [here, mate, stands(2), stands(3), stands(4, 1)]
+    two, three = ([Bound(services=frozenset({0}), pages=n)] for n in (2, 3))
+    joins = choose(both, Static(), means_s=(2, 1), pages=9, bounds=two)
+    assert joins == ([4], [], True)
+    assert choose(both, pages=9, bounds=two)[0] == [0, 1]
+    assert choose(both, pages=9, bounds=three)[0] == [2]
+    grows, other = stands(0, here=1, next_pages=2), stands(2, 1, here=1)
+    assert choose([grows, mate, other], pages=9, bounds=two) == ([0], [1], False)
+    assert choose([grows, other], pages=9, bounds=three)[1] == []
 
 
 def test_near_costs_go_to_the_larger_batch():

@@ -7,6 +7,8 @@ iterations of its own; there a page is granted for what is new, or not. Then all
 
 No two leaders wait for each other: whoever waits has parked only loops of GPUs before the
 one that he waits for. What a leader had is free when its connection ends, however it went.
+A second connection tells leaders of their requests: who waited for pages may come, or has
+to give up his (`line`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import count
 from multiprocessing import ProcessError
 from multiprocessing.connection import Client, Connection, Listener
@@ -27,7 +30,7 @@ from foreserve.models.cost import IterationTime
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.paged.layout import Part
 from foreserve.runtime.paged.loads import NoRoom
-from foreserve.runtime.paged.mirror import Mirror, Share
+from foreserve.runtime.paged.mirror import Leader, Mirror, Share
 from foreserve.runtime.paged.peers import WITHIN_S, Ranks, meeting
 
 if TYPE_CHECKING:
@@ -36,6 +39,11 @@ if TYPE_CHECKING:
 
 SALT = b"follow "
 """Before the key, which may be empty, and then nobody would greet."""
+
+
+Hear = Callable[[str, int], None]
+"""What a follower says of one of the leader's requests: that it may ``come``, or has to
+``give_way``."""
 
 
 class FollowerFailed(ForeserveError):
@@ -48,25 +56,39 @@ class Followers:
     def __init__(self, host: str, ports: Sequence[int], key: bytes) -> None:
         """``ports``: of the followers' `Door`s, in order of their GPUs."""
         self._host = host
+        self.places = tuple(ports)
         self._links: list[Connection] = []
+        self._news: list[Connection] = []
+        """Second ones; those that are listened to end with the first."""
+        self._asked: list[list[int]] = []
+        """Numbers of the last shares that each was asked for: none that were refused
+        before."""
         self._hurried = False
         """Since the last `fetch`."""
         self.part = Part(rank=0, size=len(ports) + 1)
         try:
             for port in ports:
-                self._links.append(Client((host, port), authkey=SALT + key))
+                for links in (self._links, self._news):
+                    links.append(Client((host, port), authkey=SALT + key))
         except (OSError, EOFError, ProcessError) as error:
             self.close()
             raise FollowerFailed(f"a follower is not there: {error}") from error
 
     # --- states --------------------------------------------------------------------
 
-    def begin(self, service: Service) -> Ranks:
-        """All know of the LLM, and form its group."""
+    def begin(self, service: Service, leader: str, hear: Hear) -> Ranks:
+        """All know of the LLM and its ``leader``, and form its group. ``hear`` is called
+        by threads of this."""
         stated = {**asdict(service), "folder": str(service.folder)}
         for rank, link in enumerate(self._links, 1):
-            self._send(link, do="begin", service=stated, rank=rank, size=self.part.size)
-        self._all()
+            size = self.part.size
+            self._send(
+                link, do="begin", service=stated, rank=rank, size=size, leader=leader
+            )
+        for link in self._links:
+            number, news = self._told(link)["number"], self._news.pop(0)
+            self._send(news, do="listen", to=number)
+            threading.Thread(target=_listen, args=(news, hear), daemon=True).start()
         store = meeting(self._host)
         for link in self._links:
             self._send(link, do="meet", host=self._host, port=store.port)
@@ -117,33 +139,41 @@ class Followers:
 
     def close(self) -> None:
         """They give up all that the LLM has there; any number of calls."""
-        for link in self._links:
+        for link in (*self._links, *self._news):
             link.close()
 
     # --- iterations ----------------------------------------------------------------
 
-    def park(self, shares: Sequence[Share]) -> tuple[list[bool], int]:
-        """Have the others stand still with pages for what is to be computed: which of it
-        can be, and how many pages the poorest of them has free. `go` must follow."""
+    def park(self, shares: Sequence[Share]) -> tuple[list[int | None], dict[int, int]]:
+        """Have the others stand still with pages for what is to be computed: where there
+        are none for it, if there are not, and what room each place has for all requests
+        of this leader. `go` must follow."""
+        full: list[int | None] = [None] * len(shares)
+        rooms: dict[int, int] = {}
         work = [asdict(share) for share in shares]
-        ready, free = [True] * len(work), sys.maxsize
-        for link in self._links:
-            self._send(link, do="step", work=work)
+        self._asked = []
+        for place, link in zip(self.places, self._links, strict=True):
+            left = [i for i, at in enumerate(full) if at is None]
+            self._asked.append(left)
+            self._send(link, do="step", work=[work[i] for i in left])
             told = self._told(link)
-            ready = [a and b for a, b in zip(ready, told["ready"], strict=True)]
-            free = min(free, told["free"])
-        return ready, free
+            for i, ready in zip(left, told["ready"], strict=True):
+                full[i] = None if ready else place
+            rooms[place] = told["room"]
+        return full, rooms
 
     def go(self, chosen: Sequence[int]) -> None:
         """They compute those of `park`'s shares, or nothing; the leader does, too."""
-        for link in self._links:
-            self._send(link, chosen=list(chosen))
+        for link, asked in zip(self._links, self._asked, strict=True):
+            self._send(link, chosen=[asked.index(i) for i in chosen])
 
-    def release(self, request: int) -> None:
-        """Its pages are free. One that is gone has none."""
-        for link in self._links:
-            with suppress(FollowerFailed):
-                self._send(link, do="release", request=request)
+    def release(self, request: int, but: int | None = None) -> None:
+        """Its pages are free, and it waits for none, ``but`` at one place. One that is
+        gone has none."""
+        for place, link in zip(self.places, self._links, strict=True):
+            if place != but:
+                with suppress(FollowerFailed):
+                    self._send(link, do="release", request=request)
 
     # -------------------------------------------------------------------------------
 
@@ -169,6 +199,13 @@ class Followers:
         return told
 
 
+def _listen(news: Connection, hear: Hear) -> None:
+    with suppress(OSError, EOFError, ForeserveError), news:
+        while True:
+            what, request = json.loads(news.recv_bytes())
+            hear(what, request)
+
+
 class _Left(Exception):
     """The leader is gone, or an iteration failed."""
 
@@ -176,10 +213,13 @@ class _Left(Exception):
 class Following:
     """The follower's end of one LLM, for its thread."""
 
-    def __init__(self, worker: Worker, link: Connection, number: int) -> None:
-        self._worker, self._link, self._number = worker, link, number
+    def __init__(self, worker: Worker, link: Connection, door: Door) -> None:
+        self._worker, self._link, self._door = worker, link, door
+        self._number = -1
+        self.news: Connection | None = None
+        """To tell its leader."""
         self._resident: Resident | None = None
-        self._changes: dict[str, Callable[..., None]] = {
+        self._changes: dict[str, Callable[..., dict[str, Any] | None]] = {
             "begin": self._begin,
             "meet": self._meet,
             "fetch": self._fetch,
@@ -191,7 +231,11 @@ class Following:
         why = ""
         try:
             while True:
-                self._answer(json.loads(self._link.recv_bytes()))
+                asked = json.loads(self._link.recv_bytes())
+                if asked["do"] == "listen":
+                    self._door.listen(asked["to"], self._link)
+                    return
+                self._answer(asked)
         except (EOFError, OSError):
             pass
         except _Left as error:
@@ -200,8 +244,11 @@ class Following:
             sys.stderr.write(f"{why}\n")
             sys.stderr.flush()
         self._link.close()
+        self._door.follows.pop(self._number, None)
         if self._resident is not None:
             self._worker.drop(self._resident)
+        if self.news is not None:
+            self.news.close()
 
     def _answer(self, asked: dict[str, Any]) -> None:
         do = asked.pop("do")
@@ -222,12 +269,15 @@ class Following:
             return
         told: dict[str, Any] = {}
         try:
-            self._changes[do](**asked)
+            told = self._changes[do](**asked) or {}
         except (ForeserveError, RuntimeError) as error:
             told = {"error": str(error), "no_room": isinstance(error, NoRoom)}
         self._say(told)
 
-    def _begin(self, service: dict[str, Any], rank: int, size: int) -> None:
+    def _begin(
+        self, service: dict[str, Any], rank: int, size: int, leader: str
+    ) -> dict[str, Any]:
+        self._number = self._door.add(self)
         stated = service | {
             "llm": f"{service['llm']} of leader {self._number}",
             "folder": Path(service["folder"]),
@@ -237,6 +287,17 @@ class Following:
 
         known = replace(Service(**stated), kept=True)
         self._resident = self._worker.begin(known, Part(rank=rank, size=size))
+        self._resident.leader = Leader(
+            name=leader,
+            come=partial(self._tell, "come"),
+            give_way=partial(self._tell, "give_way"),
+        )
+        return {"number": self._number}
+
+    def _tell(self, what: str, request: int) -> None:
+        assert self.news is not None
+        with suppress(OSError):  # He is gone.
+            self.news.send_bytes(json.dumps([what, request]).encode())
 
     def _meet(self, host: str, port: int) -> None:
         resident = self._known()
@@ -276,10 +337,9 @@ class Following:
         """In the loop's thread; what failed. No traceback may keep weights in view."""
         try:
             mirror = self._mirror()
-            # Before: the leader does not count yet what is granted now.
-            free = self._worker.space.pools[0].free
             ready = [mirror.ready(share) for share in shares]
-            self._say({"ready": ready, "free": free})
+            room = self._worker.group.leading.room_for(mirror.leader.name)
+            self._say({"ready": ready, "room": room})
             if not self._link.poll(WITHIN_S):
                 return "the leader said nothing"
             chosen = json.loads(self._link.recv_bytes())["chosen"]
@@ -303,19 +363,33 @@ class Following:
 
 
 class Door:
-    """Where leaders knock: a thread for each of their LLMs."""
+    """Where leaders knock: two threads for each of their LLMs, of which one soon ends."""
 
     def __init__(self, worker: Worker, host: str, key: bytes) -> None:
         self._worker = worker
         self._listener = Listener((host, 0), authkey=SALT + key, backlog=64)
         self.port: int = self._listener.address[1]
+        self.follows: dict[int, Following] = {}
+        self._numbers = count()
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def add(self, follow: Following) -> int:
+        number = next(self._numbers)
+        self.follows[number] = follow
+        return number
+
+    def listen(self, number: int, news: Connection) -> None:
+        follow = self.follows.get(number)
+        if follow is None:
+            news.close()
+        else:
+            follow.news = news
+
     def _accept(self) -> None:
-        for number in count():
+        while True:
             try:
                 link = self._listener.accept()
             except Exception:  # Who has no key, or left at once.
                 continue
-            follow = Following(self._worker, link, number)
+            follow = Following(self._worker, link, self)
             threading.Thread(target=follow.run, daemon=True).start()

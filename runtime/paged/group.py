@@ -24,7 +24,8 @@ from foreserve.runtime.memory.swap import Swap
 from foreserve.runtime.paged.attention import Scored, Work, cache_view
 from foreserve.runtime.paged.decoder import Decoder, Weights
 from foreserve.runtime.paged.jobs import Job, Reason, TooLong, Totals, next_tokens
-from foreserve.runtime.paged.mirror import Mirror, Share, Team
+from foreserve.runtime.paged.leading import OWN, Leading
+from foreserve.runtime.paged.mirror import Leader, Mirror, Team
 from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
 from foreserve.runtime.turns import Rules, Turn, next_turn, swaps
 
@@ -47,6 +48,8 @@ class Hosted:
     """e_s: a mean request alone."""
     team: Team | None = None
     """Those that follow, where it has several GPUs and this is the first."""
+    leader: Leader | None = None
+    """Where this is not."""
 
 
 class Group:
@@ -61,11 +64,12 @@ class Group:
         rules: Rules | None = None,
         swap: Swap | None = None,
         want_free: Callable[[int], None] = lambda _: None,
+        name: str = "",
     ) -> None:
         """``pages``: the pool's window, uint8 ``[pages, bytes]``; ``space``: over that one
         pool. ``swap``: where pages go that must leave; else all is computed again.
         ``want_free``: told how many pages should be free soon, when fewer are and some
-        are on loan (`kv.Keeper.want`)."""
+        are on loan (`kv.Keeper.want`). ``name``: no other leader has it."""
         self.space, self.policy, self.rules = space, policy, rules or Rules()
         self.swap, self._want_free = swap, want_free
         self._pages, self._now_s = pages, now_s
@@ -78,12 +82,12 @@ class Group:
         self.totals: dict[int, Totals] = {}
         self.mirrors: dict[int, Mirror] = {}
         """LLMs that are computed here when another process says so."""
-        self._bounds: dict[int, int] = {}
-        """Pages that all requests together could have, as far as those that follow one
-        of the LLMs have room."""
         self.pacer: Pacer | None = None
         """Told of iterations, for the loads beside them."""
         self._jobs: dict[Job, None] = {}
+        self.leading = Leading(
+            space, name, self._jobs, self.mirrors, self.grow, self._evict
+        )
         self._running: frozenset[int] = frozenset()
         self._made = 0
         self._quotas_next_s = 0.0
@@ -95,7 +99,8 @@ class Group:
 
     @property
     def busy(self) -> bool:
-        return bool(self._jobs)
+        """Somebody may run."""
+        return bool(self.leading.able())
 
     def counts(self, service: int) -> tuple[int, int]:
         """Requests of that LLM that have pages, and that wait for some. Any thread."""
@@ -117,8 +122,9 @@ class Group:
             dtype=hosted.dtype,
         )
         self._hosted[service] = hosted
-        if hosted.decoder.peers.part.rank:
-            self.mirrors[service] = Mirror(self, service)
+        if hosted.leader is not None:
+            self.mirrors[service] = Mirror(self, service, hosted.leader)
+        self.leading.add(service, hosted.team)
         profile = Profile(
             reference_s=hosted.reference_s,
             decode_s=hosted.time.decode_s(1, hosted.needs.input_tokens)
@@ -136,11 +142,12 @@ class Group:
         refers to its weights then."""
         for job in [job for job in self._jobs if job.service == service]:
             self.cancel(job)
+        if service in self.mirrors:
+            self.mirrors.pop(service).close()
+        self.leading.remove(service)
         self.space.remove(service)
         for known in (self._hosted, self._caches, self._pace, self.totals):
             known.pop(service)
-        self.mirrors.pop(service, None)
-        self._bounds.pop(service, None)
 
     def room_tokens(self, service: int) -> int:
         """Of one request with its answer, if it is the only one."""
@@ -230,74 +237,47 @@ class Group:
         return pages_of(tokens, self.space.per_page(job.service))
 
     def step(self) -> bool:
-        """Run an iteration; False if there was nothing to do."""
-        if not self._jobs:
+        """Run an iteration, or find out who cannot; False if nobody may run."""
+        self.leading.line.serve()
+        able = self.leading.able()
+        if not able:
             return False
         begin_s = self._now_s()
         self._rebalance(begin_s)
         turn = next_turn(
-            self._jobs,
+            able,
             policy=self.policy,
             rules=self.rules,
             now_s=begin_s,
             profiles=self._profiles,
-            pages=self._pages_to_have(),
+            pages=self.leading.room(able),
             quotas=self.space.quotas,
             running=self._running,
+            bounds=self.leading.bounds(able),
         )
         for job in turn.evicted:
             self._evict(job)
-        if not turn.batch:
-            for service in tuple(self._bounds):
-                self._park(service, [])  # There may be room again.
-                self._go(service, [])
-            return True
-        there = self._park(turn.service, turn.batch)
-        batch = [i for i in there if self._ready(turn.batch[i], begin_s)]
-        self._go(turn.service, batch)
+        full = self.leading.park(turn.service, turn.batch)
+        for i, job in enumerate(turn.batch):
+            if i not in full and not self._ready(job, begin_s, waits=not i):
+                full[i] = OWN
+        batch = [i for i in range(len(turn.batch)) if i not in full]
+        self.leading.go(turn.service, batch)
+        for i, place in full.items():
+            self.leading.refused(turn.batch[i], place, waits=not i)
         self.look_ahead()
         if batch:
             self._iterate(turn, [turn.batch[i] for i in batch], begin_s)
         return True
 
-    def _pages_to_have(self) -> int:
-        """Pages that requests of this process have, or could have."""
-        followed = sum(mirror.held for mirror in self.mirrors.values())
-        return min((self.space.pages() - followed, *self._bounds.values()))
-
-    def _park(self, service: int, batch: Sequence[Job]) -> list[int]:
-        """Those that follow have pages and stand still; which of the batch can go on."""
-        team = self._hosted[service].team
-        if team is None:
-            return list(range(len(batch)))
-        ready, free = team.park(
-            [
-                Share(
-                    request=job.progress.request,
-                    tokens=self._next_tokens(job),
-                    begin=job.computed,
-                    most_tokens=len(job.prompt) + job.most_tokens - 1,
-                    scored=job.scored(job.prompt_tokens),
-                )
-                for job in batch
-            ]
-        )
-        self._bounds[service] = free + sum(job.pages for job in self._jobs)
-        return [i for i, can in enumerate(ready) if can]
-
-    def _go(self, service: int, chosen: Sequence[int]) -> None:
-        team = self._hosted[service].team
-        if team is not None:
-            team.go(chosen)
-
-    def _next_tokens(self, job: Job) -> list[int]:
-        return job.known[job.computed : job.computed + (job.prompt_tokens or 1)]
-
-    def _ready(self, job: Job, now_s: float) -> bool:
+    def _ready(self, job: Job, now_s: float, *, waits: bool) -> bool:
         """Have pages for what it computes next."""
+        tokens = job.computed + (job.prompt_tokens or 1)
+        if not self.leading.has(job, tokens, waits=waits):
+            return False
         if job.away is not None and not self._back(job, job.away):
             return False
-        if not self.grow(job.table, job.computed + (job.prompt_tokens or 1)):
+        if not self.grow(job.table, tokens):
             return False  # Lent meanwhile; the next turn knows of it.
         if job.joined_s is None:
             job.joined_s = now_s
@@ -349,7 +329,7 @@ class Group:
         ready_s = self._now_s()
         work = [
             Work(
-                tokens=self._next_tokens(job),
+                tokens=job.chunk,
                 begin=job.computed,
                 table=job.table.numbers(),
                 scored=job.scored(job.prompt_tokens),
@@ -424,9 +404,7 @@ class Group:
         return "length" if job.given >= job.most_tokens else None
 
     def _release(self, job: Job) -> None:
-        team = self._hosted[job.service].team
-        if team is not None:
-            team.release(job.progress.request)
+        self.leading.release(job)
         job.table.release()
         if job.away is not None:
             job.away.release()

@@ -119,6 +119,11 @@ class Job:
         return self.table.pages > 0
 
     @property
+    def chunk(self) -> list[int]:
+        """Those of its next iteration."""
+        return self.known[self.computed : self.computed + (self.prompt_tokens or 1)]
+
+    @property
     def given(self) -> int:
         return len(self.known) - len(self.prompt)
 

@@ -324,7 +324,7 @@ async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) 
         partial(
             Worker,
             pool,
-            SystemClock(),
+            SystemClock.of_machine(),
             POLICIES[given.policy].make(),
             dtype=given.dtype,
             device=given.device,

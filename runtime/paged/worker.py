@@ -10,6 +10,7 @@ mapped and no byte to be moved unless some of its weights were taken back for KV
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from foreserve.runtime.paged.group import Group, Hosted
 from foreserve.runtime.paged.layout import ITEM_BYTES, Layout, Part, lay_out
 from foreserve.runtime.paged.loading import tensor, views
 from foreserve.runtime.paged.loads import LoadFailed, Loads
+from foreserve.runtime.paged.mirror import Leader
 from foreserve.runtime.paged.shards import key_of, shard
 from foreserve.runtime.paged.text import Words
 from foreserve.runtime.scheduler import Policy
@@ -45,6 +47,9 @@ from foreserve.runtime.turns import Rules
 T = TypeVar("T")
 IDLE_S = 0.05
 """After which nobody is served, also where another process leads."""
+RETRY_S = 1.0
+"""Requests that wait for pages of other GPUs try again after this, should nobody have told
+them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,8 @@ class Resident:
         """Set before it is woken, where it has others."""
         self.followers: Followers | None = None
         """Where this is the first of them."""
+        self.leader: Leader | None = None
+        """Where it is not."""
         self.config: DecoderConfig = read_config(service.folder)
         self.layout: Layout = lay_out(self.config, dtype, part)
         self.words = Words(service.folder)
@@ -142,6 +149,8 @@ class Worker:
         self._sources = Sources(store, shard, pool.memory)
         self.space = KvSpace([pool.books], pool.page_bytes, borrower=self.shelf)
         window = tensor(pool.window_span()).view(pool.capacity, pool.page_bytes)
+        self.name = f"{os.getpid()} {id(self)}"
+        """No other one of this machine has it."""
         self.swap: Swap | None = None
         if swap_bytes >= pool.page_bytes:
             self.swap = Swap(pool, swap_bytes, clock.now_s)
@@ -154,6 +163,7 @@ class Worker:
             rules,
             self.swap,
             self._keeper.want,
+            self.name,
         )
         """For the loop's thread."""
         self._pacer = Pacer(self.link, most_loss)
@@ -204,9 +214,11 @@ class Worker:
             while True:
                 with self._changed:
                     while not (self._asked or self._closed or self.group.busy):
-                        paced = self._pacer.paces
-                        if not self._changed.wait(IDLE_S if paced else None):
+                        paced, stuck = self._pacer.paces, self.group.leading.stuck
+                        wait_s = IDLE_S if paced else RETRY_S if stuck else None
+                        if not self._changed.wait(wait_s):
                             self._pacer.idle()
+                            self.group.leading.retry()
                     if self._closed:
                         return
                     actions = tuple(self._asked)
@@ -282,7 +294,11 @@ class Worker:
     def lead(self, resident: Resident, followers: Followers) -> None:
         """It has shards in other processes, too; before it is fetched."""
         resident.followers = followers
-        resident.peers = followers.begin(resident.service)
+
+        def hear(what: str, request: int) -> None:
+            self.ask(lambda: self.group.leading.hear(what, request))
+
+        resident.peers = followers.begin(resident.service, self.name, hear)
 
     def drop(self, resident: Resident) -> None:
         """Give all up: its requests are aborted, its memory is free."""
@@ -337,6 +353,7 @@ class Worker:
             ),
             reference_s=service.reference_s,
             team=resident.followers,
+            leader=resident.leader,
         )
         return self.ask(lambda: self.group.add(hosted)).result()
 
