@@ -17,7 +17,7 @@ from foreserve.runtime.engines.base import EngineFailed
 pytestmark = pytest.mark.torch
 pytest.importorskip("httptools", reason="engine servers need the extra 'serve'")
 openai = pytest.importorskip("openai")
-pytest.importorskip("torch", reason="the paged engine needs torch")
+torch = pytest.importorskip("torch", reason="the paged engine needs torch")
 pytest.importorskip("transformers", reason="compared with transformers")
 
 from foreserve.runtime.engines.paged import (  # noqa: E402
@@ -117,6 +117,13 @@ def test_llms_of_one_and_two_gpus_take_turns(settings, llms):
         engine.quiesce()
     engines["qwen"].activate()
     until(lambda: used(settings) == weights)
+    # Log probabilities of a prompt take sums of their own, by all ranks.
+    prompt = [(5 * n) % 500 for n in range(150)]
+    told = complete(engines["qwen"], prompt, 1, logprobs=0, echo=True).choices[0]
+    with torch.inference_mode():
+        rows = llms["qwen"].reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    wanted = rows[torch.arange(149), torch.tensor(prompt[1:])].tolist()
+    assert told.logprobs.token_logprobs[1:-1] == pytest.approx(wanted, abs=1e-3)
     # A stream that is left gives its pages back on both.
     stream = complete(engines["qwen"], [3] * 200, 800, stream=True)
     next(iter(stream))

@@ -110,6 +110,35 @@ def test_deaf_at_first(tmp_path):
     assert said(twice, "ra mir") == (" kalo mira sute lo", True)
 
 
+def test_a_text_goes_on(tmp_path):
+    """With a tokenizer whose decoder drops the first space, an answer that goes on with a
+    text keeps it, streamed or at once; one that stands alone does not."""
+    known = {"\u2581so": 0, "\u2581it": 1, "<0xC3>": 2, "<0xA9>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(known, []))
+    parts = tokenizers.decoders
+    tokenizer.decoder = parts.Sequence(
+        [
+            parts.Replace("\u2581", " "),
+            parts.ByteFallback(),
+            parts.Fuse(),
+            parts.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words = Words(tmp_path)
+
+    def said(tokens, after):
+        speech = Speech(words, after=after)
+        return "".join([*map(speech.add, tokens), speech.end()])
+
+    assert said([1, 2, 3, 0], [0, 1] * 9) == " ité so"
+    assert said([1, 0], []) == "it so"
+    assert said([1, 2], [0]) == " it\ufffd"
+    assert (
+        said([3, 1], [0, 2]) == "\ufffd it"
+    )  # Half of a character is not gone back to.
+
+
 def test_templates_that_fail(tmp_path):
     """Whatever a template does wrong, the client hears of it in one line."""
     from foreserve.models.errors import InvalidInput

@@ -12,6 +12,9 @@ import httptools
 from foreserve.runtime.engines.bodies import Refused
 
 MOST_BODY_BYTES = 64 * 1024**2
+BROKEN_BODY: tuple[type[Exception], ...] = (ArithmeticError, AttributeError)
+BROKEN_BODY += (LookupError, RecursionError, TypeError, ValueError)
+"""What reading one may raise that is not as it should be."""
 REASONS = {
     200: b"OK",
     400: b"Bad Request",
@@ -102,7 +105,7 @@ class HttpConnection(asyncio.Protocol):
             )
         except Refused as refused:
             self.refuse(refused)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except BROKEN_BODY as error:
             self.refuse(Refused(400, f"{type(error).__name__}: {error}"))
 
     # --- answers -------------------------------------------------------------------------

@@ -107,6 +107,7 @@ class Exchange:
                         asked.stops,
                         keep_stop=asked.keep_stop,
                         deaf=sampling.min_tokens,
+                        after=() if chat else prompt,
                     ),
                     node.news,
                     mute=not most[at],

@@ -22,6 +22,8 @@ from foreserve.models.errors import InvalidInput
 from foreserve.runtime.engines.tiny import byte_letters
 
 _BYTES = {letter: byte for byte, letter in enumerate(byte_letters())}
+CONTEXT = 8
+"""Tokens of what comes before an answer that its first ones may be said by."""
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -156,14 +158,21 @@ class Speech:
         *,
         keep_stop: bool = False,
         deaf: int = 0,
+        after: Sequence[int] = (),
     ) -> None:
         """``stops``: strings that end it, but none that is over after ``deaf`` tokens;
-        they are not said unless ``keep_stop``."""
+        they are not said unless ``keep_stop``. ``after``: tokens of a text that it goes
+        on with; some tokenizers say a first word without its space."""
         self._deaf = deaf
+        before = words.text(after[-CONTEXT:])
+        self._before = "" if before.endswith("\ufffd") else before
+        self._after = list(after[-CONTEXT:]) if self._before else []
         self._words, self._stops, self._keep_stop = words, tuple(stops), keep_stop
         self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
         self._text = ""
+        for token in self._after:
+            self._next(token)
         self._said = 0
         self.stopped = False
         """A stop string came."""
@@ -190,16 +199,19 @@ class Speech:
                 return more
             except Exception:  # Some tokenizers take back what they have said.
                 self._stream = None
-        whole = self._words.text(self._tokens)
+        whole = self._whole()
         if whole.endswith("\ufffd") or not whole.startswith(self._text):
             return None
         return whole[len(self._text) :]
+
+    def _whole(self) -> str:
+        return self._words.text(self._after + self._tokens)[len(self._before) :]
 
     def end(self) -> str:
         """What is still to be said when no further token comes."""
         if not self.stopped:
             # What ends inside a character is said as it is.
-            whole = self._words.text(self._tokens)
+            whole = self._whole()
             if whole.startswith(self._text):
                 self._grow(whole[len(self._text) :])
         return self._say(len(self._text))
