@@ -93,19 +93,25 @@ def with_usual_lengths(
     models = []
     guessed = []
     for llm in scenario.models:
-        usual = {
-            column: mean
-            for column, mean in (
-                ("input_tokens", USUAL_INPUT_TOKENS),
-                ("output_tokens", USUAL_OUTPUT_TOKENS),
-            )
-            if getattr(llm, column) is None
-            and (history is None or _history_mean(history, llm.name, column) is None)
-        }
-        models.append(replace(llm, **usual))
-        if usual:
+        usual = replace(
+            llm,
+            input_tokens=_mean_or(USUAL_INPUT_TOKENS, llm, history, "input_tokens"),
+            output_tokens=_mean_or(USUAL_OUTPUT_TOKENS, llm, history, "output_tokens"),
+        )
+        models.append(usual)
+        if usual != llm:
             guessed.append(llm.name)
     return replace(scenario, models=tuple(models)), tuple(guessed)
+
+
+def _mean_or(
+    usual: float, llm: LlmPart, history: Demand | None, column: str
+) -> float | None:
+    """As stated, or None where the history knows it."""
+    stated: float | None = getattr(llm, column)
+    if stated is None and history is not None:
+        return usual if _history_mean(history, llm.name, column) is None else None
+    return usual if stated is None else stated
 
 
 def _history_mean(history: Demand, llm: str, column: str) -> float | None:
