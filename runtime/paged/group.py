@@ -321,6 +321,7 @@ class Group:
 
     def follow(self, service: int, work: Sequence[Work]) -> None:
         """Compute what a leader has said."""
+        self.look_ahead()
         begin_s = self._now_s()
         self.compute(service, work)
         self.pace(service, work, self._now_s() - begin_s)
