@@ -331,7 +331,7 @@ def test_transformers_loads_tiny_llms(tmp_path):
 @pytest.mark.vllm
 @pytest.mark.slow
 @no_vllm
-def test_two_tiny_llms_on_vllm(tiny_llms, capsys):
+def test_two_tiny_llms_on_vllm(tiny_llms, record_property):
     """Both start at once, pass their canaries and stream; one is stopped while the other
     goes on, leaves no process, starts again and says the same as before."""
     cores = sorted(os.sched_getaffinity(0))
@@ -382,5 +382,4 @@ def test_two_tiny_llms_on_vllm(tiny_llms, capsys):
     finally:
         for engine in engines:
             engine.stop()
-        with capsys.disabled():
-            print("\n" + "\n".join(told))  # noqa: T201
+        record_property("measured", "\n".join(told))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,7 +75,7 @@ class Told:
         self.lines.append(f"{what} {1000 * (monotonic() - began_s):.1f} ms")
 
 
-def test_a_thousand_requests_to_five_llms(tmp_path, capsys):
+def test_a_thousand_requests_to_five_llms(tmp_path, record_property):
     """Weights of five LLMs and the KV of bursts need twice the pool: LLMs go and come back,
     pages run out, weights of WARM LLMs are taken back for KV; that of who is preempted is
     swapped, as long as 40 pages on the host have room, or else computed again. Every answer
@@ -176,6 +175,5 @@ def test_a_thousand_requests_to_five_llms(tmp_path, capsys):
             assert one.tokens == answer
     assert preempted > swapped > 0
     assert revoked > 0
-    with capsys.disabled():
-        lines = "\n  ".join(told.lines[-12:])
-        sys.stdout.write(f"\n  {lines}\n  {preempted=} {swapped=} {revoked=}\n")
+    lines = "\n".join(told.lines[-12:])
+    record_property("measured", f"{lines}\n{preempted=} {swapped=} {revoked=}")
