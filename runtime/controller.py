@@ -117,9 +117,9 @@ class Controller:
     def _awaited(
         self, observed: Observed, actions: Sequence[Action]
     ) -> frozenset[GpuId]:
-        """GPUs where LLMs could serve whose requests wait, and nothing of which is on its
-        way."""
-        if not observed.waiting:
+        """GPUs where LLMs could serve whose requests wait, which have nobody, and nothing
+        of which is on its way. (Where there are replicas, places become free.)"""
+        if not observed.unserved_since_s:
             return frozenset()
         coming = {a.llm for a in actions if a.kind in ("load", "activate")}
         coming |= {
@@ -127,7 +127,10 @@ class Controller:
             for replica in observed.replicas
             if replica.phase in ("LOADING", "ACTIVATING")
         }
-        left = [self._places.get(m, frozenset()) for m in {*observed.waiting} - coming]
+        left = [
+            self._places.get(m, frozenset())
+            for m in {*observed.unserved_since_s} - coming
+        ]
         return frozenset().union(*left)
 
     def _next_s(self, observed: Observed) -> float:
@@ -136,7 +139,7 @@ class Controller:
         assert self.desired is not None
         kept = kept_for_now(self.desired, observed, self.fleet)
         ends_s = [until_s for _, until_s in kept]
-        if observed.unserved_since_s and self._watched:
+        if self._watched:
             turns_s = [
                 turn_ends_s(replica, self.fleet)
                 for replica in observed.replicas
