@@ -49,8 +49,13 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid: str) -> str:
             return "" if nodeid.startswith(ONE_BY_ONE) else nodeid.partition("::")[0]
 
-    config.option.loadscopereorder = False  # as collected: who waits comes early
+    config.option.loadscopereorder = False  # as they are put below
     return Files(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What has to go one by one begins at once: it takes as long as all the rest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(ONE_BY_ONE))
 
 
 @pytest.fixture
