@@ -9,6 +9,7 @@ weights from is in one more process, the node's store (`runtime.paged.shards`).
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Collection, Sequence
@@ -49,6 +50,10 @@ class PagedSettings(EngineSettings):
     """What weights and KV caches are kept and computed in."""
     policy: str = "db-mean"
     """Whose turn it is (`runtime.scheduler.POLICIES`)."""
+    patience: float = math.inf
+    """As the next two: of `runtime.turns.Rules`."""
+    near: float = 0.1
+    max_num_seqs: int = 256
     chunk_tokens: int = 512
     """Of prompts, in one iteration."""
     swap_bytes: int = 4 * 1024**3
@@ -79,6 +84,9 @@ class PagedServer(HostServer):
                 *("--device", settings.device),
                 *("--dtype", settings.dtype),
                 *("--policy", settings.policy),
+                *("--patience", str(settings.patience)),
+                *("--near", str(settings.near)),
+                *("--max-num-seqs", str(settings.max_num_seqs)),
                 *("--chunk-tokens", str(settings.chunk_tokens)),
                 *("--swap-bytes", str(settings.swap_bytes)),
                 *("--load-loss", str(settings.load_loss)),

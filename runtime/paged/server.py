@@ -329,7 +329,12 @@ async def serve(listener: socket.socket, given: argparse.Namespace, key: bytes) 
             dtype=given.dtype,
             device=given.device,
             store=RemoteStore(given.store),
-            rules=Rules(max_prompt_tokens=given.chunk_tokens, patience=given.patience),
+            rules=Rules(
+                max_num_seqs=given.max_num_seqs,
+                max_prompt_tokens=given.chunk_tokens,
+                near=given.near,
+                patience=given.patience,
+            ),
             swap_bytes=given.swap_bytes,
             most_loss=given.load_loss,
             room_within_s=given.room_within,
@@ -354,6 +359,8 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--policy", choices=list(POLICIES), default="db-mean")
     parser.add_argument("--patience", type=float, default=float("inf"))
+    parser.add_argument("--near", type=float, default=0.1)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk-tokens", type=int, default=512)

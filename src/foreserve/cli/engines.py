@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -56,7 +57,7 @@ def engine_settings(
         raise InvalidInput("only simulated engines have a --time-scale")
     checkpoints = _checkpoints(scenario)
     if engine == "paged":
-        return _paged(fleet, folder, checkpoints, python)
+        return _paged(scenario, fleet, folder, checkpoints, python)
     settings = VllmSettings(folder=folder, checkpoints=checkpoints)
     if python is not None:
         settings = replace(settings, python=python)
@@ -88,7 +89,11 @@ def _checkpoints(scenario: Scenario) -> dict[str, str]:
 
 
 def _paged(
-    fleet: Fleet, folder: Path, checkpoints: Mapping[str, str], python: str | None
+    scenario: Scenario,
+    fleet: Fleet,
+    folder: Path,
+    checkpoints: Mapping[str, str],
+    python: str | None,
 ) -> PagedSettings:
     """The pool is as large as the least of the GPUs; on CPUs twice that, since plans book
     numbers of two bytes, and there it computes with four."""
@@ -100,7 +105,7 @@ def _paged(
                 f"{llm}: the paged engine needs the folder of a checkpoint",
                 hint="llm: path/to/folder, as `plan models make-tiny` writes them",
             )
-    cluster = fleet.cluster
+    cluster, runtime = fleet.cluster, scenario.runtime
     on_gpu = which("nvidia-smi") is not None
     pool_bytes = min(cluster.usable_bytes(gpu) for gpu in cluster.gpus)
     pool_bytes *= 1 if on_gpu else 2
@@ -117,6 +122,10 @@ def _paged(
         page_bytes=page_bytes,
         host_bytes=min(node.host_ram_bytes for node in cluster.nodes),
         checkpoints=checkpoints,
+        policy=runtime.scheduler,
+        patience=math.inf if runtime.patience is None else runtime.patience,
+        near=runtime.near,
+        max_num_seqs=runtime.max_num_seqs,
     )
     if not fleet.serving.swapping:
         settings = replace(settings, swap_bytes=0)
