@@ -3,7 +3,7 @@
     git archive 6233ea2 | tar -x -C /tmp/before
     python benchmarks/turns.py --source before=/tmp/before
 
-Simulates the shipped fleet-day sample on its twelve GPUs and on eight and four of them, and
+Simulates the shipped fleet-day sample on its twelve GPUs and on eight of them, and
 six equal LLMs with constant demand on three GPUs, under each set of rules, and likewise
 with the sources of other versions, each on the plans made here. Writes
 benchmarks/results/turns.json. Takes some minutes.
@@ -41,8 +41,6 @@ CASES = [
     ("fleet-day, 12 GPUs", "reactive-keep", 120.0),
     ("fleet-day, 8 GPUs", "planned", 30.0),
     ("fleet-day, 8 GPUs", "reactive-keep", 120.0),
-    ("fleet-day, 4 GPUs", "planned", 30.0),
-    ("fleet-day, 4 GPUs", "reactive-keep", 120.0),
     ("6 on 3, constant", "planned", 30.0),
     ("6 on 3, constant", "reactive", 30.0),
     ("6 on 3, constant", "reactive-keep", 30.0),
@@ -56,7 +54,7 @@ RULES: dict[str, dict[str, float]] = {
     "no turns": {"turn_s": NEVER_S},
     "no tenure": {"tenure": 0.0},
 }
-ALL_RULES = ("fleet-day, 12 GPUs", "6 on 3, constant", "6 on 3, slow starts")
+ALL_RULES = ("6 on 3, constant", "6 on 3, slow starts")
 CONSTANT_S, CONSTANT_RPS, START_S = 1800.0, 0.5, 20.0
 
 
@@ -68,9 +66,8 @@ def scenarios() -> dict[str, tuple[Scenario, Trace]]:
     )
     (nodes,) = day.cluster.nodes
     found = {"fleet-day, 12 GPUs": (day, requests)}
-    for count in (2, 1):
-        part = replace(day.cluster, nodes=(replace(nodes, count=count),))
-        found[f"fleet-day, {4 * count} GPUs"] = replace(day, cluster=part), requests
+    part = replace(day.cluster, nodes=(replace(nodes, count=2),))
+    found["fleet-day, 8 GPUs"] = replace(day, cluster=part), requests
     (llm,) = (m for m in day.models if m.name == "llama-3.1-8b")
     alike = tuple(replace(llm, name=f"llm-{i}", llm="llama-3.1-8b") for i in range(6))
     three = replace(day.cluster, nodes=(replace(nodes, count=1, gpus=3),))
@@ -148,42 +145,65 @@ def under(folder: Path, name: str) -> None:
             click.echo(json.dumps({**about, "rules": rules, **found}))
 
 
+def plan_all(folder: Path) -> None:
+    """Plans and requests of all scenarios, as files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case, (scenario, trace) in scenarios().items():
+        plan = run_solve(scenario, trace, {}, quiet=True).plan
+        (folder / f"{case}.json").write_text(to_json(plan))
+        np.savez(
+            folder / f"{case}.npz",
+            llms=np.array(trace.llms),
+            arrival_s=trace.arrival_s,
+            llm=trace.llm,
+            input_tokens=trace.input_tokens,
+            output_tokens=trace.output_tokens,
+        )
+
+
+def all_rows(folder: Path, sources: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Of each version in a process of its own."""
+    rows: list[dict[str, Any]] = []
+    for version, root in sources:
+        environment = os.environ | {"PYTHONPATH": f"{root}/src"}
+        command = [sys.executable, __file__, "--runs", str(folder)]
+        with subprocess.Popen(
+            [*command, "--source", f"{version}={root}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                click.echo(line, nl=False)
+                rows.append(json.loads(line))
+        if child.returncode:
+            raise SystemExit(child.returncode)
+    return rows
+
+
 @click.command()
 @click.option("--source", "sources", multiple=True, metavar="NAME=FOLDER")
+@click.option(
+    "--plans",
+    type=click.Path(path_type=Path),
+    help="Make the plans there and stop, or go on with those that are there.",
+)
 @click.option("--runs", type=click.Path(path_type=Path), hidden=True)
-def main(sources: tuple[str, ...], runs: Path | None) -> None:
+def main(sources: tuple[str, ...], plans: Path | None, runs: Path | None) -> None:
     """Plan once, simulate all cases under all rules and versions."""
+    versions = [(s.partition("=")[0], s.partition("=")[2]) for s in sources]
     if runs is not None:
-        under(runs, sources[0])
+        under(runs, versions[0][0])
         return
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for case, (scenario, trace) in scenarios().items():
-            plan = run_solve(scenario, trace, {}, quiet=True).plan
-            (folder / f"{case}.json").write_text(to_json(plan))
-            np.savez(
-                folder / f"{case}.npz",
-                llms=np.array(trace.llms),
-                arrival_s=trace.arrival_s,
-                llm=trace.llm,
-                input_tokens=trace.input_tokens,
-                output_tokens=trace.output_tokens,
-            )
+        folder = plans or Path(name)
+        if plans is None or not plans.exists():
+            plan_all(folder)
+            if plans is not None:
+                return
         own = str(Path(__file__).parents[1])
-        for source in (*sources, f"as shipped={own}"):
-            version, _, root = source.partition("=")
-            environment = os.environ | {"PYTHONPATH": f"{root}/src"}
-            command = [sys.executable, __file__, "--runs", name, "--source", version]
-            with subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, text=True
-            ) as child:
-                assert child.stdout is not None
-                for line in child.stdout:
-                    click.echo(line, nl=False)
-                    rows.append(json.loads(line))
-            if child.returncode:
-                raise SystemExit(child.returncode)
+        rows = all_rows(folder, [*versions, ("as shipped", own)])
     write_result("turns", {"rows": rows})
 
 
