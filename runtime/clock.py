@@ -7,7 +7,13 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Protocol
+
+
+def unix_s() -> float:
+    """The wall's clock."""
+    return datetime.now(UTC).timestamp()
 
 
 class Clock(Protocol):

@@ -21,6 +21,9 @@ from foreserve.runtime.scheduler import POLICIES
 from foreserve.runtime.turns import Rules
 from tests.test_paged_group import TIME
 
+UNIX_S = 1_700_000_000.75
+"""What the wall's clock shows."""
+
 
 class Stand:
     """LLMs of these folders, ACTIVE, each an engine."""
@@ -65,7 +68,7 @@ class Stand:
         def made(**how):
             return make(**(how | {"on_death": self.deaths.append}))
 
-        self.node = server.Node(self.loop, made, "127.0.0.1", b"")
+        self.node = server.Node(self.loop, made, "127.0.0.1", b"", lambda: UNIX_S)
         self._server = await self.loop.create_server(self._connect, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 

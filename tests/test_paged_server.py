@@ -20,7 +20,7 @@ from foreserve.runtime.engines import tiny  # noqa: E402
 from foreserve.runtime.paged.sampling import Sampling  # noqa: E402
 from foreserve.runtime.paged.text import Words  # noqa: E402
 from tests.paged_llms import Llm  # noqa: E402
-from tests.paged_stand import Stand  # noqa: E402
+from tests.paged_stand import UNIX_S, Stand  # noqa: E402
 from tests.test_paged_group import Stand as GroupStand  # noqa: E402
 from tests.test_paged_group import prompts  # noqa: E402
 
@@ -228,6 +228,22 @@ def test_choices(texts, chats):
     stream = chats.create(**asked, messages=SAID, n=2, stream=True)
     roles = [piece.choices[0] for piece in stream if piece.choices[0].delta.role]
     assert [choice.index for choice in roles] == [0, 1]
+
+
+def test_answers_say_when_they_were_made(stand, chats, texts):
+    """In whole seconds of the wall's clock: answers, each piece of a stream, LLMs."""
+    told = texts.create(model="plain", prompt=[5, 6, 7], max_tokens=2)
+    stream = list(
+        chats.create(
+            model="plain",
+            messages=[{"role": "user", "content": "kalo"}],
+            max_tokens=2,
+            stream=True,
+        )
+    )
+    made = [told.created, *(part.created for part in stream)]
+    made += [one.created for one in stand.client().models.list()]
+    assert set(made) == {int(UNIX_S)}
 
 
 def test_wishes_for_the_next_token(texts, llm, words):

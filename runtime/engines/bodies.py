@@ -165,8 +165,10 @@ def telling(
     chat: bool,
     asked: Mapping[str, Any],
     choices: int = 1,
+    *,
+    created_s: float,
 ) -> Telling:
-    """What goes with the request ``asked``."""
+    """What goes with the request ``asked``, which came at that Unix time."""
     stream = bool(asked.get("stream"))
     options = asked.get("stream_options") or {}
     ident = f"{'chatcmpl' if chat else 'cmpl'}-{number}"
@@ -174,7 +176,7 @@ def telling(
     if stream and chat:
         kind += ".chunk"
     opening = (
-        f'{{"id":"{ident}","object":"{kind}","created":0,'
+        f'{{"id":"{ident}","object":"{kind}","created":{int(created_s)},'
         f'"model":{json.dumps(served_name)},"choices":['
     )
     return Telling(

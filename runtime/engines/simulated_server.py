@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 from foreserve.models.cost import IterationTime
+from foreserve.runtime.clock import unix_s
 from foreserve.runtime.engines.batch import Batch, Job
 from foreserve.runtime.engines.bodies import (
     Refused,
@@ -211,6 +212,7 @@ class Node:
         self.engines: dict[int, Engine] = {}
         self.made = self.answers = 0
         """Engines and answers until now."""
+        self.made_s = unix_s()
         self.load_failures: Counter[str] = Counter()
 
     def now_s(self) -> float:
@@ -361,7 +363,7 @@ class Connection(HttpConnection):
         card = {
             "id": engine.name,
             "object": "model",
-            "created": 0,
+            "created": int(self.node.made_s),
             "owned_by": "foreserve",
             "max_model_len": engine.spec["room_tokens"],
         }
@@ -394,7 +396,7 @@ class Connection(HttpConnection):
         answer = Answer(
             connection=self,
             job=job,
-            telling=telling(engine.name, number, chat, asked),
+            telling=telling(engine.name, number, chat, asked, created_s=unix_s()),
             seed=gibberish(seed) if engine.lies else seed,
             reason="length" if wanted else "stop",
         )

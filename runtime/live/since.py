@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from foreserve.models.codec import dump_json, write_text
-from foreserve.runtime.clock import SystemClock
+from foreserve.runtime.clock import SystemClock, unix_s
 
 
 def check_clock(path: Path) -> None:
     """Raise one of a few errors unless the file tells of a clock."""
     known = json.loads(path.read_text())
     float(known["wall_s"]) + float(known["clock_s"])
-
-
-def unix_s() -> float:
-    return datetime.now(UTC).timestamp()
 
 
 class KeptClock:

@@ -99,8 +99,9 @@ class Answer:
 class Engine:
     """One LLM of the group, as the outside knows it."""
 
-    def __init__(self, number: int, spec: dict[str, Any]) -> None:
-        self.number = number
+    def __init__(self, number: int, spec: dict[str, Any], made_s: float) -> None:
+        """``made_s``: Unix time."""
+        self.number, self.made_s = number, made_s
         self.name: str = spec["served_name"]
         self.room_tokens: int = spec["room_tokens"]
         self.followers: Sequence[int] = spec.get("followers", ())

@@ -81,7 +81,9 @@ class Exchange:
                 )
         self._connection, self._words, self._asked = connection, resident.words, asked
         count = len(asked.prompts) * asked.choices
-        self._telling = telling(engine.name, number, chat, body, count)
+        self._telling = telling(
+            engine.name, number, chat, body, count, created_s=connection.node.unix_s()
+        )
         self.over = False
         self.answers: list[Answer] = []
         self._choices: dict[Answer, Choice] = {}

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from foreserve.models.errors import ForeserveError
-from foreserve.runtime.clock import SystemClock
+from foreserve.runtime.clock import SystemClock, unix_s
 from foreserve.runtime.engines.bodies import Refused, object_of
 from foreserve.runtime.engines.hosted import KEY, NO_ROOM
 from foreserve.runtime.engines.http import HttpConnection
@@ -53,8 +53,10 @@ class Node:
         make: Callable[..., Worker],
         host: str,
         key: bytes,
+        unix_s: Callable[[], float] = unix_s,
     ) -> None:
-        """``host``: where it listens."""
+        """``host``: where it listens; ``unix_s``: the wall's clock."""
+        self.unix_s = unix_s
         self.loop = loop
         self._host, self._key = host, key
         self.news: list[Answer] = []
@@ -141,7 +143,7 @@ class Connection(HttpConnection):
                 return
             self._route(engine, method, rest, body)
         elif (method, path) == ("POST", "/engines"):
-            engine = Engine(node.made, object_of(body))
+            engine = Engine(node.made, object_of(body), node.unix_s())
             node.engines[node.made] = engine
             node.made += 1
             self.json({"number": engine.number})
@@ -218,7 +220,7 @@ class Connection(HttpConnection):
         card = {
             "id": engine.name,
             "object": "model",
-            "created": 0,
+            "created": int(engine.made_s),
             "owned_by": "foreserve",
             "max_model_len": engine.room_tokens,
         }

@@ -39,6 +39,7 @@ from foreserve.planner.online import LivePolicy
 from foreserve.planner.proposals import Mode
 from foreserve.planner.scenario import Scenario
 from foreserve.planner.wishes import Wishes
+from foreserve.runtime.clock import unix_s
 from foreserve.runtime.controller import Controller
 from foreserve.runtime.engines.base import EngineSettings
 from foreserve.runtime.gateway.admin import admin_app
@@ -190,11 +191,14 @@ class Serving:
             fleet=fleet,
             journal=self.journal,
         )
+        created_s = int(unix_s())
         self.gateway = Gateway(
             table=self.table,
             llms={
                 llm.name: ServedLlm(
-                    slo_ttft_s=llm.slo.ttft_s, slo_tpot_s=llm.slo.tpot_s
+                    created_s=created_s,
+                    slo_ttft_s=llm.slo.ttft_s,
+                    slo_tpot_s=llm.slo.tpot_s,
                 )
                 for llm in fleet.llms
             },
