@@ -14,8 +14,9 @@ Ran = tuple[int, str, str]
 ONE_BY_ONE = tuple(
     f"tests/test_{name}"
     for name in (
-        "browser", "drift_live", "engines_", "gateway", "live_", "memory_", "paged_",
-        "ray_", "serve", "status_page",
+        "browser", "drift_live", "engines_", "gateway", "live_", "memory_",
+        "paged_decoder_ranks", "paged_loads", "paged_pressure", "paged_server",
+        "paged_several_gpus", "ray_", "serve", "status_page",
     )
 )  # fmt: skip
 """Files whose tests start processes and servers, and wait for them."""
