@@ -86,6 +86,9 @@ class ReplicaOption(Record):
     """Of ``load_s``, from pinned host memory alone; None: all of it."""
     start_s: float = 0.0
     """Of ``load_s``: the start of the engine process, before anything moves."""
+    demote_s: float = 0.0
+    """From its last answer to WARM, while it still holds its KV memory. Solvers do not know
+    of it."""
     input_tokens: float = 1.0
     """Mean lengths of the requests that it was made for."""
     output_tokens: float = 1.0

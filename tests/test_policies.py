@@ -7,6 +7,7 @@ from dataclasses import replace
 from foreserve.models.observed import Observed, ObservedReplica
 from foreserve.models.placement import Placement, Replica, ReplicaId
 from foreserve.models.referee import fleet_violations
+from foreserve.models.rules import Sharing
 from foreserve.planner.policies import get_policy
 from tests.build import cluster, fleet, gpu, option, small_plan
 
@@ -171,3 +172,75 @@ def test_reactive_keeps_the_operators_least_number():
     idle = ObservedReplica(llm="a", gpus=(gpu(1),), phase="ACTIVE", idle_since_s=0.0)
     later = policy.decide(90.0, Observed(now_s=90.0, replicas=(idle,)))
     assert [r.gpus for r in later.replicas] == [(gpu(1),)]
+
+
+# --- ratio --------------------------------------------------------------------------------
+
+
+def on_two(*phases: tuple[str, str, int], at_s: float = 0.0, **waiting: int):
+    """LLMs at TP 2 on the only two GPUs, of 100 bytes: weights of three (20 each) and KV of
+    two (20 each) fit. All began to serve ``at_s``, and it is 20 s now."""
+    pair = (gpu(0), gpu(1))
+    options = [option(llm, tp=2, resident_bytes=20) for llm in "abc"]
+    wide = replace(fleet(*options), sharing=Sharing(most=4))
+    observed = Observed(
+        now_s=20.0,
+        replicas=tuple(
+            ObservedReplica(
+                llm=llm,
+                gpus=pair,
+                phase=phase,
+                in_flight=in_flight,
+                idle_since_s=19.0 if phase == "ACTIVE" and not in_flight else None,
+                served_since_s=at_s if phase in ("ACTIVE", "DRAINING") else None,
+            )
+            for llm, phase, in_flight in phases
+        ),
+        waiting=waiting,
+        unserved_since_s={llm: 15.0 for llm in waiting},
+    )
+    policy = get_policy("ratio", replace(small_plan(), fleet=wide), 30.0)
+    wanted = policy.decide(20.0, observed)
+    assert list(fleet_violations(wide, wanted)) == []
+    states = {r.llm: r.state for r in wanted.replicas}
+    return "".join(sorted(llm for llm in states if states[llm] == "ACTIVE"))
+
+
+def test_ratio_fills_free_memory_at_once():
+    """Nobody is there, a and b wait: both. One that is on its way stays, whoever waits."""
+    assert on_two(a=1, b=1) == "ab"
+    assert on_two(("a", "LOADING", 0), ("b", "ACTIVATING", 0), a=1, b=1, c=9) == "ab"
+
+
+def test_ratio_wakes_loads_and_drains_by_demand():
+    """a has 4 requests, b has 2 in flight, so c pushes b out: it needs more than 3 x 2
+    of its own. If b idles, one is enough. Weights that sleep there make no difference
+    to a drain."""
+    busy = (("a", "ACTIVE", 4), ("b", "ACTIVE", 2))
+    assert on_two(*busy, c=6) == "ab"
+    assert on_two(*busy, c=7) == "ac"
+    assert on_two(*busy, ("c", "WARM", 0), c=6) == "ab"
+    assert on_two(("a", "ACTIVE", 4), ("b", "ACTIVE", 0), c=1) == "ac"
+
+
+def test_ratio_weighs_a_wake_less_than_a_load():
+    """a and b have nothing in flight, but 4 requests wait that they have not taken yet: c
+    needs more than 1.5 x 4 where its weights are, more than 2 x 4 where they are not."""
+    idle = (("a", "ACTIVE", 0), ("b", "ACTIVE", 0))
+    for count, awake, absent in ((6, "ab", "ab"), (7, "bc", "ab"), (9, "bc", "bc")):
+        assert on_two(*idle, ("c", "WARM", 0), a=4, b=4, c=count) == awake
+        assert on_two(*idle, a=4, b=4, c=count) == absent
+
+
+def test_ratio_leaves_who_has_just_begun():
+    """a and b have served for 4.9 s of the tenure of 5: c waits, however many it has."""
+    begun = (("a", "ACTIVE", 0), ("b", "ACTIVE", 0))
+    assert on_two(*begun, at_s=15.1, c=50) == "ab"
+    assert on_two(*begun, at_s=15.0, c=50) == "bc"
+
+
+def test_ratio_goes_on_with_what_it_has_begun():
+    """b drains for c, and c waits for its memory: c is still wanted, though b has more
+    requests by now; those that b still works on are no reason to keep it."""
+    drains = (("a", "ACTIVE", 4), ("b", "DRAINING", 2), ("c", "WARM", 0))
+    assert on_two(*drains, c=7) == "ac"

@@ -644,6 +644,26 @@ def test_demoted_replica_finishes_what_it_has():
     assert np.isnan(run.finish_s[1])
 
 
+def test_putting_a_replica_to_sleep_takes_its_time():
+    """8 s from the last answer to WARM. a is demoted idle at 10 s: b, WARM beside it where
+    only one may be ACTIVE, begins to activate at 18 s, and serves 50 ms later. Demoted at
+    30 s amid an answer until 30 + 0.4 s: WARM at 38.4 s."""
+    run = go(
+        roomy("a", "b", demote_s=8.0, resident_bytes=100),
+        requests((11.0, "b", 10, 1), (29.9 - 0.0101 + 0.1, "b", 10, 41)),
+        (0.0, place(("a", 0, "ACTIVE"), ("b", 0, "WARM"))),
+        (10.0, place(("a", 0, "WARM"), ("b", 0, "ACTIVE"))),
+        (30.0, place(("a", 0, "WARM"), ("b", 0, "WARM"))),
+    )
+    drained = [(r.llm, r.end_s) for r in run.residency if r.phase == "DRAINING"]
+    assert drained == [
+        ("a", pytest.approx(18.0)),
+        ("b", pytest.approx(run.finish_s[1] + 8.0)),
+    ]
+    assert run.first_token_s[0] == pytest.approx(18.05 + 0.0101)
+    assert run.finish_s[1] == pytest.approx(30.0 + 40 * 0.0101, abs=0.011)
+
+
 def test_move_serves_without_a_gap():
     """From GPU 0 to GPU 1 at 10 s: the old replica serves until the new one is ACTIVE,
     so the request that comes during the load waits for nothing."""

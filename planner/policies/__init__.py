@@ -19,6 +19,7 @@ POLICIES = {
     "planned": "foreserve.planner.policies.on_demand:planned",
     "reactive": "foreserve.planner.policies.on_demand:reactive",
     "reactive-keep": "foreserve.planner.policies.on_demand:reactive_keep",
+    "ratio": "foreserve.planner.policies.ratio:ratio",
 }
 
 

@@ -88,7 +88,7 @@ class OnDemand:
 
     def decide(self, now_s: float, observed: Observed) -> Placement:
         base = self.plan.at(now_s).placement if self.plan else self.nothing
-        draft = _Draft(self, base.without(observed.lost_gpus), observed)
+        draft = Draft(self, base.without(observed.lost_gpus), observed)
         draft.keep_busy()
         draft.start_missing()
         return self._with_lost(draft.placement(), base, observed.lost_gpus)
@@ -139,7 +139,7 @@ class OnDemand:
         }
 
 
-class _Draft:
+class Draft:
     """The placement of one decision in the making."""
 
     def __init__(self, rule: OnDemand, base: Placement, observed: Observed) -> None:

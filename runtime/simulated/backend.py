@@ -148,7 +148,7 @@ class SimulatedBackend:
             elif after == "DRAINING" and replica:
                 self.serving.withdraw(key)
                 if not self.serving.in_flight(key):
-                    self._move(replica, "WARM")
+                    self._emptied(key)
 
     def watch(self, gpus: frozenset[GpuId]) -> None:
         self.serving.watch(gpus)
@@ -273,7 +273,17 @@ class SimulatedBackend:
 
     def _emptied(self, key: ReplicaId) -> None:
         """A replica that drains has nothing left."""
-        self._move(self._replicas[key], "WARM")
+        replica = self._replicas[key]
+        demote_s = replica.option.demote_s
+        if demote_s:
+            until_s = self.clock.now_s() + demote_s
+            self.clock.schedule(until_s, partial(self._demoted, replica))
+        else:
+            self._demoted(replica)
+
+    def _demoted(self, replica: _Replica) -> None:
+        if self._replicas.get(replica.id) is replica:
+            self._move(replica, "WARM")
 
     # --- memory ------------------------------------------------------------------------
 

@@ -51,8 +51,8 @@ KEEP_ALIVE_S = 30.0
     multiple=True,
     default=("planned",),
     show_default=True,
-    help="planned, reactive, reactive-keep, or rolling, which plans while it runs; repeat "
-    "to compare on equal GPUs.",
+    help="planned, reactive, reactive-keep, ratio, or rolling, which plans while it runs; "
+    "repeat to compare on equal GPUs.",
 )
 @click.option(
     "--scenario",
