@@ -16,6 +16,13 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import (  # noqa: E402
+    JITFunction,
+    create_function_from_signature,
+)
+
 from foreserve.runtime.paged import fused, kernels  # noqa: E402
 from foreserve.runtime.paged.attention import (  # noqa: E402
     Work,
@@ -24,7 +31,13 @@ from foreserve.runtime.paged.attention import (  # noqa: E402
 )
 from foreserve.runtime.paged.decoder import Decoder, gated  # noqa: E402
 from foreserve.runtime.paged.rope import turn  # noqa: E402
-from tests.paged_llms import Llm, Pages, Sequence_, iterate  # noqa: E402
+from tests.paged_llms import (  # noqa: E402
+    PAGE_BYTES,
+    Llm,
+    Pages,
+    Sequence_,
+    iterate,
+)
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 NEAR = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
@@ -237,17 +250,66 @@ def test_norms_and_gates(dtype, offset, width):
     near(fused.gated(x, silu=False), gated(x, "gelu_tanh"), dtype)
 
 
+class Noted:
+    """A kernel that notes how Triton would compile it for an H100, at each launch."""
+
+    def __init__(self, kernel, seen):
+        self.kernel, self.seen = kernel, seen
+        plain = JITFunction(kernel.fn, **kernel.kwargs)
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(
+            plain.signature, plain.params, backend
+        )
+
+    def __getitem__(self, grid):
+        def launch(*args, **how):
+            _, kinds, options = self.bind(*args, **how)
+            self.seen.add(f"{self.kernel.fn.__name__} {kinds} {options}")
+            return self.kernel[grid](*args, **how)
+
+        return launch
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Each kernel that Triton would compile, as it tells them apart: by kinds of
+    arguments, by ones, by what 16 divides."""
+    seen = set()
+    for module in (kernels, fused):
+        for name in KERNELS & vars(module).keys():
+            monkeypatch.setattr(module, name, Noted(getattr(module, name), seen))
+    return seen
+
+
+KERNELS = {name for one in (kernels, fused) for name in vars(one) if "_kernel" in name}
+
+
+@pytest.mark.skipif(ON_GPU, reason="LLMs of tests are in the host's memory")
 @pytest.mark.parametrize("family", ["qwen3-moe", "gemma2"])
-def test_answers_are_those_of_transformers(family, tmp_path):
-    """Norms of heads, experts, caps and windows: three prompts, in chunks, beside each
-    other, over pages that nobody has emptied."""
+def test_whole_llms(family, tmp_path, monkeypatch, launched):
+    """Norms of heads, experts, caps and windows, over pages that nobody has emptied: a
+    prompt of one token alone, decodes of one and of two, then prompts in chunks, in
+    decodes and contexts in parts beside each other. Answers are those of transformers,
+    and no kernel is launched that `Decoder.prepare` has not had compiled."""
+    monkeypatch.setattr(kernels, "LEAST_SPLIT", 16)
     llm, pages = Llm(tmp_path, family), Pages(20)
     llm.decoder = Decoder(llm.config, kernels=True)
+    llm.decoder.prepare(llm.layout, PAGE_BYTES)
+    prepared = frozenset(launched)
+    assert {key.split()[0] for key in prepared} == KERNELS
     pages.bytes[:] = 0xFF
     pages.empty = False
     asked = [
-        Sequence_(llm, [(37 * i + n) % 500 for n in range(i)], 4) for i in (1, 9, 50)
+        Sequence_(llm, [(37 * i + n) % 500 for n in range(i)], tokens)
+        for i, tokens in ((1, 3), (9, 2), (50, 2), (34, 2))
     ]
+    for together in (1, 2, 4):
+        for _ in range(2):
+            running = [one for one in asked[:together] if not one.done]
+            iterate(llm, pages, running, chunk=24)
     while running := [one for one in asked if not one.done]:
         iterate(llm, pages, running, chunk=24)
-    assert [one.answer for one in asked] == [llm.told(one.prompt, 4) for one in asked]
+    assert [one.answer for one in asked] == [
+        llm.told(one.prompt, one.wanted) for one in asked
+    ]
+    assert launched == prepared

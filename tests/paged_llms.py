@@ -40,10 +40,10 @@ class Llm:
         self._told: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self.config = read_config(folder)
         self.decoder = Decoder(self.config)
-        layout = lay_out(self.config, "float32")
-        self.memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-        fill(layout, Checkpoint(folder), self.memory.numpy())
-        self.weights = views(layout, self.memory)
+        self.layout = lay_out(self.config, "float32")
+        self.memory = torch.zeros(self.layout.num_bytes, dtype=torch.uint8)
+        fill(self.layout, Checkpoint(folder), self.memory.numpy())
+        self.weights = views(self.layout, self.memory)
 
     @cached_property
     def reference(self):

@@ -19,7 +19,8 @@ def test_kernels_compute_what_plain_arithmetic_does():
     """All of `kernel_checks`, in a process where Triton has never been anything but an
     interpreter: attention over ragged batches, windows, caps, heads of any width and
     group, contexts in parts, pages beyond 32 bits and full of what is not a number; norms,
-    turning, gates; answers of two families token for token."""
+    turning, gates; answers of two families token for token, by kernels that were all
+    compiled before the first of them."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernel_checks.py"],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

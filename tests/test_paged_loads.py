@@ -16,6 +16,7 @@ from foreserve.runtime.clock import SystemClock  # noqa: E402
 from foreserve.runtime.memory.pool import PagePool  # noqa: E402
 from foreserve.runtime.memory.posix import PosixMemory  # noqa: E402
 from foreserve.runtime.memory.store import HostStore  # noqa: E402
+from foreserve.runtime.paged.decoder import Decoder  # noqa: E402
 from foreserve.runtime.paged.jobs import Job  # noqa: E402
 from foreserve.runtime.paged.loads import LoadFailed, NoRoom  # noqa: E402
 from foreserve.runtime.paged.shards import shard  # noqa: E402
@@ -109,12 +110,13 @@ class Stand:
         self.memory = Gated(sum(pages_of(llms[n]) for n in names) + spare)
         self.pool = PagePool(self.memory)
         self.died: list[BaseException] = []
+        self.store = HostStore(1 << 28, shard)
         self.worker = Worker(
             self.pool,
             SystemClock(),
             POLICIES["db-mean"].make(),
             dtype="float32",
-            store=HostStore(1 << 28, shard),
+            store=self.store,
             on_death=self.died.append,
             **how,
         )
@@ -137,6 +139,11 @@ class Stand:
 
     def load(self, name, *, urgent=False, **how):
         resident = self.begin(name, **how)
+        shared = self.store.open(resident.shard_key)
+        assert shared is not None
+        # Who is not read yet does not overtake others.
+        shared.filling.wait(shared.num_bytes - 1, SOON_S)
+        shared.close()
         return resident, self.fetch(resident, urgent=urgent)
 
     def fetch(self, resident, *, urgent=False) -> Future[None]:
@@ -168,6 +175,12 @@ class Stand:
     def copied(self, resident) -> int:
         (weights,) = self.worker.shelf.shards(resident.service.llm)
         return weights.resident_bytes
+
+    def step(self, resident) -> bool:
+        """Whether its weights are there; a single copy may go on."""
+        if not self.memory.tickets._value:
+            self.memory.let(1)
+        return self.copied(resident) == len(self.llms[resident.service.llm].memory)
 
     def load_of(self, name):
         (weights,) = self.worker.shelf.shards(name)
@@ -282,6 +295,42 @@ def test_what_is_said_when_there_is_no_room(stand):
     assert here.pool.free == free
 
 
+def test_kernels_are_there_when_a_load_ends(stand, monkeypatch):
+    """They are compiled by a thread of their own while weights are copied, and the load
+    waits for both; LLMs without kernels, or gone meanwhile, fail with one line, and
+    nobody compiles for a wake."""
+    begun, compiled = threading.Semaphore(0), threading.Event()
+    called: list[str] = []
+
+    def prepare(decoder, layout, page_bytes):
+        called.append(threading.current_thread().name)
+        begun.release()
+        assert page_bytes == PAGE
+        assert compiled.wait(SOON_S)
+        if len(called) > 2:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(Decoder, "prepare", prepare)
+    here = stand(FAMILIES, spare=70)
+    here.memory.let(1000)
+    resident, loaded = here.load("llama")
+    other, gone = here.load("qwen3")
+    assert all(begun.acquire(timeout=SOON_S) for _ in range(2))
+    until(lambda: here.copied(resident) == len(here.llms["llama"].memory))
+    until(lambda: here.copied(other) == len(here.llms["qwen3"].memory))
+    other.leaving.set()
+    with pytest.raises(LoadFailed, match="cancelled"):
+        gone.result(SOON_S)
+    assert not loaded.done()
+    compiled.set()
+    loaded.result(SOON_S)
+    here.worker.wake(resident)
+    assert called == ["kernels"] * 2
+    _, failed = here.load("gemma2")
+    with pytest.raises(LoadFailed, match="gemma2: no kernels for it: no compiler"):
+        failed.result(SOON_S)
+
+
 def test_loads_that_nobody_waits_for_yield_first(stand):
     """Of a load that nobody waits for 96 pages have come when another one is waited for,
     for which there is no room: the first gives up what has not come, keeps what has, and
@@ -340,22 +389,20 @@ def test_what_is_waited_for_goes_first_over_the_link(stand):
     other overtakes it behind the chunks under way. A third, which was asked for in between,
     goes before both once it is hurried."""
     here = stand(("llama", "qwen3", "gemma2"), 10)
-    ends: list[str] = []
     slow, first = here.load("llama")
     here.memory.let(2)
     until(lambda: here.copied(slow) >= 16 * PAGE)
     other, third = here.load("gemma2")
     fast, second = here.load("qwen3", urgent=True)
-    loads = ((slow, first), (other, third), (fast, second))
-    for resident, done in loads:
-        done.add_done_callback(lambda _, r=resident: ends.append(r.service.llm))
     (weights,) = here.worker.shelf.shards("qwen3")
     until(lambda: weights.slot.mapped == pages_of(here.llms["qwen3"]))
     here.memory.let(4)
     until(lambda: here.copied(fast) > 0)
     here.worker.hurry(other)
     until(lambda: here.load_of("gemma2").urgent)
+    for resident, behind in ((other, fast), (fast, slow)):
+        until(lambda one=resident: here.step(one))
+        assert here.copied(behind) < len(here.llms[behind.service.llm].memory)
     here.memory.let(1000)
-    for _, done in loads:
+    for done in (first, second, third):
         done.result(SOON_S)
-    assert ends == ["gemma2", "qwen3", "llama"]

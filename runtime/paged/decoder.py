@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -17,9 +18,17 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from foreserve.runtime.paged.attention import Scored, Step, Work, attend, plan_step
+from foreserve.runtime.paged.attention import (
+    Scored,
+    Step,
+    Work,
+    attend,
+    cache_view,
+    plan_step,
+)
 from foreserve.runtime.paged.config import Activation, DecoderConfig
-from foreserve.runtime.paged.layout import Part, kv_heads_of, vocabulary_rows
+from foreserve.runtime.paged.layout import Layout, Part, kv_heads_of, vocabulary_rows
+from foreserve.runtime.paged.loading import DTYPES
 from foreserve.runtime.paged.rope import frequencies, turn, turns
 
 Weights = Mapping[str, torch.Tensor]
@@ -87,6 +96,39 @@ class Decoder:
         ]
         self._first_token, end_token = vocabulary_rows(config, part)
         self._own_tokens = end_token - self._first_token
+
+    def prepare(self, layout: Layout, page_bytes: int) -> None:
+        """Have all kernels that iterations may launch compiled, each launched once on
+        memory of its own; takes seconds where there are any. ``page_bytes``: of the pool
+        that will hold the cache. Any thread."""
+        if self.kernels is None:
+            return
+        config, kind = self.config, DTYPES[layout.dtype]
+        zeros = partial(torch.zeros, dtype=kind, device=self.device)
+        # Two, so that one has the stride to the next.
+        pages = torch.zeros(2, page_bytes, dtype=torch.uint8, device=self.device)
+        cache = cache_view(
+            pages,
+            layers=config.layers,
+            kv_heads=self.kv_heads,
+            head_dim=config.head_dim,
+            dtype=layout.dtype,
+        )
+        x, head = zeros(1, config.hidden), zeros(config.head_dim)
+        norms = (head, head) if config.qk_norm else None
+        with torch.inference_mode():
+            for told in (None, x):
+                self._join(x, told, x[0])
+            self._gated(zeros(1, layout.weights["0.gate_up"].shape[-2]))
+            for work in self.kernels.kinds_of_work(self.group):
+                step = self.plan([work], cache)
+                both = zeros(
+                    len(work.tokens), self.heads + 2 * self.kv_heads, config.head_dim
+                )
+                rope = config.ropes[0]
+                angles = turns(step.positions, self._frequencies[0], rope, kind)
+                for window in self.windows:
+                    self._seen(both, norms, angles, cache[:, 0], step, window)
 
     @property
     def group(self) -> int:

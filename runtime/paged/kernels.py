@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from foreserve.runtime.paged.attention import Ragged
+from foreserve.runtime.paged.attention import Ragged, Work
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MOST_SPLITS = 32
@@ -23,7 +23,12 @@ PROGRAMS = 264
 
 
 # Not compiled again for each alignment of what moves about.
-@triton.jit(do_not_specialize=["tables", "blocks", "queries_n", "window", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        *("most", "total", "tables", "blocks"),
+        *("queries_n", "window", "splits"),
+    ]
+)
 def _attend_kernel(
     out,
     most,
@@ -136,7 +141,7 @@ def _attend_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["rows_n", "splits"])
+@triton.jit(do_not_specialize=["most", "total", "rows_n", "splits"])
 def _join_kernel(
     out,
     parts,
@@ -168,6 +173,17 @@ def _join_kernel(
         told.to(out.dtype.element_ty),
         mask=numbers < NUMBER,
     )
+
+
+def kinds_of_work(group: int) -> list[Work]:
+    """One sequence for each shape that `attend` has a kernel for: little and much, with
+    its context whole and in parts. On one page, however long it is."""
+    beyond_few = max(16, triton.next_power_of_2(group)) // group + 1
+    return [
+        Work(tokens=[0] * count, begin=begin, table=[0] * (begin + count))
+        for count in (1, beyond_few)
+        for begin in (0, 2 * LEAST_SPLIT)
+    ]
 
 
 def attend(
@@ -237,7 +253,7 @@ def attend(
             splits,
             NUMBER=number,
             PADDED=padded,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=MOST_SPLITS,  # One kernel for any number of them.
             num_warps=4,
         )
     return out

@@ -8,8 +8,9 @@ takes what others have on loan first, and then has requests preempted.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -95,7 +96,9 @@ class Loads:
         return True
 
     def bring(self, resident: Resident) -> None:
-        """Those of this GPU; they are on loan when this returns, whoever waits for them."""
+        """Those of this GPU, and kernels for them. They are on loan when this returns,
+        whoever waits for them."""
+        prepared = resident.prepared = resident.prepared or self._prepare(resident)
         (weights,) = self._shelf.shards(resident.service.llm)
         until_s = self._loop.now_s() + self._room_within_s
         with ExitStack() as kept:
@@ -108,6 +111,31 @@ class Loads:
                     hurried = True
                 self._try(resident, weights)
                 tried = True
+            self._await_kernels(resident, prepared)
+
+    def _prepare(self, resident: Resident) -> Future[None]:
+        """Have its kernels compiled, beside all else."""
+        prepared: Future[None] = Future()
+
+        def prepare() -> None:
+            try:
+                resident.decoder.prepare(resident.layout, self._space.page_bytes)
+            except BaseException as error:
+                prepared.set_exception(error)
+            else:
+                prepared.set_result(None)
+
+        threading.Thread(target=prepare, name="kernels", daemon=True).start()
+        return prepared
+
+    def _await_kernels(self, resident: Resident, prepared: Future[None]) -> None:
+        llm = resident.service.llm
+        while not wait([prepared], LOOK_S).done:
+            if resident.leaving.is_set():
+                raise LoadFailed(f"{llm}: the load was cancelled")
+        error = prepared.exception()
+        if error is not None:
+            raise LoadFailed(f"{llm}: no kernels for it: {error}") from error
 
     def _await_room(
         self, resident: Resident, weights: Weights, until_s: float, *, again: bool

@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from foreserve.models.cost import IterationTime
 from foreserve.models.errors import ForeserveError, InvalidInput
 from foreserve.runtime.clock import Clock
@@ -36,7 +38,7 @@ from foreserve.runtime.paged.decoder import Alone, Decoder, Peers
 from foreserve.runtime.paged.following import FollowerFailed, Followers
 from foreserve.runtime.paged.group import Group, Hosted
 from foreserve.runtime.paged.layout import ITEM_BYTES, Layout, Part, lay_out
-from foreserve.runtime.paged.loading import tensor, views
+from foreserve.runtime.paged.loading import DTYPES, tensor, views
 from foreserve.runtime.paged.loads import LoadFailed, Loads
 from foreserve.runtime.paged.mirror import Leader
 from foreserve.runtime.paged.shards import key_of, shard
@@ -98,6 +100,8 @@ class Resident:
         """Its weights are there, to stay."""
         self.number: int | None = None
         """In the group; None while it is not ACTIVE."""
+        self.prepared: Future[None] | None = None
+        """That its kernels are compiled, from the first load on."""
         self.lock = threading.RLock()
         """Of changes between states: one at a time."""
 
@@ -211,6 +215,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            # What a thread's first product needs to be made is, before anybody asks.
+            one = torch.ones(1, 1, dtype=DTYPES[self.dtype], device=self.device)
+            torch.mm(one, one)
             while True:
                 with self._changed:
                     while not (self._asked or self._closed or self.group.busy):
