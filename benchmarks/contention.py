@@ -15,7 +15,7 @@ benchmarks/results/contention.json. Takes some minutes.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -28,17 +28,19 @@ from foreserve import __version__
 from foreserve.cli.common import read_scenario
 from foreserve.models.capacity import cold_loss_s
 from foreserve.models.cost import IterationTime
+from foreserve.models.observed import Observed
 from foreserve.models.outcome import Run
-from foreserve.models.placement import Placement, Replica
+from foreserve.models.placement import Placement, Replica, ReplicaId
 from foreserve.models.plan import Epoch, Plan, SolverInfo
 from foreserve.models.problem import Fleet, ReplicaOption, ServedLlm
 from foreserve.models.rules import Sharing
 from foreserve.models.serving import ServingRules
 from foreserve.models.specs import ClusterSpec, GpuType, Node
+from foreserve.models.tenure import turn_ends_s
 from foreserve.planner.fleet import busy_s
 from foreserve.planner.pipeline import Problems
-from foreserve.planner.policies import get_policy
-from foreserve.planner.policies.ratio import Ratio
+from foreserve.planner.policies import Policy, get_policy
+from foreserve.planner.policies.ratio import Contest, Ratio
 from foreserve.planner.rolling import Rolling
 from foreserve.runtime.simulated import simulate
 from foreserve.solvers.result import SolveOptions
@@ -68,6 +70,7 @@ CASES = [  # policy, keep-alive, tenure
     ("reactive", 30.0, 1.0),
     ("reactive-keep", 30.0, 1.0),
     ("planned", 30.0, 1.0),
+    ("beside", 30.0, 1.0),
 ]
 
 
@@ -243,6 +246,37 @@ def without_epochs(on: Fleet, epochs: tuple[Epoch, ...] = ()) -> Plan:
     )
 
 
+class _Turns(Contest):
+    """Whoever idles gives way to an LLM that has nobody, and whoever has had its turn."""
+
+    def may_push(self, key: ReplicaId, victims: set[ReplicaId]) -> bool:
+        if not victims:
+            return True
+        replicas = [self.seen[v] for v in victims if v in self.seen]
+        if self._serving(key.llm) or not self._spares(victims):
+            return False
+        return len(replicas) == len(victims) and all(
+            replica.phase == "ACTIVE"
+            and (
+                not replica.in_flight
+                or turn_ends_s(replica, self.rule.fleet) <= self.observed.now_s
+            )
+            for replica in replicas
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside(Ratio):
+    """A proposal, and no policy yet: the turns of our own rule, but LLMs start beside others
+    where these may share, and only as many give way as have to."""
+
+    def decide(self, now_s: float, observed: Observed) -> Placement:
+        contest = _Turns(self, self.nothing, observed)
+        contest.keep()
+        contest.let_in()
+        return contest.placement()
+
+
 def run(
     plan: Plan,
     trace: Trace,
@@ -254,8 +288,14 @@ def run(
 ) -> Run:
     serving = replace(plan.fleet.serving, tenure=tenure)
     plan = replace(plan, fleet=replace(plan.fleet, serving=serving))
-    rule = get_policy(policy, plan, keep_alive_s)
-    if isinstance(rule, Ratio):
+    rule: Policy
+    if policy == "beside":
+        rule = Beside(
+            name=policy, fleet=plan.fleet, keep_alive_s=keep_alive_s, keep_weights=True
+        )
+    else:
+        rule = get_policy(policy, plan, keep_alive_s)
+    if policy == "ratio" and isinstance(rule, Ratio):
         rule = replace(rule, drain=drain)
     return simulate(
         plan.fleet,

@@ -48,13 +48,13 @@ class Ratio(OnDemand):
         return now_s + REVIEW_S
 
     def decide(self, now_s: float, observed: Observed) -> Placement:
-        contest = _Contest(self, self.nothing, observed)
+        contest = Contest(self, self.nothing, observed)
         contest.keep()
         contest.let_in()
         return contest.placement()
 
 
-class _Contest(Draft):
+class Contest(Draft):
     """Who serves: what has begun, and newcomers that may push others out."""
 
     rule: Ratio
@@ -117,7 +117,7 @@ class _Contest(Draft):
             if not self.observed.lost_gpus.isdisjoint(key.gpus):
                 continue
             victims = self._victims(key)
-            if victims is None or not self._may_push(key, victims):
+            if victims is None or not self.may_push(key, victims):
                 continue
             lost = max((self._demand(v.llm) for v in victims), default=0.0)
             rank = (bool(victims), lost, self._rank(option, key))
@@ -125,7 +125,7 @@ class _Contest(Draft):
                 best = rank, key, victims
         return None if best is None else best[1:]
 
-    def _may_push(self, key: ReplicaId, victims: set[ReplicaId]) -> bool:
+    def may_push(self, key: ReplicaId, victims: set[ReplicaId]) -> bool:
         """Whether the demand for ``key`` outweighs that of ``victims``, which have all
         served for long enough and may be spared."""
         if not victims:
