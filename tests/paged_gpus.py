@@ -104,8 +104,8 @@ class Gpus:
             listener=asked,
             arrival_s=worker.now_s(),
         )
-        self._asked.append(asked)
         worker.ask(lambda: worker.group.submit(asked.job)).result()
+        self._asked.append(asked)
         return asked
 
     def wait(self) -> None:

@@ -12,7 +12,9 @@ pytest.importorskip("transformers", reason="compared with transformers")
 from foreserve.runtime.memory.books import Books  # noqa: E402
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace  # noqa: E402
 from foreserve.runtime.paged import worker  # noqa: E402
+from foreserve.runtime.paged.jobs import TooLong  # noqa: E402
 from foreserve.runtime.paged.line import Claim, Line  # noqa: E402
+from foreserve.runtime.paged.loads import LoadFailed  # noqa: E402
 from tests.paged_gpus import Gpus, weight_pages  # noqa: E402
 from tests.paged_llms import Llm  # noqa: E402
 
@@ -170,6 +172,32 @@ def test_the_younger_of_two_leaders_gives_way(llms, monkeypatch):
     assert older.job.last_s < younger.job.last_s
     assert gpus.waits > 0
     gpus.check()
+    gpus.close()
+
+
+def test_what_a_follower_could_never_hold(llms):
+    """GPU 1 has four pages beside a shard of an LLM that GPU 0 leads, and those of a WARM
+    one. A request that needs one more is refused at once. Room for one that needs all is
+    kept as soon as it is asked for, before anything of it is computed: the WARM LLM cannot
+    wake; when there was another request and it has ended, it can."""
+    llm, other = llms["qwen"], llms["llama"]
+    room = weight_pages(other, PAGE) + 4
+    shards = [weight_pages(llm, PAGE, 2, rank) for rank in range(2)]
+    gpus = Gpus([shards[0] + 2 * room, shards[1] + room], PAGE, "fcfs")
+    leader, follower = gpus.workers
+    resident, warm = gpus.have(llm, 0, 1), gpus.have(other, 1)
+    follower.sleep(warm)
+    tokens = room * (PAGE // resident.token_bytes)
+    with pytest.raises(TooLong, match=f"{tokens} prompt .* do not fit into {tokens}"):
+        gpus.ask(0, resident, llm, [5] * tokens, 2)
+    reserve = leader.group.leading.reserve
+    assert leader.ask(lambda: reserve(resident.number, room)).result() == room
+    with pytest.raises(LoadFailed, match="a request in flight would not fit"):
+        follower.wake(warm)
+    gpus.ask(0, resident, llm, [5, 6, 7], 4)
+    gpus.wait()
+    gpus.check()
+    follower.wake(warm)
     gpus.close()
 
 

@@ -144,10 +144,13 @@ class Followers:
 
     # --- iterations ----------------------------------------------------------------
 
-    def park(self, shares: Sequence[Share]) -> tuple[list[int | None], dict[int, int]]:
+    def park(
+        self, shares: Sequence[Share], largest: int
+    ) -> tuple[list[int | None], dict[int, int]]:
         """Have the others stand still with pages for what is to be computed: where there
         are none for it, if there are not, and what room each place has for all requests
-        of this leader. `go` must follow."""
+        of this leader. ``largest``: pages that one of the LLM's may come to need. `go`
+        must follow."""
         full: list[int | None] = [None] * len(shares)
         rooms: dict[int, int] = {}
         work = [asdict(share) for share in shares]
@@ -155,7 +158,7 @@ class Followers:
         for place, link in zip(self.places, self._links, strict=True):
             left = [i for i, at in enumerate(full) if at is None]
             self._asked.append(left)
-            self._send(link, do="step", work=[work[i] for i in left])
+            self._send(link, do="step", work=[work[i] for i in left], largest=largest)
             told = self._told(link)
             for i, ready in zip(left, told["ready"], strict=True):
                 full[i] = None if ready else place
@@ -167,13 +170,22 @@ class Followers:
         for link, asked in zip(self._links, self._asked, strict=True):
             self._send(link, chosen=[asked.index(i) for i in chosen])
 
-    def release(self, request: int, but: int | None = None) -> None:
-        """Its pages are free, and it waits for none, ``but`` at one place. One that is
-        gone has none."""
+    def reserve(self, pages: int) -> int:
+        """A request may come to need so many: how many each of them could have. If there
+        are enough, they stay."""
+        for link in self._links:
+            self._send(link, do="reserve", pages=pages)
+        return min([int(self._told(link)["pages"]) for link in self._links])
+
+    def release(
+        self, request: int, but: int | None = None, *, last: bool = False
+    ) -> None:
+        """Its pages are free, and it waits for none, ``but`` at one place. ``last``: there
+        is no other. One that is gone has none."""
         for place, link in zip(self.places, self._links, strict=True):
             if place != but:
                 with suppress(FollowerFailed):
-                    self._send(link, do="release", request=request)
+                    self._send(link, do="release", request=request, last=last)
 
     # -------------------------------------------------------------------------------
 
@@ -254,13 +266,21 @@ class Following:
         do = asked.pop("do")
         if do == "step":
             shares = [Share(**share) for share in asked["work"]]
-            failed = self._worker.ask(lambda: self._step(shares)).result()
+            largest = asked["largest"]
+            failed = self._worker.ask(lambda: self._step(shares, largest)).result()
             if failed:
                 raise _Left(failed)
             return
         if do == "release":
-            request = asked["request"]
-            self._worker.ask(lambda: self._mirror().release(request)).result()
+            request, last = asked["request"], asked["last"]
+            self._worker.ask(
+                lambda: self._mirror().release(request, last=last)
+            ).result()
+            return
+        if do == "reserve":
+            pages = asked["pages"]
+            room = self._worker.ask(lambda: self._mirror().reserve(pages)).result()
+            self._say({"pages": room})
             return
         if do == "hurry":
             return  # What was to be hurried has come.
@@ -333,10 +353,11 @@ class Following:
     def _sleep(self) -> None:
         self._worker.sleep(self._known())
 
-    def _step(self, shares: list[Share]) -> str:
+    def _step(self, shares: list[Share], largest: int) -> str:
         """In the loop's thread; what failed. No traceback may keep weights in view."""
         try:
             mirror = self._mirror()
+            mirror.largest = largest
             ready = [mirror.ready(share) for share in shares]
             room = self._worker.group.leading.room_for(mirror.leader.name)
             self._say({"ready": ready, "room": room})

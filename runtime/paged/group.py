@@ -149,20 +149,20 @@ class Group:
         for known in (self._hosted, self._caches, self._pace, self.totals):
             known.pop(service)
 
-    def room_tokens(self, service: int) -> int:
-        """Of one request with its answer, if it is the only one."""
-        return self.space.pages() * self.space.per_page(service)
-
     # --- requests ------------------------------------------------------------------
 
     def submit(self, job: Job) -> None:
         """It has come; ``job.prompt`` is not empty. Raises `TooLong` if prompt and answer
-        may have more than `room_tokens`."""
-        hosted = self._hosted[job.service]
-        prompt, room = len(job.prompt), self.room_tokens(job.service)
-        if prompt + job.most_tokens - 1 > room:
+        would not fit into one of its GPUs, were it the only one."""
+        hosted, prompt = self._hosted[job.service], len(job.prompt)
+        per_page, room = self.space.per_page(job.service), self.space.pages()
+        pages = pages_of(prompt + job.most_tokens - 1, per_page)
+        if pages <= room:
+            room = self.leading.reserve(job.service, pages)
+        if pages > room:
             raise TooLong(
-                f"{prompt} prompt tokens and {job.most_tokens} more do not fit into {room}"
+                f"{prompt} prompt tokens and {job.most_tokens} more do not fit into "
+                f"{room * per_page}"
             )
         job.known = list(job.prompt)
         prefill_s = hosted.time.prefill_s(prompt, prompt**2) * self._pace[job.service]
@@ -218,7 +218,7 @@ class Group:
     def largest(self) -> int:
         """Pages that the largest request in flight may come to need: with fewer it would
         never end."""
-        own = max((self._most_pages(job) for job in self._jobs), default=0)
+        own = max((job.most_pages for job in self._jobs), default=0)
         return max((own, *(mirror.largest for mirror in self.mirrors.values())))
 
     def held(self, service: int) -> int:
@@ -230,11 +230,7 @@ class Group:
     def needs(self, service: int) -> int:
         """Pages that its requests have, or may come to need. Any thread."""
         mine = [job for job in tuple(self._jobs) if job.service == service]
-        return sum(self._most_pages(job) for job in mine)
-
-    def _most_pages(self, job: Job) -> int:
-        tokens = len(job.prompt) + job.most_tokens - 1
-        return pages_of(tokens, self.space.per_page(job.service))
+        return sum(job.most_pages for job in mine)
 
     def step(self) -> bool:
         """Run an iteration, or find out who cannot; False if nobody may run."""

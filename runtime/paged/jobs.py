@@ -12,6 +12,7 @@ import torch
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.memory.books import Pages
 from foreserve.runtime.memory.kv import KvTable
+from foreserve.runtime.memory.rules import pages_of
 from foreserve.runtime.paged.sampling import (
     GREEDY,
     Bend,
@@ -109,6 +110,12 @@ class Job:
     @property
     def pages(self) -> int:
         return self.table.pages
+
+    @property
+    def most_pages(self) -> int:
+        """That it may come to need."""
+        tokens = len(self.prompt) + self.most_tokens - 1
+        return pages_of(tokens, self.table.per_page)
 
     @property
     def promise(self) -> int:

@@ -44,6 +44,8 @@ class Leading:
         self._rooms: dict[int, int] = {}
         """Pages that its requests have or could have on each of the others, as last
         told."""
+        self._largest: dict[int, int] = {}
+        """Pages that a request may come to need, as the others were told, by LLM."""
         self._waiting: dict[Job, int] = {}
         """And for which GPU."""
         self.waits = 0
@@ -52,9 +54,10 @@ class Leading:
     def add(self, service: int, team: Team | None) -> None:
         self._teams[service] = team
         self._places[service] = frozenset((OWN, *(team.places if team else ())))
+        self._largest[service] = 0
 
     def remove(self, service: int) -> None:
-        del self._teams[service], self._places[service]
+        del self._teams[service], self._places[service], self._largest[service]
         there = frozenset[int]().union(*self._places.values())
         for place in self._rooms.keys() - there:
             del self._rooms[place]
@@ -109,9 +112,25 @@ class Leading:
             self.line.leave(claim)
         team = self._teams[job.service]
         if team is not None:
-            team.release(job.progress.request)
+            last = all(other.service != job.service for other in self._jobs)
+            team.release(job.progress.request, last=last)
+            if last:
+                self._largest[job.service] = 0
 
     # --- pages ---------------------------------------------------------------------
+
+    def reserve(self, service: int, pages: int) -> int:
+        """Pages that a request of that LLM could have on each of the others. If it may
+        need ``pages`` and there are so many, they are not given to weights any more."""
+        team, known = self._teams[service], self._largest[service]
+        if team is None or pages <= known:
+            return pages
+        room = team.reserve(pages)
+        if room < pages:
+            team.reserve(known)
+        else:
+            self._largest[service] = pages
+        return room
 
     def park(self, service: int, batch: Sequence[Job]) -> dict[int, int]:
         """Those that follow stand still and have pages; which of the batch cannot go on,
@@ -119,6 +138,8 @@ class Leading:
         team = self._teams[service]
         if team is None:
             return {}
+        mine = (job for job in self._jobs if job.service == service)
+        largest = self._largest[service] = max(job.most_pages for job in mine)
         refused, rooms = team.park(
             [
                 Share(
@@ -126,13 +147,13 @@ class Leading:
                     arrival_s=job.arrival_s,
                     tokens=job.chunk,
                     begin=job.computed,
-                    most_tokens=len(job.prompt) + job.most_tokens - 1,
                     promise=job.promise,
                     waits=not i,
                     scored=job.scored(job.prompt_tokens),
                 )
                 for i, job in enumerate(batch)
-            ]
+            ],
+            largest,
         )
         self._rooms |= rooms
         return {i: place for i, place in enumerate(refused) if place is not None}

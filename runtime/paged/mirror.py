@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from foreserve.runtime.memory.rules import pages_of
 from foreserve.runtime.paged.attention import Work
 from foreserve.runtime.paged.line import Claim
 
@@ -26,8 +25,6 @@ class Share:
     tokens: Sequence[int]
     begin: int
     """Position of the first."""
-    most_tokens: int
-    """That it may come to have, all in all."""
     promise: int
     """Pages set aside for it."""
     waits: bool
@@ -45,12 +42,16 @@ class Team(Protocol):
         ...
 
     def park(
-        self, shares: Sequence[Share]
+        self, shares: Sequence[Share], largest: int
     ) -> tuple[list[int | None], Mapping[int, int]]: ...
 
     def go(self, chosen: Sequence[int]) -> None: ...
 
-    def release(self, request: int, but: int | None = None) -> None: ...
+    def reserve(self, pages: int) -> int: ...
+
+    def release(
+        self, request: int, but: int | None = None, *, last: bool = False
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,78 +63,78 @@ class Leader:
     give_way: Callable[[int], None]
 
 
-@dataclass(slots=True)
-class _Mirrored:
-    claim: Claim
-    most_pages: int
-
-
 class Mirror:
     """The requests of one LLM that this process follows. For the loop's thread."""
 
     def __init__(self, group: Group, service: int, leader: Leader) -> None:
         self._group, self._service, self.leader = group, service, leader
-        self._requests: dict[int, _Mirrored] = {}
+        self._requests: dict[int, Claim] = {}
+        self.largest = 0
+        """Pages that the largest request may come to need, of those too that were never
+        computed: as the leader has told."""
 
     @property
     def held(self) -> int:
-        return sum(one.claim.table.pages for one in tuple(self._requests.values()))
+        return sum(one.table.pages for one in tuple(self._requests.values()))
 
     @property
     def booked(self) -> int:
         return sum(claim.booked for claim in self.holders())
 
-    @property
-    def largest(self) -> int:
-        return max((one.most_pages for one in self._requests.values()), default=0)
-
     def holders(self) -> Iterable[Claim]:
         """Those that have pages."""
-        claims = (one.claim for one in self._requests.values())
-        return (claim for claim in claims if claim.table.pages)
+        return (claim for claim in self._requests.values() if claim.table.pages)
+
+    def reserve(self, pages: int) -> int:
+        """The leader's largest request may need so many from now on, if there could be
+        that many: how many there could be."""
+        room = self._group.space.pages()
+        if pages <= max(room, self.largest):
+            self.largest = pages
+        return room
 
     def ready(self, share: Share) -> bool:
         """Have pages for it, or have it wait for them."""
-        known = self._requests.get(share.request)
-        if known is None:
-            known = self._requests[share.request] = self._new(share)
-        known.claim.table.promise = share.promise
+        claim = self._requests.get(share.request)
+        if claim is None:
+            claim = self._requests[share.request] = self._new(share)
+        claim.table.promise = share.promise
         tokens = share.begin + len(share.tokens)
-        return self._group.leading.line.ask(known.claim, tokens, waits=share.waits)
+        return self._group.leading.line.ask(claim, tokens, waits=share.waits)
 
-    def _new(self, share: Share) -> _Mirrored:
+    def _new(self, share: Share) -> Claim:
         space, request = self._group.space, share.request
 
         def give_way() -> bool:
             self.leader.give_way(request)
             return False
 
-        claim = Claim(
+        return Claim(
             age=(share.arrival_s, self.leader.name, request),
             table=space.open(self._service),
             met=partial(self.leader.come, request),
             give_way=give_way,
         )
-        most = pages_of(share.most_tokens, space.per_page(self._service))
-        return _Mirrored(claim, most)
 
     def compute(self, shares: Sequence[Share]) -> None:
         work = [
             Work(
                 tokens=share.tokens,
                 begin=share.begin,
-                table=self._requests[share.request].claim.table.numbers(),
+                table=self._requests[share.request].table.numbers(),
                 scored=share.scored,
             )
             for share in shares
         ]
         self._group.follow(self._service, work)
 
-    def release(self, request: int) -> None:
+    def release(self, request: int, *, last: bool = False) -> None:
+        if last:
+            self.largest = 0
         gone = self._requests.pop(request, None)
         if gone is not None:
-            self._group.leading.line.leave(gone.claim)
-            gone.claim.table.release()
+            self._group.leading.line.leave(gone)
+            gone.table.release()
 
     def close(self) -> None:
         """Its LLM leaves."""
