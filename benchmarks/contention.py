@@ -15,6 +15,7 @@ benchmarks/results/contention.json. Takes some minutes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -267,8 +268,8 @@ class _Turns(Contest):
 
 @dataclass(frozen=True, kw_only=True)
 class Beside(Ratio):
-    """A proposal, and no policy yet: the turns of our own rule, but LLMs start beside others
-    where these may share, and only as many give way as have to."""
+    """A proposal, no policy yet: our rule's turns, but LLMs start beside others where these
+    may share, and only as many give way as have to."""
 
     def decide(self, now_s: float, observed: Observed) -> Placement:
         contest = _Turns(self, self.nothing, observed)
@@ -309,6 +310,11 @@ def run(
     )
 
 
+def ends(values: Iterable[float]) -> list[float]:
+    ordered = sorted(values)
+    return [round(ordered[0], 2), round(ordered[-1], 2)]
+
+
 def row(runs: list[Run]) -> dict[str, Any]:
     """Means over the seeds."""
     totals = [run.outcome.total for run in runs]
@@ -316,12 +322,8 @@ def row(runs: list[Run]) -> dict[str, Any]:
         "ttft_p50_s": round(fmean(t.ttft.p50_s for t in totals), 2),
         "ttft_p95_s": round(fmean(t.ttft.p95_s for t in totals), 2),
         "ttft_p99_s": round(fmean(t.ttft.p99_s for t in totals), 2),
-        "ttft_p50_range_s": [
-            round(pick(t.ttft.p50_s for t in totals), 2) for pick in (min, max)
-        ],
-        "ttft_p95_range_s": [
-            round(pick(t.ttft.p95_s for t in totals), 2) for pick in (min, max)
-        ],
+        "ttft_p50_range_s": ends(t.ttft.p50_s for t in totals),
+        "ttft_p95_range_s": ends(t.ttft.p95_s for t in totals),
         "tpot_p50_s": round(fmean(t.tpot.p50_s for t in totals), 4),
         "unfinished": sum(t.requests - t.finished for t in totals),
         "activations": round(fmean(r.outcome.activations for r in runs), 1),
@@ -368,9 +370,8 @@ def compared(count: int, step_s: float, batch: int) -> list[dict[str, Any]]:
             )
             for plan, trace in zip(plans, traces, strict=True)
         ]
-        about = {"requests": count, "step_s": step_s, "batch": batch}
-        about |= {"policy": policy, "keep_alive_s": keep_alive_s, "tenure": tenure}
-        rows.append({**about, **row(runs)})
+        about = {"policy": policy, "keep_alive_s": keep_alive_s, "tenure": tenure}
+        rows.append({"requests": count, **about, **row(runs)})
         click.echo(rows[-1])
     return rows
 
