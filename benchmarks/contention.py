@@ -371,7 +371,8 @@ def compared(count: int, step_s: float, batch: int) -> list[dict[str, Any]]:
             for plan, trace in zip(plans, traces, strict=True)
         ]
         about = {"policy": policy, "keep_alive_s": keep_alive_s, "tenure": tenure}
-        rows.append({"requests": count, **about, **row(runs)})
+        where = {"requests": count, "step_s": step_s, "batch": batch}
+        rows.append({**where, **about, **row(runs)})
         click.echo(rows[-1])
     return rows
 
