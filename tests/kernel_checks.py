@@ -119,7 +119,7 @@ class Case:
         assert error < NEAR[dtype], error
 
 
-@pytest.mark.parametrize("number", [16, 80, 96, 128, 256])
+@pytest.mark.parametrize("number", [16, 80, 128, 256])
 def test_heads_of_any_width(number):
     """Also where it is no power of two, and the tile is wider than a head."""
     Case(RAGGED, 4, 2, number, 7).check()
@@ -156,7 +156,7 @@ def test_capped():
 
 
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("sizes", [((1, 0), (1, 130), (1, 77)), ((20, 90), (1, 7))])
+@pytest.mark.parametrize("sizes", [((1, 0), (1, 70), (1, 41)), ((20, 45), (1, 7))])
 def test_contexts_in_parts(monkeypatch, sizes, window):
     """Several programs read parts of a context, some of which hold nothing for a token:
     together they say what one says."""
@@ -185,9 +185,10 @@ def test_addresses_beyond_32_bits():
     assert torch.allclose(told.double(), shares @ known[1, :, 0].double(), atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "number"), [("float32", 80), ("bfloat16", 64), ("bfloat16", 80)]
+)
 @pytest.mark.parametrize("offset", [None, 0.0, 1.0])
-@pytest.mark.parametrize("number", [64, 80])
 def test_turning_and_keeping(dtype, offset, number):
     """Queries come out as torch norms and turns them; keys and values are in the cache,
     and nothing else has changed there."""
@@ -233,9 +234,10 @@ def near(told, wanted, dtype):
     torch.testing.assert_close(told, wanted, rtol=step, atol=step, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "width"), [("float32", 200), ("bfloat16", 64), ("bfloat16", 200)]
+)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("width", [64, 200])
 def test_norms_and_gates(dtype, offset, width):
     """With and without something to add; both gates."""
     x, told = drawn((5, width), 1, dtype), drawn((5, width), 2, dtype)
@@ -285,31 +287,37 @@ KERNELS = {name for one in (kernels, fused) for name in vars(one) if "_kernel" i
 
 
 @pytest.mark.skipif(ON_GPU, reason="LLMs of tests are in the host's memory")
-@pytest.mark.parametrize("family", ["qwen3-moe", "gemma2"])
-def test_whole_llms(family, tmp_path, monkeypatch, launched):
+@pytest.mark.parametrize(
+    ("family", "more"), [("qwen3-moe", {}), ("gemma2", {"sliding_window": 12})]
+)
+def test_whole_llms(family, more, tmp_path, monkeypatch, launched):
     """Norms of heads, experts, caps and windows, over pages that nobody has emptied: a
-    prompt of one token alone, decodes of one and of two, then prompts in chunks, in
-    decodes and contexts in parts beside each other. Answers are those of transformers,
-    and no kernel is launched that `Decoder.prepare` has not had compiled."""
-    monkeypatch.setattr(kernels, "LEAST_SPLIT", 16)
-    llm, pages = Llm(tmp_path, family), Pages(20)
+    prompt of one token alone, decodes of one and of two, then prompts in chunks, decodes
+    and contexts in parts beside each other. Answers are those of plain torch, and no
+    kernel is launched that `Decoder.prepare` has not had compiled."""
+    monkeypatch.setattr(kernels, "LEAST_SPLIT", 12)
+    llm = Llm(tmp_path, family, **more)
+    wanted = answers(llm, Pages(20))
+    assert not launched
     llm.decoder = Decoder(llm.config, kernels=True)
     llm.decoder.prepare(llm.layout, PAGE_BYTES)
     prepared = frozenset(launched)
     assert {key.split()[0] for key in prepared} == KERNELS
+    pages = Pages(20)
     pages.bytes[:] = 0xFF
     pages.empty = False
+    assert answers(llm, pages) == wanted
+    assert launched == prepared
+
+
+def answers(llm, pages):
     asked = [
         Sequence_(llm, [(37 * i + n) % 500 for n in range(i)], tokens)
-        for i, tokens in ((1, 3), (9, 2), (50, 2), (34, 2))
+        for i, tokens in ((1, 4), (5, 3), (25, 2), (18, 2))
     ]
-    for together in (1, 2, 4):
+    for together in (1, 2):
         for _ in range(2):
-            running = [one for one in asked[:together] if not one.done]
-            iterate(llm, pages, running, chunk=24)
+            iterate(llm, pages, asked[:together], chunk=17)
     while running := [one for one in asked if not one.done]:
-        iterate(llm, pages, running, chunk=24)
-    assert [one.answer for one in asked] == [
-        llm.told(one.prompt, one.wanted) for one in asked
-    ]
-    assert launched == prepared
+        iterate(llm, pages, running, chunk=17)
+    return [one.answer for one in asked]
