@@ -130,6 +130,7 @@ def copying() -> list[dict[str, Any]]:
     store = HostStore(2 * size, lambda _: (size, _fill))
     shared = store.open("shard")
     assert shared is not None
+    shared.filling.wait(shared.num_bytes - 1)
     target = PosixMemory(PAGE, size // PAGE)
     there = target.reserve(size)
     target.map(there, [(0, size // PAGE)])
@@ -190,6 +191,7 @@ def granting() -> dict[str, Any]:
     store = HostStore(GIB, lambda _: (512 * MIB, _fill))
     shared = store.open("shard")
     assert shared is not None
+    shared.filling.wait(shared.num_bytes - 1)
     link, weights = Link(SystemClock()), Weights(pool, 512 * MIB)
     shelf.put("warm", [weights])
     found: dict[str, list[float]] = {"resident": [], "while it loads": []}

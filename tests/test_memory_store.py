@@ -20,8 +20,9 @@ import pytest
 from foreserve.models.errors import InvalidInput
 from foreserve.runtime.clock import SystemClock
 from foreserve.runtime.engines import tiny
-from foreserve.runtime.memory import node_store
+from foreserve.runtime.memory import filling, node_store
 from foreserve.runtime.memory.cuda import CudaMemory
+from foreserve.runtime.memory.filling import Fill, Stop
 from foreserve.runtime.memory.loading import Link, Load, Source, Whole
 from foreserve.runtime.memory.node_store import (
     RemoteStore,
@@ -38,7 +39,7 @@ from foreserve.runtime.memory.safetensors import (
     fill,
     read_header,
 )
-from foreserve.runtime.memory.store import Fill, HostStore, Stop, StoreFailed
+from foreserve.runtime.memory.store import HostStore, Opened, Store, StoreFailed
 from foreserve.runtime.memory.streaming import (
     WINDOW_BYTES,
     WINDOWS,
@@ -147,7 +148,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 def test_a_shard_is_its_cuts_of_the_checkpoint(tmp_path):
     """Rows of one matrix, columns of another and a whole vector, at the offsets asked for;
-    bytes between them are not touched; a tensor that is too small is told."""
+    bytes between them are zero; a tensor that is too small is told."""
     numbers = np.arange(12, dtype=np.uint16)
     header = {
         "wide": {"dtype": "BF16", "shape": [3, 4], "data_offsets": [0, 24]},
@@ -168,7 +169,8 @@ def test_a_shard_is_its_cuts_of_the_checkpoint(tmp_path):
     )
     fill(plan, checkpoint, memory)
     assert memory[:16].view(np.uint16).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
-    assert memory[16:18].tolist() == [255, 255]
+    assert memory[16:18].tolist() == memory[24:26].tolist() == [0, 0]
+    assert memory[30:32].tolist() == [0, 0]
     assert memory[18:24].view(np.uint16).tolist() == [2, 6, 10]
     assert memory[26:30].view(np.uint16).tolist() == [100, 101]
     for piece in (Piece("wide", (0, 4), (0, 4), 0), Piece("norm", (0, 2), (0, 1), 0)):
@@ -236,21 +238,25 @@ def _shards(key: str) -> tuple[int, Fill]:
     return int(size), read
 
 
+def _opened(store: Store, key: str) -> Opened:
+    """When all of it is there."""
+    own = store.open(key)
+    assert own is not None
+    own.filling.wait(own.num_bytes - 1, SOON_S)
+    assert own.filling.whole
+    return own
+
+
 def test_a_shard_is_read_once_and_goes_when_there_is_no_room():
     """Memory for 300 bytes: a and b are read once however often they are opened; c needs
     the room of the least recently used that nobody copies from. With all in use there is
     none, which is an answer and no error."""
     store = HostStore(300, _shards)
-    a, b = store.open("a:100"), store.open("b:200")
-    assert a is not None
-    assert b is not None
-    again = store.open("a:100")
-    assert again is not None
+    a, b, again = (_opened(store, key) for key in ("a:100", "b:200", "a:100"))
     assert (bytes(again.array()), store.read_bytes) == (b"a" * 100, 300)
     assert store.open("c:100") is None
     b.close()
-    c = store.open("c:100")
-    assert c is not None
+    c = _opened(store, "c:100")
     assert bytes(c.array()) == b"c" * 100
     assert ("b:200" in store, "a:100" in store, store.held_bytes) == (False, True, 200)
     assert bytes(a.array()) == b"a" * 100
@@ -269,21 +275,18 @@ def test_what_is_to_be_kept_goes_last():
     store = HostStore(300, _shards)
     store.keep(["a:"])
     for key in ("a:100", "b:200", "c:200"):
-        own = store.open(key)
-        assert own is not None
-        own.close()
+        _opened(store, key).close()
     assert ("a:100" in store, "b:200" in store, "c:200" in store) == (True, False, True)
     assert store.open("d:300") is None
     store.keep([])
-    own = store.open("d:300")
-    assert own is not None
-    own.close()
+    _opened(store, "d:300").close()
     assert store.held_bytes == 300
     store.close()
 
 
 def test_a_read_that_fails_leaves_nothing_and_is_tried_again():
-    """Its room is free again, the error is the reader's own, and a second read works."""
+    """Its room is free again, what is said is what the reader said, and a second read
+    works."""
     fails = [True]
 
     def shards(key: str) -> tuple[int, Fill]:
@@ -296,12 +299,14 @@ def test_a_read_that_fails_leaves_nothing_and_is_tried_again():
 
     before = len(os.listdir("/proc/self/fd"))
     store = HostStore(100, shards)
-    with pytest.raises(InvalidInput, match="torn"):
-        store.open("a")
+    torn = store.open("a")
+    assert torn is not None
+    with pytest.raises(StoreFailed, match="torn"):
+        torn.filling.wait(0, SOON_S)
+    torn.close()
     assert store.held_bytes == 0
     assert len(os.listdir("/proc/self/fd")) == before
-    one = store.open("a")
-    assert one is not None
+    one = _opened(store, "a")
     assert one.array()[0] == 7
     one.close()
     store.close()
@@ -325,8 +330,7 @@ def test_who_asks_during_a_read_waits_for_it():
     seen: list[int] = []
 
     def ask() -> None:
-        own = store.open("a")
-        assert own is not None
+        own = _opened(store, "a")
         seen.append(int(own.array().sum()))
         own.close()
 
@@ -346,6 +350,7 @@ import sys, pathlib
 from foreserve.runtime.memory.node_store import RemoteStore
 store = RemoteStore(pathlib.Path(sys.argv[1]))
 shared = store.open("a:100000")
+shared.filling.wait(99999)
 print(bytes(shared.array()) == b"a" * 100000, shared.num_bytes, flush=True)
 print(store.open("b:100000"), flush=True)
 sys.stdin.read()
@@ -384,12 +389,12 @@ def test_other_processes_map_what_the_store_has(tmp_path, monkeypatch):
     remote = RemoteStore(path)
     with pytest.raises(StoreFailed, match="no shard 'x'"):
         remote.open("x")
-    own = remote.open("a:100000")
-    assert own is not None
+    own = _opened(remote, "a:100000")
     assert remote.look(SOON_S) == {"held_bytes": 100000, "read_bytes": 300000}
     own.close()
     while (own := remote.open("b:100000")) is None:
         pause.wait(0.01)
+    own.filling.wait(99999, SOON_S)
     server.close()
     assert bytes(own.array()) == b"b" * 100000
     with pytest.raises(StoreGone, match="gone"):
@@ -417,8 +422,7 @@ def test_what_is_not_used_stays_open_until_the_store_wants_it(tmp_path):
     story: list[str] = []
 
     def use(key: str) -> int:
-        own = mine.open(key)
-        assert own is not None
+        own = _opened(mine, key)
         own.once(lambda: story.append(f"pin {key}"), lambda: story.append(f"un {key}"))
         own.close()
         own.close()
@@ -429,8 +433,7 @@ def test_what_is_not_used_stays_open_until_the_store_wants_it(tmp_path):
     assert use("a:100") == where
     assert story == ["pin a:100", "pin b:200"]
     _until(lambda: list(store._ram.held) == ["b:200", "a:100"])
-    c = other.open("c:200")
-    assert c is not None
+    c = _opened(other, "c:200")
     assert story == ["pin a:100", "pin b:200", "un b:200"]
     own = mine.open("a:100")
     assert own is not None
@@ -438,8 +441,7 @@ def test_what_is_not_used_stays_open_until_the_store_wants_it(tmp_path):
     assert other.open("d:100") is None
     own.close()
     _until(lambda: store._uses["a:100"] == 0)
-    d = other.open("d:100")
-    assert d is not None
+    d = _opened(other, "d:100")
     assert story[3:] == ["un a:100"]
     c.close()
     server.close()
@@ -473,41 +475,133 @@ class Slow:
         return 64, read
 
 
-def test_a_read_ends_when_nobody_waits_for_it(tmp_path):
-    """Two ask for one shard. Who asked first leaves: the read goes on for the second one.
-    When he leaves too, it ends, and its room is free; the next one reads anew, and has all
-    of it."""
-    slow, left = Slow(), [threading.Event(), threading.Event()]
+def test_a_shard_can_be_copied_while_it_is_read(tmp_path, monkeypatch):
+    """Two processes' stores, and one in this process, have one shard open that is read by
+    windows of 8 bytes: each sees the bytes of whole windows as they come, and storage is
+    read once. Who asked first leaves: the read goes on. When all have left it ends, and its
+    room is free; the next one reads anew, and has all of it."""
+    monkeypatch.setattr(filling, "WINDOW_BYTES", 8)
+    slow = Slow()
     store = HostStore(64, slow.shards)
     server = StoreServer(store, listen(tmp_path / "store"))
-    remote = RemoteStore(tmp_path / "store")
-    ended: list[int] = []
-
-    def ask(who: int) -> None:
-        with pytest.raises(Stopped):
-            remote.open("a", left[who].is_set)
-        ended.append(who)
-
-    threads = [threading.Thread(target=ask, args=(who,)) for who in (0, 1)]
-    threads[0].start()
-    _until(lambda: slow.reads == ["a"])
-    threads[1].start()
-    _until(lambda: store._filling == {"a": 1})
-    left[0].set()
-    threads[0].join(SOON_S)
-    slow.steps.release(10)
-    _until(lambda: slow.steps._value == 0)
-    assert (ended, slow.stopped.is_set(), store.held_bytes) == ([0], False, 64)
-    left[1].set()
-    threads[1].join(SOON_S)
+    remotes = [RemoteStore(tmp_path / "store") for _ in range(2)]
+    own = [opener.open("a") for opener in (*remotes, store)]
+    slow.steps.release(19)
+    for one in own:
+        assert one is not None
+        _until(lambda one=one: one.filling.ready_bytes == 16)
+        assert one.array()[:16].tolist() == list(range(16))
+        assert (one.filling.ahead(10), one.filling.ahead(16)) == (6, 0)
+    own[0].close()
+    assert len(slow.reads) == 3
+    _until(lambda: store._uses["a"] == 2)
+    assert (slow.stopped.is_set(), store.held_bytes) == (False, 64)
+    own[1].close()
+    own[2].close()
     assert slow.stopped.wait(SOON_S)
     _until(lambda: store.held_bytes == 0)
     slow.steps.release(64)
-    own = remote.open("a")
-    assert own is not None
-    assert (own.array().tolist(), slow.reads) == (list(range(64)), ["a", "a"])
-    own.close()
-    remote.close()
+    again = _opened(remotes[0], "a")
+    assert again.array().tolist() == list(range(64))
+    assert store.read_bytes == 64
+    again.close()
+    for remote in remotes:
+        remote.close()
+    server.close()
+    store.close()
+
+
+def test_a_read_that_nobody_waits_for_makes_room():
+    """A store for one shard. Who had a read leaves, and comes back when the read has seen
+    it: it goes on. When he has left for good, who asks for b at once has its room as soon
+    as that read has ended."""
+    slow = Slow()
+    store = HostStore(64, slow.shards)
+    a = store.open("a")
+    assert a is not None
+    with store._changed:
+        a.close()
+        assert slow.stopped.wait(SOON_S)
+        a = store.open("a")
+        assert a is not None
+    _until(lambda: len(slow.reads) == 2)
+    assert not a.filling.failed
+    slow.stopped.clear()
+    a.close()
+    b = store.open("b")
+    assert b is not None
+    assert slow.stopped.is_set()
+    slow.steps.release(64)
+    b.filling.wait(63, SOON_S)
+    assert (b.array().tolist(), store.held_bytes) == (list(range(64)), 64)
+    b.close()
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["goes", "hangs", "fails", "is cancelled"])
+def test_a_load_copies_while_the_store_reads(tmp_path, link, monkeypatch, how):
+    """A shard of 64 bytes, read by windows of 8: when the store has 24, so has the load.
+    If the store ends then, or says nothing any more, the load reads the rest itself, and no
+    byte before; if its reader fails, the load ends with what he said; if the load is
+    cancelled, the read ends."""
+    monkeypatch.setattr(filling, "WINDOW_BYTES", 8)
+    monkeypatch.setattr(node_store, "SILENT_S", 0.1)
+    slow, begun = Slow(), []
+
+    def shards(key: str) -> tuple[int, Fill]:
+        def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
+            begun.append(begin)
+            _numbers(memory, begin, stop)
+
+        return 64, read
+
+    def torn(key: str) -> tuple[int, Fill]:
+        _, slowly = slow.shards(key)
+
+        def read(memory: np.ndarray, begin: int, stop: Stop) -> None:
+            slowly(memory, begin, stop)
+            if begin == 24:
+                raise InvalidInput("torn")
+
+        return 64, read
+
+    store = HostStore(64, torn if how == "fails" else slow.shards)
+    server = StoreServer(store, listen(tmp_path / "store"))
+    remote = RemoteStore(tmp_path / "store")
+    pool = PagePool(PosixMemory(PAGE, 1))
+    sources, weights = Sources(remote, shards, pool.memory), Weights(pool, 64)
+    with sources.open("a", link.look, lambda: False) as source:
+        load = _load(weights, link, source)
+        slow.steps.release(25)
+        _until(lambda: load.copied_bytes == 24)
+        if how == "goes":
+            server.close()
+        elif how == "hangs":
+
+            def gone(within_s: float) -> dict[str, int]:
+                raise StoreGone("it said nothing")
+
+            assert remote._watch is not None
+            monkeypatch.setattr(remote._watch, "_look", gone)
+        elif how == "fails":
+            slow.steps.release(7)
+        else:
+            link.cancel(load)
+        assert load.ended.wait(SOON_S)
+    ended = {"fails": ("failed", "torn"), "is cancelled": ("cancelled", "")}
+    assert (load.end, load.error) == ended.get(how, ("done", ""))
+    weights.settle()
+    there = np.frombuffer(weights.slot.view(0, load.copied_bytes), np.uint8)
+    assert there.tolist() == list(range(64 if load.end == "done" else 24))
+    assert begun == ([24] if load.end == "done" else [])
+    # Nobody has it any more: the read has ended, or ends.
+    _until(lambda: store.held_bytes == 0)
+    assert not remote._held
+    del there
+    gc.collect()
+    weights.close()
+    pool.close()
+    sources.close()
     server.close()
     store.close()
 
@@ -619,13 +713,16 @@ def test_a_stream_that_fails_makes_its_load_fail(link):
     [(20_000, [20_000]), (0, [WINDOWS * WINDOW_BYTES]), (20_000, [])],
 )
 def test_what_a_gpu_copies_from_is_pinned_meanwhile(link, room, pinned):
-    """Of a store with room it is the shard, of one without the stream's buffers; what
+    """Of a store that has it, it is the shard, without room the stream's buffers; what
     arrives is the same, and nothing stays pinned. Where the driver refuses to pin, loads
     work without."""
     driver = FakeCuda(fail_at=None if pinned else "cuMemHostRegister")
     memory = CudaMemory(2 * 1024**2, 2, driver=driver)
     pool = PagePool(memory)
-    sources = Sources(HostStore(room, _shards), _shards, memory)
+    store = HostStore(room, _shards)
+    sources = Sources(store, _shards, memory)
+    if room:
+        _opened(store, "a:20000").close()
     weights = Weights(pool, 20_000)
     with sources.open("a:20000", link.look, lambda: False) as source:
         assert list(driver.pinned.values()) == pinned

@@ -393,6 +393,7 @@ def test_what_is_waited_for_goes_first_over_the_link(stand):
     here.memory.let(2)
     until(lambda: here.copied(slow) >= 16 * PAGE)
     other, third = here.load("gemma2")
+    until(lambda: here.load_of("gemma2") is not None)
     fast, second = here.load("qwen3", urgent=True)
     (weights,) = here.worker.shelf.shards("qwen3")
     until(lambda: weights.slot.mapped == pages_of(here.llms["qwen3"]))

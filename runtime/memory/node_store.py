@@ -1,7 +1,8 @@
 """A node's store, shared by processes: over a socket that only this user can reach.
 
-A connection is one shard: who wants it says its key, and gets its descriptor. It is his
-until he closes the connection or is gone, however he went; who leaves before has cancelled.
+A connection is one shard: who wants it says its key, and gets its descriptor; while it is
+still being read, he is told how far it is. It is his until he closes the connection or is
+gone, however he went; a read goes on as long as anybody has it.
 What he does not copy from any more he keeps open all the same, mapped (and pinned, for a
 GPU) for the next time, until the store asks for it, or ends.
 """
@@ -20,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from foreserve.models.errors import ForeserveError
+from foreserve.runtime.memory.filling import Filling, Stop
 from foreserve.runtime.memory.safetensors import Stopped
-from foreserve.runtime.memory.store import LOOK_S, HostStore, Shared, Stop, StoreFailed
+from foreserve.runtime.memory.store import HostStore, Shared, StoreFailed
 
-BACK, UNUSED, AGAIN = b"<", b".", b">"
-"""What is said of a shard: close it when you can; nobody uses it here, and then again."""
+UNUSED, AGAIN = b".", b">"
+"""What is said of a shard to the store: nobody uses it here, and then again."""
 MOST_ASKED_BYTES = 16 * 1024**2
+LOOK_S = 0.02
+"""Between two looks at whether somebody still waits."""
 SILENT_S = 5.0
-"""Between two questions, of who waits for a read, whether the store is still alive, and
-how long it may take to say so."""
+"""Who waits for the store asks after so long whether it is still alive, and how long it
+may take to say so."""
 
 
 class StoreGone(StoreFailed):
@@ -102,28 +106,28 @@ class StoreServer:
         }
 
     def _lend(self, client: socket.socket, key: str) -> None:
-        """Until it leaves. Before it has an answer what can be read is its end."""
+        """Until it leaves. Before a shard is whole, what can be read is its end."""
 
         def back() -> None:
             with suppress(OSError):
-                client.send(BACK, socket.MSG_DONTWAIT)
+                client.send(b'{"back": true}\n', socket.MSG_DONTWAIT)
 
         try:
-            image = self._store.lend(key, lambda: _says(client, 0.0))
-        except Stopped:
-            return
+            lent = self._store.lend(key)
         except (ForeserveError, OSError) as error:
             _send(client, {"error": str(error)})
             return
-        if image is None:
+        if lent is None:
             _send(client, {"error": None})
             return
-        fd, num_bytes = image
+        fd, filling = lent
         try:
+            ready = filling.ready_bytes
             try:
-                _send(client, {"num_bytes": num_bytes}, fd)
+                _send(client, {"bytes": filling.num_bytes, "ready": ready}, fd)
             finally:
                 os.close(fd)
+            self._tell(client, filling, ready)
             while said := client.recv(1):
                 if said == UNUSED:
                     self._store.unused(key, back)
@@ -131,6 +135,17 @@ class StoreServer:
                     self._store.used_again(key, back)
         finally:
             self._store.give_back(key, back)
+
+    def _tell(self, client: socket.socket, filling: Filling, told: int) -> None:
+        """How far it is, until it is whole, or the client leaves."""
+        try:
+            while told < filling.num_bytes and not _says(client, 0.0):
+                ready = filling.wait(told, LOOK_S)
+                if ready > told:
+                    told = ready
+                    _send(client, {"ready": told})
+        except StoreFailed as error:
+            _send(client, {"error": str(error)})
 
     def close(self) -> None:
         """Answers nobody any more; what processes have mapped stays theirs."""
@@ -151,19 +166,40 @@ class _Held:
         self.users = 1
         self.wanted = False
         """By the store, or it is gone."""
+        self._heard = b""
 
     def say(self, what: bytes) -> None:
         """To the store, if it is there."""
         with suppress(OSError):
             self.link.send(what, socket.MSG_DONTWAIT)
 
+    def hear(self, data: bytes) -> bool:
+        """What the store says of it, b"" if it is gone; whether that is all."""
+        *lines, self._heard = (self._heard + data).split(b"\n")
+        for told in map(json.loads, lines):
+            if "ready" in told:
+                self.shared.filling.reach(told["ready"])
+            elif "error" in told:
+                self.fail(StoreFailed(told["error"]))
+                return True
+            else:
+                return True
+        if not data:
+            self.fail(StoreGone("the node's store is gone"))
+        return not data
+
+    def fail(self, error: StoreFailed) -> None:
+        """What is not there yet will not come."""
+        self.shared.filling.fail(error)
+
 
 class _Use:
     """One use of what is held: an `Opened`."""
 
     def __init__(self, held: _Held, done: Callable[[_Held], None]) -> None:
-        self.address, self.num_bytes = held.shared.address, held.shared.num_bytes
-        self.array, self.once = held.shared.array, held.shared.once
+        shared = held.shared
+        self.address, self.num_bytes = shared.address, shared.num_bytes
+        self.filling, self.array, self.once = shared.filling, shared.array, shared.once
         self._held, self._done = held, done
 
     def close(self) -> None:
@@ -175,9 +211,12 @@ class _Use:
 class _Watch:
     """A thread that sees what the store says of what is open."""
 
-    def __init__(self, wanted: Callable[[_Held], None]) -> None:
-        """``wanted`` is called for each one once, unless this is closed before."""
-        self._wanted = wanted
+    def __init__(
+        self, wanted: Callable[[_Held], None], look: Callable[[float], object]
+    ) -> None:
+        """``wanted`` is called for each one once, unless this is closed before. ``look``:
+        `RemoteStore.look`."""
+        self._wanted, self._look = wanted, look
         self._links: dict[int, _Held] = {}
         self._poll, self._end = select.epoll(), os.eventfd(0)
         self._poll.register(self._end, select.EPOLLIN)
@@ -190,11 +229,36 @@ class _Watch:
 
     def _run(self) -> None:
         while True:
-            for number, _ in self._poll.poll():
+            found = self._poll.poll(SILENT_S)
+            for number, _ in found:
                 if number == self._end:
                     return
-                self._poll.unregister(number)
-                self._wanted(self._links.pop(number))
+                held = self._links[number]
+                try:
+                    data = held.link.recv(65536, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    data = b""
+                if held.hear(data):
+                    self._poll.unregister(number)
+                    self._wanted(self._links.pop(number))
+            if not found:
+                self._check()
+
+    def _check(self) -> None:
+        """Whether the store is alive, if somebody waits for more of a shard."""
+        waiting = [
+            held
+            for held in tuple(self._links.values())
+            if not held.shared.filling.whole
+        ]
+        if waiting:
+            try:
+                self._look(SILENT_S)
+            except StoreGone as error:
+                for held in waiting:
+                    held.fail(error)
 
     def close(self) -> None:
         os.eventfd_write(self._end, 1)
@@ -218,12 +282,9 @@ class RemoteStore:
     def open(self, key: str, stop: Stop = lambda: False) -> _Use | None:
         """As `Store.open`; raises `StoreFailed` with the store's reason, `StoreGone`."""
         with self._lock:
-            held = self._held.get(key)
-            if held is not None:
-                held.users += 1
-                if held.users == 1:
-                    held.say(AGAIN)
-                return _Use(held, self._used)
+            use = self._use(key)
+        if use is not None:
+            return use
         link = self._ask({"key": key})
         looks = count(1)
 
@@ -235,11 +296,10 @@ class RemoteStore:
 
         try:
             told, more, fds = _told(link, check)
-            if "num_bytes" in told:
-                shared = Shared(fds[0], told["num_bytes"], link.close)
-                held = _Held(key, shared, link)
-                self._hold(held, wanted=bool(more))
-                return _Use(held, self._used)
+            if "bytes" in told:
+                filling = Filling(told["bytes"], told["ready"])
+                held = _Held(key, Shared(fds[0], filling, link.close), link)
+                return self._hold(held, more)
             if told["error"] is not None:
                 raise StoreFailed(told["error"])
         except BaseException:
@@ -248,14 +308,30 @@ class RemoteStore:
         link.close()
         return None
 
-    def _hold(self, held: _Held, *, wanted: bool) -> None:
+    def _use(self, key: str) -> _Use | None:
+        """With the lock: one use more of what is held."""
+        held = self._held.get(key)
+        if held is None or held.shared.filling.failed:
+            return None
+        held.users += 1
+        if held.users == 1:
+            held.say(AGAIN)
+        return _Use(held, self._used)
+
+    def _hold(self, held: _Held, heard: bytes) -> _Use:
+        """``heard`` already of it."""
         with self._lock:
-            # Two threads may have asked at once: one copy is enough for later.
-            held.wanted = wanted or held.key in self._held
-            if not held.wanted:
+            # Two threads may have asked at once: one copy is enough.
+            use = self._use(held.key)
+            if use is None:
                 self._held[held.key] = held
-                self._watch = self._watch or _Watch(self._wanted)
+                if heard:
+                    held.hear(heard)
+                self._watch = self._watch or _Watch(self._wanted, self.look)
                 self._watch.add(held)
+                return _Use(held, self._used)
+        held.shared.close()
+        return use
 
     def _used(self, held: _Held) -> None:
         with self._lock:
@@ -263,18 +339,27 @@ class RemoteStore:
             if held.users:
                 return
             if not held.wanted:
-                held.say(UNUSED)
+                if held.shared.filling.whole:
+                    held.say(UNUSED)
+                else:
+                    # The store sees it at once; the watch closes it.
+                    self._forget(held)
+                    held.link.shutdown(socket.SHUT_RDWR)
                 return
         held.shared.close()
 
     def _wanted(self, held: _Held) -> None:
         """By the store, or it has left it behind."""
         with self._lock:
-            self._held.pop(held.key, None)
+            self._forget(held)
             held.wanted = True
             if held.users:
                 return
         held.shared.close()
+
+    def _forget(self, held: _Held) -> None:
+        if self._held.get(held.key) is held:
+            del self._held[held.key]
 
     def look(self, within_s: float) -> dict[str, int]:
         """``held_bytes`` now, ``read_bytes`` so far. Raises `StoreGone`, also if it does
@@ -296,6 +381,7 @@ class RemoteStore:
         if watch is not None:
             watch.close()
         for one in held:
+            one.fail(StoreGone("closed"))
             self._wanted(one)
 
     def _ask(self, asked: dict[str, Any]) -> socket.socket:

@@ -32,6 +32,8 @@ DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F
 MOST_HEADER_BYTES = 100 * 1024**2
 STEP_BYTES = 4 * 1024**2
 """Copied between two looks at whether to stop; more would need fresh memory each time."""
+BLOCK = 2**17
+"""Numbers converted in one go: what comes in between stays in a cache."""
 LEAST_READ_BYTES = 4096
 """Of a row: where less of it is wanted, all of it is read."""
 
@@ -203,16 +205,21 @@ def fill(
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Write the shard's bytes from ``begin`` on into ``memory``, as many as that has or
-    there are, as the layout's numbers; what is between the pieces is not touched. Raises
+    there are, as the layout's numbers; what is between the pieces is zero. Raises
     `Stopped` soon after ``stop`` says so, `InvalidInput` where a tensor is missing or too
     small."""
     end = min(begin + len(memory), layout.num_bytes)
-    pieces = layout.pieces
+    pieces, done = layout.pieces, begin
     first = bisect_right(pieces, begin, key=lambda piece: piece.offset_bytes)
-    for i in range(max(0, first - 1), len(pieces)):
-        if pieces[i].offset_bytes >= end:
-            return
-        _fill(layout.dtype, checkpoint, pieces[i], memory[: end - begin], begin, stop)
+    for piece in pieces[max(0, first - 1) :]:
+        if piece.offset_bytes >= end:
+            break
+        memory[done - begin : max(done, piece.offset_bytes) - begin] = 0
+        last = _fill(
+            layout.dtype, checkpoint, piece, memory[: end - begin], begin, stop
+        )
+        done = max(done, last)
+    memory[done - begin : max(done, end) - begin] = 0
 
 
 def _fill(
@@ -222,8 +229,9 @@ def _fill(
     memory: Raw,
     begin: int,
     stop: Callable[[], bool],
-) -> None:
-    """What of one piece lies between ``begin`` and so many bytes behind it."""
+) -> int:
+    """What of one piece lies between ``begin`` and so many bytes behind it; where it
+    ends."""
     shape = _shape(checkpoint, piece)
     kind, wanted = checkpoint.tensors[piece.tensor].dtype, DTYPES[wanted_name]
     size = ITEM_BYTES[wanted]
@@ -245,11 +253,14 @@ def _fill(
                 checkpoint.read(piece.tensor, rows, piece.columns, into=there)
             else:
                 read = checkpoint.read(piece.tensor, rows, piece.columns)
-                there[...] = _as(read, kind, wanted)
+                flat, done = read.reshape(-1), there.reshape(-1)
+                for i in range(0, len(flat), BLOCK):
+                    done[i : i + BLOCK] = _as(flat[i : i + BLOCK], kind, wanted)
         else:
             read = _as(checkpoint.read(piece.tensor, rows, piece.columns), kind, wanted)
             part = read.reshape(-1).view(np.uint8)
             target[...] = part[max(0, least - at) :][: len(target)]
+    return piece.offset_bytes + shape[0] * row_bytes
 
 
 def _shape(checkpoint: Checkpoint, piece: Piece) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""A node's weights in shared memory: read from storage once, copied from by everybody.
+"""A node's weights in shared memory: read from storage once, copied from by everybody,
+also while they are still being read (`filling`).
 
 Each shard is an anonymous file (memfd), laid out as it will lie on its GPU. Nothing with a
 name is left behind, however a process ends. `node_store` hands shards to other processes.
@@ -20,23 +21,16 @@ from numpy.typing import NDArray
 
 from foreserve.models.errors import ForeserveError
 from foreserve.runtime.hostram import HostRam
+from foreserve.runtime.memory.filling import Fill, Filling, Stop, windows
 from foreserve.runtime.memory.safetensors import Stopped
-
-Stop = Callable[[], bool]
-"""Whether nobody waits any more; quick."""
-
-Fill = Callable[[NDArray[np.uint8], int, Stop], None]
-"""Writes a shard's bytes from that offset on, as many as the memory has; `Stopped` soon
-after nobody waits."""
 
 Shards = Callable[[str], tuple[int, Fill]]
 """What may be asked for: bytes of the shard of that key, and how to read it. Raises a
 `ForeserveError` for a key that it does not know."""
 
 BACK_S = 0.5
-"""Who has a shard open that he does not copy from may take so long to close it."""
-LOOK_S = 0.02
-"""Between two looks of who waits for another one's read at whether he still does."""
+"""Who has a shard open that he does not copy from may take so long to close it, and a read
+that nobody waits for to end."""
 
 
 class StoreFailed(ForeserveError):
@@ -46,12 +40,12 @@ class StoreFailed(ForeserveError):
 class Shared:
     """One shard, mapped into this process. Close it when nothing copies from it."""
 
-    def __init__(self, fd: int, num_bytes: int, done: Callable[[], None]) -> None:
+    def __init__(self, fd: int, filling: Filling, done: Callable[[], None]) -> None:
         """``done`` is called once, by `close`. ``fd`` is closed at once: the mapping
         keeps the memory."""
-        self.num_bytes = num_bytes
+        self.filling, self.num_bytes = filling, filling.num_bytes
         try:
-            self._map = mmap.mmap(fd, num_bytes)
+            self._map = mmap.mmap(fd, self.num_bytes)
         finally:
             os.close(fd)
         self._done = done
@@ -63,7 +57,8 @@ class Shared:
         """Of its first byte here."""
 
     def array(self) -> NDArray[np.uint8]:
-        """Its bytes; nobody may write to them, and they live as long as it is open."""
+        """Its bytes, which may still be on their way; nobody may write to them, and they
+        live as long as it is open."""
         view = np.frombuffer(self._map, np.uint8)
         view.setflags(write=False)
         return view
@@ -98,6 +93,11 @@ class Opened(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
+    @property
+    def filling(self) -> Filling:
+        """How much of it is there."""
+        ...
+
     def once(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
         """Call ``begin`` unless that has been done since it was mapped, and ``end`` before
         it is unmapped, which may be long after `close`, and by another thread."""
@@ -110,13 +110,24 @@ class Store(Protocol):
     """Where a process gets shards from: `HostStore`, or `node_store.RemoteStore`."""
 
     def open(self, key: str, stop: Stop = ...) -> Opened | None:
-        """The shard of that key, read from storage if it is not here; whoever asks at the
-        same time waits for the same read. None if there is no room for it beside what is
-        copied from now. Raises what reading it raises, and `Stopped` soon after ``stop``
-        says so."""
+        """The shard of that key, which is read from storage if it is not here, once for
+        all who have it open meanwhile, and only until they have closed it. None if there is
+        no room for it beside what is copied from now. Raises `StoreFailed` where nothing
+        can be read, and `Stopped` soon after ``stop`` says so."""
         ...
 
     def close(self) -> None: ...
+
+
+class _Image:
+    """A shard's file, which is here or on its way."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.fd = os.memfd_create("foreserve-weights")
+        os.ftruncate(self.fd, num_bytes)
+        self.filling = Filling(num_bytes)
+        self.read = False
+        """To its end."""
 
 
 class HostStore:
@@ -126,16 +137,14 @@ class HostStore:
         """``num_bytes``: most memory for them."""
         self._shards = shards
         self._ram = HostRam(num_bytes)
-        self._images: dict[str, int] = {}
-        """File descriptors, of shards that are here as a whole."""
-        self._filling: dict[str, int] = {}
-        """How many wait for each read under way, but for who reads."""
+        self._images: dict[str, _Image] = {}
         self._kept: tuple[str, ...] = ()
         self._backs: dict[str, list[Callable[[], None]]] = {}
         """Of those who have a shard open and do not use it: how to ask for it."""
         self._uses: Counter[str] = Counter()
         """How many use each one."""
         self._changed = threading.Condition()
+        self._closed = False
         self.read_bytes = 0
         """From storage so far, of shards that were read to their end."""
 
@@ -146,7 +155,7 @@ class HostStore:
 
     def __contains__(self, key: str) -> bool:
         with self._changed:
-            return key in self._images
+            return key in self._images and self._images[key].read
 
     def keep(self, prefixes: Sequence[str]) -> None:
         """Shards whose keys begin with one of these go only for each other."""
@@ -155,72 +164,97 @@ class HostStore:
 
     def open(self, key: str, stop: Stop = lambda: False) -> Shared | None:
         """As `Store.open`."""
-        image = self.lend(key, stop)
+        image = self.lend(key)
         if image is None:
             return None
-        fd, num_bytes = image
+        fd, filling = image
         try:
-            return Shared(fd, num_bytes, lambda: self.give_back(key))
+            return Shared(fd, filling, lambda: self.give_back(key))
         except BaseException:
             self.give_back(key)
             raise
 
-    def lend(self, key: str, stop: Stop) -> tuple[int, int] | None:
-        """As `open`: a descriptor of its own for the caller, and how many bytes. He is a
-        reader until he has called `give_back`."""
+    def lend(self, key: str) -> tuple[int, Filling] | None:
+        """As `open`: a descriptor of its own for the caller. He is a reader until he has
+        called `give_back`."""
         num_bytes, fill = self._shards(key)
         with self._changed:
-            found = self._begin(key, num_bytes, stop)
-            if found is None and self._ask_back(key, num_bytes):
-                found = self._begin(key, num_bytes, stop)
-            if found is None:
+            if not self._begin(key, num_bytes) and not (
+                self._ask_back(key, num_bytes) and self._begin(key, num_bytes)
+            ):
                 return None
+            try:
+                image = self._images.get(key) or self._read(key, num_bytes, fill)
+                fd = os.dup(image.fd)
+            except BaseException:
+                self._ram.close(key, done=False)
+                raise
             self._uses[key] += 1
-            if found:
-                return os.dup(self._images[key]), num_bytes
-            self._filling[key] = 0
-        fd, done, own = -1, False, -1
-        try:
-            fd = os.memfd_create("foreserve-weights")
-            os.ftruncate(fd, num_bytes)
-            memory = np.frombuffer(mmap.mmap(fd, num_bytes), np.uint8)
-            # It goes on for those who wait for it, also if who began it has left.
-            fill(memory, 0, lambda: not self._filling[key] and stop())
-            done = True
-        finally:
-            with self._changed:
-                del self._filling[key]
-                self._ram.close(key, done=done)
-                if done:
-                    self._images[key], own = fd, os.dup(fd)
-                    self._ram.open(key, num_bytes)
-                    self.read_bytes += num_bytes
-                else:
-                    self._uses[key] -= 1
-                    if fd >= 0:
-                        os.close(fd)
-                self._changed.notify_all()
-        return own, num_bytes
+            return fd, image.filling
 
-    def _begin(self, key: str, num_bytes: int, stop: Stop) -> bool | None:
-        """With the lock: one reader more; whether it is here, None if there is no room."""
-        while key in self._filling:
-            self._wait_for_read(key, stop)
+    def _begin(self, key: str, num_bytes: int) -> bool:
+        """With the lock: one reader more, if there is room."""
         self._ram.keep = frozenset(
             known
             for known in (*self._ram.reserved, key)
             if known.startswith(self._kept)
         )
-        whole = self._ram.open(key, num_bytes)
+        self._ram.open(key, num_bytes)
         self._drop_images()
-        if whole or self._ram.reserved.get(key):
-            return whole
+        if self._ram.reserved.get(key):
+            return True
         self._ram.close(key, done=False)
-        return None
+        return False
+
+    def _read(self, key: str, num_bytes: int, fill: Fill) -> _Image:
+        """With the lock: begin to read it, for as long as anybody uses it."""
+        image = _Image(num_bytes)
+        threading.Thread(
+            target=self._fill, args=(key, image, fill), daemon=True
+        ).start()
+        self._images[key] = image
+        self._ram.open(key, num_bytes)
+        return image
+
+    def _fill(self, key: str, image: _Image, fill: Fill) -> None:
+        filling, wanted = image.filling, True
+        while wanted:
+            failure: StoreFailed | None = None
+            wanted = False
+            try:
+                windows(image.fd, filling, fill, lambda: not self._wanted(key))
+            except Exception as error:
+                failure = StoreFailed(str(error) or type(error).__name__)
+                wanted = isinstance(error, Stopped)
+            with self._changed:
+                # Somebody may have come just before.
+                wanted = wanted and self._wanted(key)
+                if not wanted:
+                    self._end_read(key, image, done=failure is None)
+        if failure is None:
+            filling.reach(filling.num_bytes)
+        else:
+            filling.fail(failure)
+
+    def _wanted(self, key: str) -> bool:
+        return self._uses[key] > 0 and not self._closed
+
+    def _end_read(self, key: str, image: _Image, *, done: bool) -> None:
+        """With the lock."""
+        if self._closed:
+            os.close(image.fd)
+            return
+        self._ram.close(key, done=done)
+        if done:
+            image.read = True
+            self.read_bytes += image.filling.num_bytes
+        else:
+            os.close(self._images.pop(key).fd)
+        self._changed.notify_all()
 
     def _ask_back(self, key: str, num_bytes: int) -> bool:
         """With the lock: have those closed that nobody uses and whose place it could take,
-        in the order in which they would go; whether that may do."""
+        in the order in which they would go, read or not; whether that may do."""
         ram = self._ram
         missing, asked = num_bytes - (ram.num_bytes - ram.held_bytes), []
         for other, held in sorted(
@@ -229,14 +263,19 @@ class HostStore:
             mine = other not in ram.keep or key in ram.keep
             if missing > 0 and mine and not self._uses[other]:
                 missing -= held
-                asked += [other] if other in self._backs else []
+                asked += [other] if self._ending(other) else []
         if missing > 0 or not asked:
             return False
         for other in asked:
-            for back in self._backs[other]:
+            for back in self._backs.get(other, ()):
                 back()
-        self._changed.wait_for(lambda: not any(a in self._backs for a in asked), BACK_S)
+        self._changed.wait_for(lambda: not any(map(self._ending, asked)), BACK_S)
         return True
+
+    def _ending(self, key: str) -> bool:
+        """Of one that nobody uses: whether it will have left when it is asked to."""
+        image = self._images.get(key)
+        return key in self._backs or (image is not None and not image.read)
 
     def unused(self, key: str, back: Callable[[], None]) -> None:
         """Who was lent it does not use it for now, and can be asked to give it back:
@@ -258,17 +297,6 @@ class HostStore:
         if not self._backs[key]:
             del self._backs[key]
 
-    def _wait_for_read(self, key: str, stop: Stop) -> None:
-        self._filling[key] += 1
-        try:
-            while key in self._filling:
-                if stop():
-                    raise Stopped(f"{key}: not wanted any more")
-                self._changed.wait(LOOK_S)
-        finally:
-            if key in self._filling:
-                self._filling[key] -= 1
-
     def give_back(self, key: str, back: Callable[[], None] | None = None) -> None:
         """What was lent once is closed; ``back``: as for `unused`."""
         with self._changed:
@@ -283,12 +311,16 @@ class HostStore:
     def _drop_images(self) -> None:
         """Those that had to make room."""
         for key in [k for k in self._images if k not in self._ram.reserved]:
-            os.close(self._images.pop(key))
+            os.close(self._images.pop(key).fd)
 
     def close(self) -> None:
-        """Let go of all; whoever has one open keeps it."""
+        """Let go of all, and read nothing any more; whoever has one open keeps what is
+        there of it."""
         with self._changed:
-            for fd in self._images.values():
-                os.close(fd)
+            self._closed = True
+            # Who reads one closes it.
+            for image in self._images.values():
+                if image.read:
+                    os.close(image.fd)
             self._images.clear()
             self._ram.clear()

@@ -1,7 +1,7 @@
 """Where loads come from: the node's store, or the checkpoint itself where that has no room.
 
-A `Stream` reads a shard while it is copied, through a small ring of buffers: nothing is
-kept, and a load takes as long as reading does.
+What the store is still reading is copied as it comes. A `Stream` reads a shard while it is
+copied, too, but through a small ring of buffers: nothing is kept.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from contextlib import closing, contextmanager, suppress
 import numpy as np
 
 from foreserve.models.errors import ForeserveError
+from foreserve.runtime.memory.filling import Fill, Stop
 from foreserve.runtime.memory.loading import Source, Whole
 from foreserve.runtime.memory.node_store import StoreGone
 from foreserve.runtime.memory.pool import Memory
-from foreserve.runtime.memory.store import Fill, Shards, Stop, Store
+from foreserve.runtime.memory.store import Opened, Shards, Store
 
 WINDOW_BYTES = 8 * 1024**2
 WINDOWS = 4
@@ -86,7 +87,6 @@ class Stream:
                     if self._closed:
                         return
                 window = self._ring[number % self._windows]
-                window[:] = 0
                 self._fill(window, at, lambda: self._closed)
                 with self._changed:
                     self._ready = min(at + self._window_bytes, self._shard_bytes)
@@ -105,6 +105,34 @@ class Stream:
             self._thread.join()
 
 
+class Coming:
+    """A `loading.Source`: a shard that the store is still reading. Should the store be gone
+    before its end, the rest is streamed."""
+
+    def __init__(self, shared: Opened, stream: Callable[[], Stream]) -> None:
+        self._address, self._filling = shared.address, shared.filling
+        self._stream = stream
+        self._rest: Stream | None = None
+
+    def at(self, offset_bytes: int) -> tuple[int, int]:
+        if self._rest is None:
+            try:
+                ready = self._filling.ahead(offset_bytes)
+            except StoreGone:
+                self._rest = self._stream()
+            else:
+                return self._address + offset_bytes, ready
+        return self._rest.at(offset_bytes)
+
+    def copied(self, num_bytes: int) -> None:
+        if self._rest is not None:
+            self._rest.copied(num_bytes)
+
+    def close(self) -> None:
+        if self._rest is not None:
+            self._rest.close()
+
+
 class Sources:
     """Of all loads of one process."""
 
@@ -120,21 +148,37 @@ class Sources:
         shared = None
         with suppress(StoreGone):
             shared = self._store.open(key, stop)
-        if shared is not None:
-            address, num_bytes = shared.address, shared.num_bytes
-            with closing(shared):
-                # Where the machine does not let us, copies are slower.
-                with suppress(ForeserveError):
-                    shared.once(
-                        lambda: self._memory.pin(address, num_bytes),
-                        lambda: self._unpin(address),
-                    )
-                yield Whole(address, num_bytes)
+        if shared is None:
+            stream = self._stream(key, look)
+            with self._pinned(stream.address, stream.num_bytes), closing(stream):
+                yield stream
             return
+        with closing(shared):
+            if shared.filling.whole:
+                self._pin(shared)
+                yield Whole(shared.address, shared.num_bytes)
+                return
+            # To pin it now would take as long as to read it.
+            shared.filling.watch(look)
+            coming = Coming(shared, lambda: self._stream(key, look))
+            try:
+                with closing(coming):
+                    yield coming
+            finally:
+                shared.filling.unwatch(look)
+
+    def _stream(self, key: str, look: Callable[[], None]) -> Stream:
         num_bytes, fill = self._shards(key)
-        stream = Stream(fill, num_bytes, look)
-        with self._pinned(stream.address, stream.num_bytes), closing(stream):
-            yield stream
+        return Stream(fill, num_bytes, look)
+
+    def _pin(self, shared: Opened) -> None:
+        address, num_bytes = shared.address, shared.num_bytes
+        # Where the machine does not let us, copies are slower.
+        with suppress(ForeserveError):
+            shared.once(
+                lambda: self._memory.pin(address, num_bytes),
+                lambda: self._unpin(address),
+            )
 
     @contextmanager
     def _pinned(self, address: int, num_bytes: int) -> Iterator[None]:

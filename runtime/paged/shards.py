@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from foreserve.models.errors import InvalidInput
+from foreserve.runtime.memory.filling import Fill
 from foreserve.runtime.memory.node_store import StoreServer
 from foreserve.runtime.memory.safetensors import Checkpoint, fill
-from foreserve.runtime.memory.store import Fill, HostStore
+from foreserve.runtime.memory.store import HostStore
 from foreserve.runtime.paged.config import read_config
 from foreserve.runtime.paged.layout import Part, lay_out
 
