@@ -12,8 +12,12 @@ from dataclasses import replace
 
 import pytest
 
+from foreserve.cli.engines import engine_settings
 from foreserve.models.placement import replica_id
 from foreserve.models.specs import GpuId
+from foreserve.planner.arrivals import trace_of
+from foreserve.planner.fleet import build_fleet, request_lengths
+from foreserve.planner.scenario import load_scenario
 from foreserve.runtime.engines.base import EngineFailed, keep, maker
 
 pytestmark = pytest.mark.torch
@@ -31,6 +35,7 @@ from foreserve.runtime.engines.paged import (  # noqa: E402
 )
 from tests.paged_llms import Llm  # noqa: E402
 from tests.test_engines_simulated import option  # noqa: E402
+from tests.tiny_cluster import scenario  # noqa: E402
 
 FAMILIES = ("llama", "qwen3", "gemma2")
 GPU = GpuId(node="n0", index=0)
@@ -350,3 +355,31 @@ def test_nothing_here_needs_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert told.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ram", "swapping", "swap"),
+    [(2, 64 * 2**20, True, 4 * 2**20), (2, 2**40, True, 2**32), (4, 2**30, False, 0)],
+)
+def test_swapped_pages_are_of_the_nodes_memory(
+    llms, tmp_path, gpus, ram, swapping, swap
+):
+    """Under `plan serve` the servers' room for KV of requests that must leave and the
+    store's for weights are the node's host memory together: an eighth is for the former,
+    4 GiB per GPU at most, none where nothing is swapped."""
+    path = tmp_path / "s.yaml"
+    text = scenario(
+        {"a": llms["llama"].folder}, memory_bytes=10**8, residue="0GiB", keep_alive="1s"
+    )
+    for stated, wanted in (
+        ("gpus: 2, host_ram: 4GiB", f"gpus: {gpus}, host_ram: {ram}"),
+        ("runtime: {", f"runtime: {{swapping: {str(swapping).lower()}, "),
+    ):
+        assert stated in text
+        text = text.replace(stated, wanted)
+    path.write_text(text)
+    known = load_scenario(path)
+    fleet = build_fleet(known, request_lengths(known, trace_of(["a"]), None))
+    made = engine_settings(known, fleet, "paged", tmp_path, 1.0, None)
+    assert made.swap_bytes == swap
+    assert made.host_bytes + gpus * made.swap_bytes == ram

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 LEAST_PAGE_BYTES, MOST_PAGE_BYTES = 64 * 1024, 2 * 1024**2
 PAGES = 1024
 """At least so many in a pool, as far as pages get that small."""
+MOST_SWAP_BYTES = 4 * 1024**3
+"""For each GPU: of host memory, for KV caches of requests that must leave."""
+SWAP_SHARE = 8
+"""All of them together get an eighth of a node's host memory at most."""
 
 
 def usual(python: str | None) -> str:
@@ -96,7 +100,8 @@ def _paged(
     python: str | None,
 ) -> PagedSettings:
     """The pool is as large as the least of the GPUs; on CPUs twice that, since plans book
-    numbers of two bytes, and there it computes with four."""
+    numbers of two bytes, and there it computes with four. What servers may swap comes out
+    of the node's host memory; the rest is the store's."""
     from foreserve.runtime.engines.paged import PagedSettings
 
     for llm, checkpoint in checkpoints.items():
@@ -114,21 +119,26 @@ def _paged(
         not on_gpu and page_bytes > LEAST_PAGE_BYTES and pool_bytes < PAGES * page_bytes
     ):
         page_bytes //= 2
+    host_bytes = min(node.host_ram_bytes for node in cluster.nodes)
+    swap_bytes = 0
+    if fleet.serving.swapping:
+        gpus = max(node.gpus for node in cluster.nodes)
+        swap_bytes = min(MOST_SWAP_BYTES, host_bytes // SWAP_SHARE // gpus)
+        host_bytes -= gpus * swap_bytes
     settings = PagedSettings(
         folder=folder,
         device="cuda" if on_gpu else "cpu",
         dtype="bfloat16" if on_gpu else "float32",
         pool_bytes=pool_bytes,
         page_bytes=page_bytes,
-        host_bytes=min(node.host_ram_bytes for node in cluster.nodes),
+        host_bytes=host_bytes,
+        swap_bytes=swap_bytes,
         checkpoints=checkpoints,
         policy=runtime.scheduler,
         patience=math.inf if runtime.patience is None else runtime.patience,
         near=runtime.near,
         max_num_seqs=runtime.max_num_seqs,
     )
-    if not fleet.serving.swapping:
-        settings = replace(settings, swap_bytes=0)
     if python is not None:
         return replace(settings, python=python)
     if find_spec("torch") is None or find_spec("tokenizers") is None:
