@@ -9,7 +9,7 @@ the least valuable first, from the end.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from foreserve.models.errors import ForeserveError
@@ -198,12 +198,6 @@ class Shelf:
     def __contains__(self, llm: str) -> bool:
         with self._lock:
             return llm in self._placed
-
-    def set_scores(self, scores: Mapping[str, float]) -> None:
-        """New values of LLMs that are here."""
-        with self._lock:
-            for llm, score in scores.items():
-                self._placed[llm].score = score
 
     def take(self, llm: str) -> None:
         """Close its shards: all its pages and addresses are free, on every GPU."""

@@ -16,26 +16,23 @@ from dataclasses import dataclass
 import torch
 
 from foreserve.models.cost import IterationTime
-from foreserve.runtime.memory.books import Pages
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace, KvTable
 from foreserve.runtime.memory.pacing import Pacer
 from foreserve.runtime.memory.rules import pages_of
 from foreserve.runtime.memory.swap import Swap
 from foreserve.runtime.paged.attention import Scored, Work, cache_view
+from foreserve.runtime.paged.away import Away
 from foreserve.runtime.paged.decoder import Decoder, Weights
 from foreserve.runtime.paged.jobs import Job, Reason, TooLong, Totals, next_tokens
 from foreserve.runtime.paged.leading import OWN, Leading
 from foreserve.runtime.paged.mirror import Leader, Mirror, Team
 from foreserve.runtime.scheduler import Policy, Profile, Progress, finished
-from foreserve.runtime.turns import Rules, Turn, next_turn, swaps
-
-PACE_SHARE = 0.1
-"""Weight of the last iteration in what is known of this machine's pace."""
+from foreserve.runtime.turns import Rules, Turn, next_turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hosted:
-    """One LLM of the group, its weights in place. ``run`` is the decoder over them."""
+    """One LLM of the group, its weights in place."""
 
     llm: str
     decoder: Decoder
@@ -71,14 +68,13 @@ class Group:
         ``want_free``: told how many pages should be free soon, when fewer are and some
         are on loan (`kv.Keeper.want`). ``name``: no other leader has it."""
         self.space, self.policy, self.rules = space, policy, rules or Rules()
-        self.swap, self._want_free = swap, want_free
+        self._want_free = want_free
+        self._away = Away(space, swap, self.rules.max_prompt_tokens)
         self._pages, self._now_s = pages, now_s
         self._hosted: dict[int, Hosted] = {}
         self._caches: dict[int, torch.Tensor] = {}
         self._profiles: list[Profile] = []
         """By number, of those that have left, too."""
-        self._pace: dict[int, float] = {}
-        """What prompts take here, as a multiple of what was planned."""
         self.totals: dict[int, Totals] = {}
         self.mirrors: dict[int, Mirror] = {}
         """LLMs that are computed here when another process says so."""
@@ -133,7 +129,7 @@ class Group:
         )
         assert service == len(self._profiles)
         self._profiles.append(profile)
-        self._pace[service] = 1.0
+        self._away.add(service, hosted.time)
         self.totals[service] = Totals()
         return service
 
@@ -145,8 +141,9 @@ class Group:
         if service in self.mirrors:
             self.mirrors.pop(service).close()
         self.leading.remove(service)
+        self._away.remove(service)
         self.space.remove(service)
-        for known in (self._hosted, self._caches, self._pace, self.totals):
+        for known in (self._hosted, self._caches, self.totals):
             known.pop(service)
 
     # --- requests ------------------------------------------------------------------
@@ -154,7 +151,7 @@ class Group:
     def submit(self, job: Job) -> None:
         """It has come; ``job.prompt`` is not empty. Raises `TooLong` if prompt and answer
         would not fit into one of its GPUs, were it the only one."""
-        hosted, prompt = self._hosted[job.service], len(job.prompt)
+        prompt = len(job.prompt)
         per_page, room = self.space.per_page(job.service), self.space.pages()
         pages = pages_of(prompt + job.most_tokens - 1, per_page)
         if pages <= room:
@@ -165,7 +162,7 @@ class Group:
                 f"{room * per_page}"
             )
         job.known = list(job.prompt)
-        prefill_s = hosted.time.prefill_s(prompt, prompt**2) * self._pace[job.service]
+        prefill_s = self._away.prefill_s(job.service, prompt, prompt**2)
         self._made += 1
         job.progress = self.policy.arrive(
             Progress(
@@ -271,22 +268,13 @@ class Group:
         tokens = job.computed + (job.prompt_tokens or 1)
         if not self.leading.has(job, tokens, waits=waits):
             return False
-        if job.away is not None and not self._back(job, job.away):
+        if not self._away.back(job):
             return False
         if not self.grow(job.table, tokens):
             return False  # Lent meanwhile; the next turn knows of it.
         if job.joined_s is None:
             job.joined_s = now_s
             self.totals[job.service].prompt_tokens += len(job.prompt)
-        return True
-
-    def _back(self, job: Job, away: Pages) -> bool:
-        """Have in pages again what was swapped."""
-        if not job.table.grow(job.computed):
-            return False
-        assert self.swap is not None
-        self.swap.back(away, job.table.numbers())
-        job.away = None
         return True
 
     def grow(self, table: KvTable, tokens: int) -> bool:
@@ -350,8 +338,7 @@ class Group:
             tokens = dict(zip(telling, next_tokens(rows, telling), strict=True))
         now_s = self._now_s()
         if turn.prompts:
-            hosted = self._hosted[turn.service]
-            self._learn(hosted, turn.service, work, now_s - ready_s)
+            self._away.learn(turn.service, work, now_s - ready_s)
         self.pace(turn.service, work, now_s - begin_s)
         self.iterations += 1
         self.switches += self._last not in (None, turn.service)
@@ -407,7 +394,9 @@ class Group:
             job.away.release()
 
     def _evict(self, job: Job) -> None:
-        away = self._away(job)
+        # Those that follow would have to swap theirs, too.
+        alone = self._hosted[job.service].team is None
+        away = self._away.out(job) if alone else None
         self._release(job)
         job.table, job.away = self.space.open(job.service), away
         if away is None:
@@ -418,30 +407,6 @@ class Group:
         self.preemptions += 1
         self.totals[job.service].preemptions += 1
         self._refresh(job)
-
-    def _away(self, job: Job) -> Pages | None:
-        """Where its tokens are now if they were swapped. Those that follow would have to
-        swap theirs, too: LLMs of several GPUs compute again."""
-        swap, team = self.swap, self._hosted[job.service].team
-        count = pages_of(job.computed, self.space.per_page(job.service))
-        if swap is None or team is not None or not count:
-            return None
-        numbers = job.table.numbers()[:count]
-        num_bytes = count * self.space.page_bytes
-        if swaps(num_bytes, swap.bytes_per_s, self._again_s(job)):
-            return swap.out(numbers)
-        swap.try_out(numbers[0])  # It may have become faster.
-        return None
-
-    def _again_s(self, job: Job) -> float:
-        """What it would take to compute its tokens again, chunk by chunk."""
-        time, most = self._hosted[job.service].time, self.rules.max_prompt_tokens
-        ends = [*range(most, job.computed, most), job.computed]
-        planned_s = sum(
-            time.prefill_s(end - begin, end**2 - begin**2)
-            for begin, end in zip([0, *ends], ends, strict=False)
-        )
-        return planned_s * self._pace[job.service]
 
     def _refresh(self, job: Job) -> None:
         """Bring what the choice sees up to date; a promise is renewed on joining."""
@@ -463,13 +428,3 @@ class Group:
         )
         self.space.rebalance(waiting)
         self._quotas_next_s = now_s + self.rules.quota_every_s
-
-    def _learn(
-        self, hosted: Hosted, service: int, work: Sequence[Work], took_s: float
-    ) -> None:
-        """How long prompts take on this machine, compared with what was planned."""
-        squares = sum((w.begin + len(w.tokens)) ** 2 - w.begin**2 for w in work)
-        planned_s = hosted.time.prefill_s(sum(len(w.tokens) for w in work), squares)
-        if planned_s > 0:
-            pace = self._pace[service]
-            self._pace[service] = pace + PACE_SHARE * (took_s / planned_s - pace)
