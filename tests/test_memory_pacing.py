@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,10 +13,9 @@ from foreserve.runtime.memory.pacing import Pacer, next_share
 from foreserve.runtime.memory.pool import PagePool
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.memory.weights import Weights
+from tests.waiting import SOON_S, until
 
 PAGE = 4096
-SOON_S = 20.0
-"""No test waits so long unless it fails."""
 
 
 class Machine:
@@ -207,15 +205,6 @@ def _begin(link: Link, pool: PagePool, pages: int, *, urgent: bool = False):
     return load, weights, source
 
 
-def _until(happened: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(int(SOON_S / 0.001)):
-        if happened():
-            return
-        pause.wait(0.001)
-    raise AssertionError("it never happened")
-
-
 def test_a_held_link_serves_those_who_are_waited_for(still):
     """While it is held a load that nobody waits for gets not even pages mapped; one that
     is urgent goes through, and so does the first when it is hurried. Another goes on when
@@ -242,7 +231,7 @@ def test_a_held_link_serves_those_who_are_waited_for(still):
     last, _, _ = _begin(link, pool, 4)
     link.resume()
     assert last.ended.wait(SOON_S)
-    _until(lambda: link.ended == link.begun)
+    until(lambda: link.ended == link.begun)
     assert link.ended >= 2 * (3 + 2 + 1 + 4) - 10
 
 

@@ -24,10 +24,9 @@ from foreserve.runtime.paged.worker import Service, Worker  # noqa: E402
 from foreserve.runtime.scheduler import POLICIES  # noqa: E402
 from tests.paged_llms import Llm  # noqa: E402
 from tests.test_paged_group import TIME  # noqa: E402
+from tests.waiting import SOON_S, until  # noqa: E402
 
 PAGE = 4096
-SOON_S = 20.0
-"""No test waits so long unless it fails."""
 FAMILIES = ("llama", "qwen3", "gemma2")
 
 
@@ -212,15 +211,6 @@ def stand(llms) -> Iterator[Callable[..., Stand]]:
     yield make
     for one in made:
         one.close()
-
-
-def until(happened: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(int(SOON_S / 0.002)):
-        if happened():
-            return
-        pause.wait(0.002)
-    raise AssertionError("it never happened")
 
 
 def test_a_load_that_nobody_waits_for_takes_what_requests_do_not_need(stand):

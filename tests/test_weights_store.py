@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,10 +20,9 @@ from foreserve.runtime.memory.pool import Copying, InUse, PagePool
 from foreserve.runtime.memory.posix import PosixMemory
 from foreserve.runtime.memory.weights import NotResident, Shelf, Weights
 from tests.fake_cuda import FakeCuda
+from tests.waiting import SOON_S, until
 
 PAGE = 4096
-SOON_S = 20.0
-"""No test waits so long unless it fails."""
 
 
 # --- copies ----------------------------------------------------------------------------
@@ -96,15 +95,6 @@ def _begin(link: Link, weights: Weights, source: np.ndarray, **how) -> Load:
     return weights.load(link, source.ctypes.data, pages, **how)
 
 
-def _until(happened: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(int(SOON_S / 0.001)):
-        if happened():
-            return
-        pause.wait(0.001)
-    raise AssertionError("it never happened")
-
-
 def test_a_load_brings_every_byte_and_says_how_far_it_is(gated):
     """Three pages and a bit arrive chunk by chunk; then they can be pinned and seen, and
     not before."""
@@ -113,7 +103,7 @@ def test_a_load_brings_every_byte_and_says_how_far_it_is(gated):
     weights = Weights(pool, len(source))
     load = _begin(link, weights, source)
     memory.let(2)
-    _until(lambda: load.copied_bytes == 2 * PAGE)
+    until(lambda: load.copied_bytes == 2 * PAGE)
     assert (load.end, weights.complete) == (None, False)
     with pytest.raises(NotResident, match="8192 of 12388"):
         weights.pin()
@@ -141,7 +131,7 @@ def test_a_cancelled_load_keeps_its_prefix_and_goes_on_behind_it(gated):
     weights = Weights(pool, len(source))
     load = _begin(link, weights, source)
     memory.let(2)
-    _until(lambda: load.copied_bytes == 2 * PAGE and len(memory.copied) == 4)
+    until(lambda: load.copied_bytes == 2 * PAGE and len(memory.copied) == 4)
     link.cancel(load)
     memory.let(2)
     assert load.ended.wait(SOON_S)
@@ -163,12 +153,12 @@ def test_pages_are_unmapped_behind_the_copies_into_them(gated):
     source = _source(4 * PAGE)
     weights = Weights(pool, len(source))
     _begin(link, weights, source)
-    _until(lambda: len(memory.copied) == 2)
+    until(lambda: len(memory.copied) == 2)
     dropping = threading.Thread(target=weights.drop, args=(4,))
     dropping.start()
     assert memory.story == []
     memory.let(1)
-    _until(lambda: memory.story == ["copied"])
+    until(lambda: memory.story == ["copied"])
     assert dropping.is_alive()
     assert pool.free <= 6
     memory.let(1)
@@ -185,11 +175,11 @@ def test_urgent_loads_overtake_at_the_next_chunk(gated):
     sources = [_source(3 * PAGE, seed) for seed in (1, 2)]
     first, second = (Weights(pool, 3 * PAGE) for _ in range(2))
     slow = _begin(link, first, sources[0])
-    _until(lambda: len(memory.copied) == 2)
+    until(lambda: len(memory.copied) == 2)
     fast = _begin(link, second, sources[1], urgent=True)
-    _until(lambda: second.slot.mapped > 0)
+    until(lambda: second.slot.mapped > 0)
     memory.let(4)
-    _until(lambda: fast.copied_bytes == 2 * PAGE)
+    until(lambda: fast.copied_bytes == 2 * PAGE)
     assert (slow.copied_bytes, slow.end) == (2 * PAGE, None)
     memory.let(1)
     assert fast.ended.wait(SOON_S)
@@ -387,7 +377,7 @@ def test_a_load_under_way_is_on_loan_too(gated):
     shelf.put("llm", [weights])
     load = _begin(link, weights, source)
     memory.let(1)
-    _until(lambda: load.copied_bytes == PAGE)
+    until(lambda: load.copied_bytes == PAGE)
     assert shelf.revocable(pool.books) == 6
     memory.let(10)
     freed = shelf.revoke(pool.books, 2)
@@ -407,18 +397,18 @@ def test_nobody_waits_for_what_is_taken_back_ahead(gated):
     source = _source(6 * PAGE)
     shelf.put("llm", [weights])
     load = _begin(link, weights, source)
-    _until(lambda: memory.copied)
+    until(lambda: memory.copied)
     space = KvSpace([pool.books], PAGE, borrower=shelf)
     needs = {"input_tokens": 1.0, "output_tokens": 1.0, "usual_output_tokens": 1}
     table = space.open(space.add(KvNeeds(llm="b", token_bytes=PAGE, **needs)))
     keeper = Keeper(space)
     keeper.want(5)
-    _until(lambda: load._cancelled)
+    until(lambda: load._cancelled)
     assert (space.pages(), shelf.revocable(pool.books), pool.free) == (8, 6, 2)
     assert table.grow(2)
     assert (space.pages(), pool.free) == (8, 0)
     memory.let(10)
-    _until(lambda: pool.free >= 4)
+    until(lambda: pool.free >= 4)
     keeper.close()
     assert load.end == "cancelled"
     assert space.pages() == 8
