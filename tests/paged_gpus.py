@@ -50,7 +50,12 @@ class Gpus:
     """Workers on pools of ``page_bytes``, one per GPU."""
 
     def __init__(
-        self, pages: Sequence[int], page_bytes: int, policy: str, **rules: float
+        self,
+        pages: Sequence[int],
+        page_bytes: int,
+        policy: str,
+        swap_bytes: int = 0,
+        **rules: float,
     ) -> None:
         """``pages``: of each pool."""
         self.died: list[BaseException] = []
@@ -63,6 +68,7 @@ class Gpus:
                 dtype="float32",
                 store=self._store,
                 rules=Rules(**rules),
+                swap_bytes=swap_bytes,
                 on_death=self._die,
             )
             for count in pages
@@ -94,7 +100,10 @@ class Gpus:
         worker.wake(resident)
         return resident
 
-    def ask(self, gpu: int, resident: Resident, llm: Llm, prompt, most) -> Asked:
+    def ask(
+        self, gpu: int, resident: Resident, llm: Llm, prompt, most, then=lambda _: None
+    ) -> Asked:
+        """``then`` is done with its job before anything else is."""
         worker, asked = self.workers[gpu], Asked(llm, prompt, most, self._left.release)
         assert resident.number is not None
         asked.job = Job(
@@ -104,7 +113,12 @@ class Gpus:
             listener=asked,
             arrival_s=worker.now_s(),
         )
-        worker.ask(lambda: worker.group.submit(asked.job)).result()
+
+        def submit() -> None:
+            worker.group.submit(asked.job)
+            then(asked.job)
+
+        worker.ask(submit).result()
         self._asked.append(asked)
         return asked
 

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="compared with transformers")
 
 from foreserve.runtime.memory.books import Books  # noqa: E402
 from foreserve.runtime.memory.kv import KvNeeds, KvSpace  # noqa: E402
-from foreserve.runtime.paged import worker  # noqa: E402
+from foreserve.runtime.paged import away, worker  # noqa: E402
 from foreserve.runtime.paged.jobs import TooLong  # noqa: E402
 from foreserve.runtime.paged.line import Claim, Line  # noqa: E402
 from foreserve.runtime.paged.loads import LoadFailed  # noqa: E402
@@ -198,6 +198,31 @@ def test_what_a_follower_could_never_hold(llms):
     gpus.wait()
     gpus.check()
     follower.wake(warm)
+    gpus.close()
+
+
+def test_who_was_swapped_comes_back_where_others_have_pages(llms, monkeypatch):
+    """GPU 1 has an LLM of its own and follows another one. A request that was swapped when
+    it had filled a page just so comes back to that page and to one for what is next; its
+    answer is transformers'."""
+    monkeypatch.setattr(away, "swaps", lambda *_: True)
+    llm, other = llms["qwen"], llms["llama"]
+    need = [weight_pages(other, PAGE, 2, rank) + 8 for rank in range(2)]
+    need[1] += weight_pages(llm, PAGE)
+    gpus = Gpus(need, PAGE, "fcfs", 4 * PAGE)
+    gpus.have(other, 0, 1)
+    resident, group = gpus.have(llm, 1), gpus.workers[1].group
+    prompt = [7 * i % 500 for i in range(PAGE // resident.token_bytes)]
+
+    def swap(job):
+        group.step()
+        assert job.computed == len(prompt)
+        group._evict(job)
+
+    gpus.ask(1, resident, llm, prompt, 6, swap)
+    gpus.wait()
+    assert group.swaps == 1
+    gpus.check()
     gpus.close()
 
 

@@ -66,7 +66,8 @@ class Away:
         if not job.table.grow(job.computed):
             return False
         assert self._swap is not None
-        self._swap.back(job.away, job.table.numbers())
+        # It may have pages for what comes next already.
+        self._swap.back(job.away, job.table.numbers()[: len(job.away)])
         job.away = None
         return True
 
