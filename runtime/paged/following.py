@@ -172,10 +172,13 @@ class Followers:
 
     def reserve(self, pages: int) -> int:
         """A request may come to need so many: how many each of them could have. If there
-        are enough, they stay."""
-        for link in self._links:
-            self._send(link, do="reserve", pages=pages)
-        return min([int(self._told(link)["pages"]) for link in self._links])
+        are enough, they stay. Of one that is gone the next iteration tells."""
+        try:
+            for link in self._links:
+                self._send(link, do="reserve", pages=pages)
+            return min([int(self._told(link)["pages"]) for link in self._links])
+        except FollowerFailed:
+            return pages
 
     def release(
         self, request: int, but: int | None = None, *, last: bool = False
