@@ -6,8 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from foreserve import cli
+
+# How fast a machine is proves nothing.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 Ran = tuple[int, str, str]
 

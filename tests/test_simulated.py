@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from foreserve.models.cost import IterationTime
@@ -244,6 +244,14 @@ def test_engine_agrees_on_random_workloads(seed):
     mixes=st.booleans(),
     whole_prompts=st.booleans(),
     caches_prefixes=st.booleans(),
+)
+@example(  # The third is preempted right behind the prompt of the fourth.
+    rows=[(0.0, 13, 28), (0.05859375, 60, 22), (0.05859375, 43, 3), (0.2578125, 1, 1)],
+    blocks=32,
+    block_tokens=4,
+    mixes=False,
+    whole_prompts=False,
+    caches_prefixes=False,
 )
 def test_engine_agrees_where_the_cache_is_short(rows, blocks, block_tokens, **switches):
     """A cache of hardly more than the largest request: preempted again and again, the

@@ -128,7 +128,7 @@ def _wait_first(s: State, e: int, slot: int) -> None:
 
 
 @compiled
-def _preempt(s: State, e: int, now_s: float) -> None:
+def _preempt(s: State, e: int) -> None:
     """The one that joined last gives its blocks back and waits again."""
     engine = s.engines[e]
     lost_from = engine.taken + engine.free
@@ -139,7 +139,8 @@ def _preempt(s: State, e: int, now_s: float) -> None:
     else:
         slot = engine.decoding_last
         s.jobs[slot].given += engine.step - s.jobs[slot].begun
-        s.jobs[slot].last_s = now_s
+        # Not now: prompts may have been computed since.
+        s.jobs[slot].last_s = max(s.jobs[slot].last_s, engine.last_s)
         _leave(s, e, slot)
     job = s.jobs[slot]
     job.cached, job.lost_from, job.computed = job.computed, lost_from, 0
@@ -149,19 +150,19 @@ def _preempt(s: State, e: int, now_s: float) -> None:
 
 
 @compiled
-def _make_room(s: State, e: int, now_s: float) -> None:
+def _make_room(s: State, e: int) -> None:
     """Preempt until the next step of those that decode has its blocks."""
     engine = s.engines[e]
     while engine.decoding and s.phase[e, engine.step % engine.block] > engine.free:
         if not take_back(s, e):
-            _preempt(s, e, now_s)
+            _preempt(s, e)
 
 
 # --- stretches --------------------------------------------------------------------------
 
 
 @compiled
-def _fill(s: State, e: int, before: int, now_s: float) -> None:
+def _fill(s: State, e: int, before: int) -> None:
     """Plan the chunks of one iteration; nobody joins if there were more preemptions
     than ``before``."""
     engine = s.engines[e]
@@ -179,7 +180,7 @@ def _fill(s: State, e: int, before: int, now_s: float) -> None:
         if need > engine.free - step_blocks:
             take_back(s, e)
         if need > engine.free - step_blocks:
-            _preempt(s, e, now_s)
+            _preempt(s, e)
         else:
             s.chunk_job[e, 0], s.chunk_end[e, 0] = slot, job.computed + take
             engine.chunks = 1
@@ -238,10 +239,10 @@ def _begin(s: State, e: int, now_s: float) -> None:
     engine.start_s = now_s
     before = engine.preemptions
     if engine.mixes:
-        _make_room(s, e, now_s)
-    _fill(s, e, before, now_s)
+        _make_room(s, e)
+    _fill(s, e, before)
     if engine.chunks == 0 and not engine.mixes:
-        _make_room(s, e, now_s)
+        _make_room(s, e)
     if engine.chunks or (engine.decoding and engine.preemptions != before):
         # Whoever was preempted may join again in the next iteration.
         engine.count = 1
