@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from guess import TINY
 from record import write_result
 
-from foreserve.models.cost import IterationTime
 from foreserve.runtime.engines import tiny
 from foreserve.runtime.memory.kv import Keeper, KvNeeds, KvSpace
 from foreserve.runtime.memory.pool import PagePool
@@ -50,16 +50,6 @@ PROMPTS = (64, 256, 1024, 4096)
 REPEATS = 5
 ROUNDS = 3
 now_s = time.perf_counter
-PLANNED = IterationTime(
-    prefill_base_s=0.002,
-    prefill_s_per_token=2e-5,
-    prefill_s_per_token2=0.0,
-    decode_base_s=0.002,
-    decode_s_per_seq=2e-4,
-    decode_s_per_context_token=0.0,
-    relative_error=1.0,
-    source="a guess; what prompts take is learnt",
-)
 
 
 class Heard:
@@ -87,7 +77,7 @@ def llm_of(folder: Path) -> Hosted:
         decoder=Decoder(config),
         weights=views(layout, memory),
         dtype="float32",
-        time=PLANNED,
+        time=TINY,
         needs=KvNeeds(
             llm="tiny",
             token_bytes=config.kv_token_bytes(4),

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from guess import TINY
 from record import write_result
 
 from foreserve.models.cost import IterationTime
@@ -52,16 +53,6 @@ SHARES, SEEDS = (0.7, 0.9), (0, 1)
 RUN_S = 9.0
 """Requests in a run: what the machine answers in this time at most."""
 PROMPT_SHARE, ANSWER_SHARE = 8, 4
-NOTHING = IterationTime(
-    prefill_base_s=0.002,
-    prefill_s_per_token=2e-5,
-    prefill_s_per_token2=0.0,
-    decode_base_s=0.002,
-    decode_s_per_seq=2e-4,
-    decode_s_per_context_token=0.0,
-    relative_error=1.0,
-    source="a guess, until it is measured",
-)
 
 
 @dataclass
@@ -94,7 +85,7 @@ class Mix:
     lengths: np.ndarray
     share: float
     """Of all requests."""
-    time: IterationTime = NOTHING
+    time: IterationTime = TINY
     alone_s: float = 0.2
 
 
@@ -199,7 +190,7 @@ def alone(mix: list[Mix], count: int) -> None:
         decode_s = float((whole_s - first_s).sum() / max(1, (answers - 1).sum()))
         one.alone_s = float(whole_s.mean())
         one.time = replace(
-            NOTHING,
+            TINY,
             prefill_base_s=max(float(base), 0.0),
             prefill_s_per_token=max(float(slope), 1e-7),
             decode_base_s=decode_s,

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,19 +50,9 @@ from foreserve.runtime.memory.weights import Weights
 from foreserve.runtime.paged.config import read_config
 from foreserve.runtime.paged.layout import Part, lay_out
 from tests.fake_cuda import FakeCuda
+from tests.waiting import SOON_S, until
 
 PAGE = 4096
-SOON_S = 20.0
-"""No test waits so long unless it fails."""
-
-
-def _until(happened: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(int(SOON_S / 0.001)):
-        if happened():
-            return
-        pause.wait(0.001)
-    raise AssertionError("it never happened")
 
 
 # --- files -----------------------------------------------------------------------------
@@ -432,20 +422,20 @@ def test_what_is_not_used_stays_open_until_the_store_wants_it(tmp_path):
     use("b:200")
     assert use("a:100") == where
     assert story == ["pin a:100", "pin b:200"]
-    _until(lambda: list(store._ram.held) == ["b:200", "a:100"])
+    until(lambda: list(store._ram.held) == ["b:200", "a:100"])
     c = _opened(other, "c:200")
     assert story == ["pin a:100", "pin b:200", "un b:200"]
     own = mine.open("a:100")
     assert own is not None
-    _until(lambda: store._uses["a:100"] == 1)
+    until(lambda: store._uses["a:100"] == 1)
     assert other.open("d:100") is None
     own.close()
-    _until(lambda: store._uses["a:100"] == 0)
+    until(lambda: store._uses["a:100"] == 0)
     d = _opened(other, "d:100")
     assert story[3:] == ["un a:100"]
     c.close()
     server.close()
-    _until(lambda: not other._held)
+    until(lambda: not other._held)
     assert bytes(d.array()) == b"d" * 100
     d.close()
     mine.close()
@@ -489,17 +479,17 @@ def test_a_shard_can_be_copied_while_it_is_read(tmp_path, monkeypatch):
     slow.steps.release(19)
     for one in own:
         assert one is not None
-        _until(lambda one=one: one.filling.ready_bytes == 16)
+        until(lambda one=one: one.filling.ready_bytes == 16)
         assert one.array()[:16].tolist() == list(range(16))
         assert (one.filling.ahead(10), one.filling.ahead(16)) == (6, 0)
     own[0].close()
     assert len(slow.reads) == 3
-    _until(lambda: store._uses["a"] == 2)
+    until(lambda: store._uses["a"] == 2)
     assert (slow.stopped.is_set(), store.held_bytes) == (False, 64)
     own[1].close()
     own[2].close()
     assert slow.stopped.wait(SOON_S)
-    _until(lambda: store.held_bytes == 0)
+    until(lambda: store.held_bytes == 0)
     slow.steps.release(64)
     again = _opened(remotes[0], "a")
     assert again.array().tolist() == list(range(64))
@@ -524,7 +514,7 @@ def test_a_read_that_nobody_waits_for_makes_room():
         assert slow.stopped.wait(SOON_S)
         a = store.open("a")
         assert a is not None
-    _until(lambda: len(slow.reads) == 2)
+    until(lambda: len(slow.reads) == 2)
     assert not a.filling.failed
     slow.stopped.clear()
     a.close()
@@ -573,7 +563,7 @@ def test_a_load_copies_while_the_store_reads(tmp_path, link, monkeypatch, how):
     with sources.open("a", link.look, lambda: False) as source:
         load = _load(weights, link, source)
         slow.steps.release(25)
-        _until(lambda: load.copied_bytes == 24)
+        until(lambda: load.copied_bytes == 24)
         if how == "goes":
             server.close()
         elif how == "hangs":
@@ -595,7 +585,7 @@ def test_a_load_copies_while_the_store_reads(tmp_path, link, monkeypatch, how):
     assert there.tolist() == list(range(64 if load.end == "done" else 24))
     assert begun == ([24] if load.end == "done" else [])
     # Nobody has it any more: the read has ended, or ends.
-    _until(lambda: store.held_bytes == 0)
+    until(lambda: store.held_bytes == 0)
     assert not remote._held
     del there
     gc.collect()
@@ -664,12 +654,12 @@ def test_a_stream_reads_no_more_than_its_buffers(link):
     stream = Stream(fill, 64, link.look, window_bytes=8, windows=3)
     assert stream.at(0)[1] == 0
     slow.steps.release(24)
-    _until(lambda: stream.at(16)[1] == 8)
+    until(lambda: stream.at(16)[1] == 8)
     assert [stream.at(n)[1] for n in (0, 7, 12, 24)] == [8, 1, 4, 0]
     assert slow.reads == ["a"] * 3
     slow.steps.release(2)
     stream.copied(8)
-    _until(lambda: len(slow.reads) == 4 and slow.steps._value == 0)
+    until(lambda: len(slow.reads) == 4 and slow.steps._value == 0)
     stream.close()
     assert slow.stopped.is_set()
 
