@@ -50,6 +50,7 @@ from foreserve.runtime.paged.text import Speech, Words
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.fault_run import Supervised, processes
+from tests.tiny_cluster import CORE
 
 FAMILIES = {
     "llama": 1,
@@ -67,14 +68,7 @@ rounding grow so much from one to the next that answers hang on who is in the ba
 SCENARIO = """
 cluster:
   nodes: [{{name: n, count: 2, gpu: core, gpus: 2, host_ram: 256MiB}}]
-  gpu_types:
-    - name: core
-      memory_bytes: {memory_bytes}
-      hbm_bytes_per_s: 8.0e+9
-      bf16_flop_per_s: 5.0e+10
-      gpu_link_bytes_per_s: 1.0e+9
-      host_link_bytes_per_s: 1.0e+9
-      price_usd_per_h: 0.05
+{core}
 models: [{llms}]
 epoch: 20s
 slo: {{ttft: 10s, tpot: 500ms}}
@@ -680,7 +674,9 @@ def main(minutes: float, gentle: bool, seed: int, keep: Path | None) -> None:
         for name, gpus in FAMILIES.items()
     )
     (folder / "s.yaml").write_text(
-        SCENARIO.format(llms=", ".join(rows), memory_bytes=MEMORY_BYTES)
+        SCENARIO.format(
+            llms=", ".join(rows), core=CORE.format(memory_bytes=MEMORY_BYTES)
+        )
     )
     load = getloadavg()
     clients, found = asyncio.run(soak(folder, folders, minutes, gentle, seed))

@@ -21,19 +21,13 @@ from tests.fault_run import (  # noqa: E402
     conserved,
     one_after_the_other,
 )
+from tests.tiny_cluster import CORE  # noqa: E402
 
 LLMS = {"a": "llama", "b": "qwen"}
 SCENARIO = """
 cluster:
   nodes: [{name: n, count: 2, gpu: core, gpus: 1, host_ram: 1GiB}]
-  gpu_types:
-    - name: core
-      memory_bytes: 300000000
-      hbm_bytes_per_s: 8.0e+9
-      bf16_flop_per_s: 5.0e+10
-      gpu_link_bytes_per_s: 1.0e+9
-      host_link_bytes_per_s: 1.0e+9
-      price_usd_per_h: 0.05
+CORE
 models: [MODELS]
 epoch: 10s
 slo: {ttft: 10s, tpot: 500ms}
@@ -83,7 +77,9 @@ def test_faults_one_after_the_other(tmp_path):
         "tp: [1], input_tokens: 50, output_tokens: 10}"
         for name, family in LLMS.items()
     )
-    (folder / "s.yaml").write_text(SCENARIO.replace("MODELS", models))
+    core = CORE.format(memory_bytes=300_000_000)
+    text = SCENARIO.replace("CORE", core).replace("MODELS", models)
+    (folder / "s.yaml").write_text(text)
     clients, (took_s, ended_s) = asyncio.run(run(folder))
     assert list(took_s) == list(KINDS)
     assert max(took_s.values()) < WITHIN_S, took_s

@@ -15,9 +15,7 @@ from threading import Event
 
 import openai
 
-SCENARIO = """
-cluster:
-  nodes: [{{name: n, gpu: core, gpus: 2, host_ram: 4GiB}}]
+CORE = """\
   gpu_types:
     - name: core
       memory_bytes: {memory_bytes}
@@ -25,7 +23,12 @@ cluster:
       bf16_flop_per_s: 5.0e+10
       gpu_link_bytes_per_s: 1.0e+9
       host_link_bytes_per_s: 1.0e+9
-      price_usd_per_h: 0.05
+      price_usd_per_h: 0.05"""
+"""A core that is called a GPU, as a scenario's cluster knows it."""
+SCENARIO = """
+cluster:
+  nodes: [{{name: n, gpu: core, gpus: 2, host_ram: 4GiB}}]
+{core}
 models: [{models}]
 epoch: 10m
 slo: {{ttft: 10s, tpot: 500ms}}
@@ -42,7 +45,7 @@ def scenario(
     """One node of two GPUs, and the LLMs of these folders."""
     rows = (LLM.format(name=name, folder=llms[name].resolve()) for name in llms)
     return SCENARIO.format(
-        memory_bytes=memory_bytes,
+        core=CORE.format(memory_bytes=memory_bytes),
         models=", ".join(rows),
         residue=residue,
         keep_alive=keep_alive,

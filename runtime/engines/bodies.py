@@ -74,20 +74,9 @@ class Telling:
     choices: int = 1
     begun: bool = False
 
-    def say(
-        self,
-        text: bytes,
-        *,
-        index: int = 0,
-        reason: str | None = None,
-        logprobs: bytes = NULL,
-        calls: bytes = b"",
-    ) -> bytes:
-        """A piece of a stream; the last one of its choice has a ``reason``."""
-        told = self.choice(
-            text, index=index, reason=reason, logprobs=logprobs, calls=calls
-        )
-        return self._begin() + self._event(told)
+    def say(self, choice: bytes) -> bytes:
+        """A piece of a stream: of a `choice`, whose last piece has a ``reason``."""
+        return self._begin() + self._event(choice)
 
     def choice(
         self,
@@ -135,9 +124,10 @@ class Telling:
 
     def end(self, text: bytes, reason: str, more: Mapping[str, Any]) -> bytes:
         """The rest of an answer of one choice, streamed or whole."""
+        choice = self.choice(text, reason=reason)
         if self.stream:
-            return self.say(text, reason=reason) + self.close(more)
-        return self.whole([self.choice(text, reason=reason)], more)
+            return self.say(choice) + self.close(more)
+        return self.whole([choice], more)
 
     def _event(self, choice: bytes) -> bytes:
         return chunk(b"data: %b%b]}\n\n" % (self.opening, choice))

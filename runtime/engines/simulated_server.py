@@ -408,7 +408,8 @@ class Connection(HttpConnection):
     def say(self, answer: Answer, given: int) -> None:
         """Stream what it has beyond what was said; its last token is for `end`."""
         text = words(answer.seed, answer.said, given).encode()
-        self.transport.write(answer.telling.say(text))
+        telling = answer.telling
+        self.transport.write(telling.say(telling.choice(text)))
         answer.said = given
 
     def end(self, answer: Answer) -> None:

@@ -199,16 +199,18 @@ class Exchange:
     def _say(self, choice: Choice, text: str) -> None:
         if not (text or choice.called or choice.reason):
             return
-        self._connection.transport.write(
-            self._telling.say(
-                _escaped(text),
-                index=choice.index,
-                reason=choice.reason,
-                logprobs=self._logprobs(choice),
-                calls=_listed(choice.called),
-            )
-        )
+        told = self._told(choice, text)
+        self._connection.transport.write(self._telling.say(told))
         choice.called, choice.placed = [], []
+
+    def _told(self, choice: Choice, text: str) -> bytes:
+        return self._telling.choice(
+            _escaped(text),
+            index=choice.index,
+            reason=choice.reason,
+            logprobs=self._logprobs(choice),
+            calls=_listed(choice.called),
+        )
 
     def _finish(self) -> None:
         self._end()
@@ -218,13 +220,7 @@ class Exchange:
             self._connection.rest()
             return
         choices = [
-            telling.choice(
-                _escaped("".join(choice.texts)),
-                index=choice.index,
-                reason=choice.reason,
-                logprobs=self._logprobs(choice),
-                calls=_listed(choice.called),
-            )
+            self._told(choice, "".join(choice.texts))
             for choice in self._choices.values()
         ]
         self._connection.send(200, telling.whole(choices, more))
